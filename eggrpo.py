@@ -1,0 +1,352 @@
+"""Entropy-Guided Group Relative Policy Optimization (EG-GRPO, ICLR 2026, arXiv 2604.02355), from rewards to a gradient.
+
+    python eggrpo.py --preset cpu                           -> out/cpu/eggrpo-0/: policy.pt, log.jsonl, gallery-*.png, training.gif
+    python eggrpo.py --preset cpu --method grpo --seed 1    -> out/cpu/grpo-1/
+
+The file reads in the order of the data. First the mathematics: plain tensors in, plain tensors out, nothing of this project
+needed, so that it can be used in another trainer. Then one step of the loop: sample, score, advantages, shape, update. EG-GRPO
+is GRPO and one function, `shape_advantages`.
+
+Differences from the paper and its released code:
+- Thresholds go by rank, so that the counts are exact where entropies tie; the released code compares strictly with the entropies
+  at sorted[int(.2 T)] and sorted[int(.5 T)] (of 576 image tokens 115 low and 287 high; by rank 115 and 288).
+- Plan statistics go over the valid tokens; the released code takes "entropy > 0" for valid, which padding passes.
+- Sampling and scoring are one policy: no top-k, and guidance, where used, on both sides. Rollout log-probs are held against
+  re-scored ones at every step.
+- Probabilities, entropies and ratios are float32, not bf16.
+- A group whose rewards are all equal gives advantages of exactly 0, and is counted in the log.
+- All weights are trained; the released code freezes the image head and the embeddings of its 7 B model.
+
+Dimension letters: P prompts a step, G rollouts a prompt, B = P * G sequences, C plan slots, L image tokens, T = C + L, V vocabulary.
+"""
+
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import evaluate
+import rewards
+import runtime
+from model import generate, score, token_logp
+from pretrain import load_base, word_tensors
+from scenes import END, WORLDS, make_scene
+from tiny_vq.train import load_tokenizer
+
+# --- the mathematics --------------------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards, eps=1e-4):
+    """Compare each rollout with the others of its prompt: A = (R - mean) / (std + eps), std with ddof = 1.
+
+    rewards: (P, G), one row a prompt. Returns (P, G); a row of equal rewards gives exactly 0, whatever rounding does to its mean.
+    Raises ValueError for G = 1, where there is nobody to be compared with.
+
+    >>> group_advantages(torch.tensor([[0.0, 1.0]]), eps=0.0)
+    tensor([[-0.7071,  0.7071]])
+    """
+    if rewards.dim() != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards must be (prompts, rollouts) with 2 rollouts or more, not {tuple(rewards.shape)}")
+    rewards = rewards.float()
+    centred = rewards - rewards.mean(1, keepdim=True)
+    advantages = centred / (rewards.std(1, keepdim=True) + eps)
+    constant = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    return advantages.masked_fill(constant, 0.0)
+
+
+@torch.no_grad()
+def token_entropy(logits):
+    """Entropy of the full next-token distribution as a fraction of its maximum: H = -sum_v p(v) log p(v) / log V.
+
+    logits: (..., V). Returns (...) in [0, 1], float32, without gradient.
+    """
+    return torch.special.entr(logits.float().softmax(-1)).sum(-1) / math.log(logits.shape[-1])
+
+
+def entropy_masks(entropy, valid, low_frac=0.2, high_frac=0.5):
+    """Find each row's low-entropy and high-entropy tokens, by rank among its valid tokens.
+
+    entropy: (B, T), valid: (B, T) bool, one modality. Of a row's n valid tokens in ascending order (of two equal ones the earlier
+    ranks lower), low is the first floor(low_frac * n) and high the last floor(high_frac * n). Returns low, high: (B, T) bool.
+    Raises ValueError where the fractions leave [0, 1] or overlap.
+
+    >>> entropy = torch.tensor([[.30, .10, .80, .20, .60, .50, .70, .40]])
+    >>> low, high = entropy_masks(entropy, torch.ones(1, 8, dtype=torch.bool), low_frac=0.25, high_frac=0.5)
+    >>> low.nonzero()[:, 1].tolist(), high.nonzero()[:, 1].tolist()
+    ([1, 3], [2, 4, 5, 6])
+    """
+    if not (0 <= low_frac <= 1 and 0 <= high_frac <= 1 and low_frac + high_frac <= 1):
+        raise ValueError(f"low_frac {low_frac} and high_frac {high_frac} must lie in [0, 1] and add up to at most 1")
+    order = entropy.masked_fill(~valid, float("inf")).argsort(dim=1, stable=True)
+    rank = order.argsort(dim=1)                                                # (B, T); invalid tokens rank last
+    n = valid.sum(1, keepdim=True)
+    count = lambda frac: torch.floor(frac * n + 1e-6)                          # 0.29 * 100 is 28.999... in binary
+    return valid & (rank < count(low_frac)), valid & (rank >= n - count(high_frac))
+
+
+def shape_advantages(advantage, entropy, valid, low_frac=0.2, high_frac=0.5, bonus_coef=0.3, bonus_cap=0.3):
+    """Turn one advantage a rollout into one a token: the whole of EG-GRPO. One modality at a time.
+
+    advantage: (B,), entropy: (B, T) in [0, 1], valid: (B, T) bool. Returns (B, T).
+        d_t   = min(bonus_cap * |A|, bonus_coef * H_t) on high tokens, 0 elsewhere     (never flips the sign of A)
+        A_t   = (A + d_t) * [t not in low]
+    """
+    low, high = entropy_masks(entropy, valid, low_frac, high_frac)
+    a = advantage[:, None]                                                     # (B, 1)
+    bonus = torch.minimum(bonus_cap * a.abs(), bonus_coef * entropy) * high    # (B, T)
+    return (a + bonus) * ~low
+
+
+def policy_loss(logp, logp_old, logp_ref, advantage, valid, beta=0.01, clip_low=0.2, clip_high=0.2, denominator=None):
+    """The clipped objective of GRPO, a mean over valid tokens, with a KL term toward the reference on all of them.
+
+        loss = -sum_valid [ min(ratio_t A_t, clip(ratio_t) A_t) - beta KL_t ] / number of valid tokens
+        ratio_t = exp(logp - logp_old),   KL_t = exp(ref - logp) - (ref - logp) - 1       (k3 estimator, Schulman 2020)
+
+    logp, logp_old, logp_ref, advantage: (B, T); valid: (B, T) bool. logp_ref may be None where beta is 0. denominator: the number of
+    valid tokens of the whole batch, where this is a part of it. Returns the loss, a scalar, and a dict of floats: kl and clipped
+    (sums over this part's valid tokens divided by the denominator), ratio_min, ratio_max.
+    """
+    denominator = valid.sum() if denominator is None else denominator
+    ratio = torch.where(valid, logp - logp_old, 0.0).exp()
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+    kl = torch.zeros_like(ratio)
+    if logp_ref is not None:
+        gap = torch.where(valid, logp_ref - logp, 0.0)
+        kl = gap.exp() - gap - 1
+    loss = -((surrogate - beta * kl) * valid).sum() / denominator
+    clipped = ((ratio < 1 - clip_low) & (advantage < 0) | (ratio > 1 + clip_high) & (advantage > 0)) & valid
+    stats = torch.stack([(kl * valid).sum() / denominator, clipped.sum() / denominator, ratio.min(), ratio.max()]).tolist()
+    return loss, dict(zip(("kl", "clipped", "ratio_min", "ratio_max"), stats))
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+METHODS = {
+    "grpo": dict(low_frac=0.0, bonus_coef=0.0),       # one advantage for every token
+    "eggrpo": dict(),                                 # the paper
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = ""              # smoke, cpu or gpu
+    device: str = "auto"
+    out: str = "out"
+    seed: int = 0
+    method: str = "eggrpo"        # a key of METHODS
+    steps: int = 250              # batches of rollouts (paper: 1600)
+    prompts: int = 8              # P (paper: 16)
+    group: int = 8                # G (paper: 8)
+    lr: float = 3e-4              # constant after 10 steps (paper: 1e-6, for 7 B parameters)
+    beta: float = 0.01            # weight of the KL term (paper: .01)
+    low_frac: float = 0.2         # share of tokens without reward gradient (paper: .2)
+    high_frac: float = 0.5        # share of tokens with a bonus (paper: .5)
+    bonus_coef: float = 0.3       # bonus per unit of entropy (paper: .3)
+    bonus_cap: float = 0.3        # largest bonus as a share of |A| (paper: .3)
+    clip_low: float = 0.2         # ratio clipping; without effect at one update a batch (paper: .2)
+    clip_high: float = 0.2
+    micro_batch: int = 64         # sequences a forward pass: memory, never results
+    eval_every: int = 50          # steps between held-out evaluations, each with a gallery
+    eval_prompts: int = 192
+    save_every: int = 50
+
+    def check(self):
+        if self.method not in METHODS:
+            raise runtime.UserError(f"no method {self.method!r}: choose one of {', '.join(METHODS)}")
+        if self.group < 2:
+            raise runtime.UserError(f"--group {self.group}: advantages compare rollouts of a prompt, so it must be at least 2")
+        if not (0 <= self.low_frac <= 1 and 0 <= self.high_frac <= 1 and self.low_frac + self.high_frac <= 1):
+            raise runtime.UserError(f"--low-frac {self.low_frac} and --high-frac {self.high_frac} must lie in [0, 1] and add up "
+                                    "to at most 1")
+        for name in ("steps", "prompts", "micro_batch", "eval_every", "eval_prompts", "save_every"):
+            if getattr(self, name) < 1:
+                raise runtime.UserError(f"--{name.replace('_', '-')} must be at least 1")
+
+
+PRESETS = {
+    "smoke": dict(steps=4, prompts=2, group=4, eval_every=2, eval_prompts=12),
+    "cpu": dict(),
+    "gpu": dict(steps=600, prompts=16, group=16, lr=1e-4, micro_batch=64, eval_prompts=420),
+}
+
+
+# --- one step ---------------------------------------------------------------------------------------------------------
+
+class Rollout(NamedTuple):
+    prompt: Tensor     # (B, S) word ids, each prompt G times in a row
+    plan: Tensor       # (B, C) word ids
+    codes: Tensor      # (B, L)
+    logp: Tensor       # (B, T) of the sampled tokens when they were sampled, nats
+    valid: Tensor      # (B, T) bool
+    images: Tensor     # (B, 3, h, w) in [0, 1]
+    rewards: Tensor    # (P, G)
+    parts: dict        # {name: (P, G)}, NaN where a component does not apply
+    exact: Tensor      # (P, G)
+
+
+@torch.no_grad()
+def make_rollout(policy, eye, scenes, config, step):
+    """Sample G plans and pictures for each scene's prompt and score the pictures."""
+    prompt = word_tensors(eye.world, scenes)[0].repeat_interleave(config.group, 0).to(eye.device)        # (B, S)
+    noise = torch.rand(len(prompt), policy.C + policy.L, generator=runtime.generator(config.seed, "rollout", step))
+    started = time.time()
+    with runtime.autocast(eye.device):
+        draw = generate(policy, prompt, noise.to(eye.device))
+        images = eye.tokenizer.decode(draw.codes).float()                                                # (B, 3, h, w)
+    sampled = time.time()
+    want = rewards.make_want(eye.world, [s for s in scenes for _ in range(config.group)], eye.device)
+    reward, parts, exact = rewards.score(images, want, eye.world)
+    grouped = lambda x: x.view(len(scenes), config.group)                                                # (B,) -> (P, G)
+    rollout = Rollout(prompt, draw.plan, draw.codes, draw.logp, draw.valid, images, grouped(reward),
+                      {k: grouped(v) for k, v in parts.items()}, grouped(exact))
+    return rollout, dict(seconds_rollout=sampled - started, seconds_reward=time.time() - sampled)
+
+
+def score_tokens(policy, rollout, device):
+    """Score a rollout's tokens under a policy. Returns logp (B, T), with gradient, and entropy (B, T), without."""
+    with runtime.autocast(device):
+        word_logits, code_logits = score(policy, rollout.prompt, rollout.plan, rollout.codes)
+    logp = token_logp(word_logits, code_logits, rollout.plan, rollout.codes)
+    return logp, torch.cat([token_entropy(word_logits), token_entropy(code_logits)], 1)
+
+
+def shape_by_modality(advantage, entropy, valid, plan_slots, config):
+    """Apply shape_advantages to the plan and to the image, each by itself. (B,), (B, T), (B, T) -> (B, T)."""
+    knobs = (config.low_frac, config.high_frac, config.bonus_coef, config.bonus_cap)
+    plan, image = slice(None, plan_slots), slice(plan_slots, None)
+    return torch.cat([shape_advantages(advantage, entropy[:, part], valid[:, part], *knobs) for part in (plan, image)], 1)
+
+
+def update(policy, reference, optimizer, rollout, config, device):
+    """Make one update on a batch of rollouts. Returns what is logged of it, as floats."""
+    advantage = group_advantages(rollout.rewards).flatten()                                              # (B,)
+    everything = torch.arange(len(advantage), device=device)
+    denominator, stats = rollout.valid.sum(), []
+    for rows in everything.split(config.micro_batch):
+        part = rollout._replace(**{k: getattr(rollout, k)[rows] for k in ("prompt", "plan", "codes", "logp", "valid")})
+        logp, entropy = score_tokens(policy, part, device)
+        with torch.no_grad():
+            logp_ref = score_tokens(reference, part, device)[0] if config.beta else None
+        shaped = shape_by_modality(advantage[rows], entropy, part.valid, policy.C, config)
+        loss, stat = policy_loss(logp, part.logp, logp_ref, shaped, part.valid, config.beta, config.clip_low, config.clip_high,
+                                 denominator)
+        loss.backward()
+        stats.append({**stat, **entropy_stats(entropy, part.valid, policy.C, rows.numel() / len(advantage)),
+                      "gap": ((logp - part.logp).abs() * part.valid).max().item()})
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    merge = {"ratio_min": min, "ratio_max": max, "gap": max}
+    return {**{k: merge.get(k, sum)(s[k] for s in stats) for k in stats[0]}, "grad_norm": grad_norm.item()}
+
+
+def entropy_stats(entropy, valid, plan_slots, share):
+    """Mean and std of entropy over a rollout's valid tokens, averaged over rollouts, for plan and image; times share."""
+    stats = {}
+    for name, h, v in (("plan", entropy[:, :plan_slots], valid[:, :plan_slots]),
+                       ("image", entropy[:, plan_slots:], valid[:, plan_slots:])):
+        n = v.sum(1).clamp(min=1)
+        mean = (h * v).sum(1) / n
+        std = (((h - mean[:, None]) ** 2 * v).sum(1) / n).sqrt()
+        stats |= {f"{name}_entropy": mean.mean().item() * share, f"{name}_entropy_std": std.mean().item() * share}
+    return stats
+
+
+def rollout_stats(rollout):
+    """What is logged of a batch of rollouts, as floats."""
+    plan, r = rollout.valid[:, :rollout.plan.shape[1]], rollout.rewards
+    return dict(reward=r.mean().item(), exact=rollout.exact.mean().item(),
+                **{name: part.nanmean().item() for name, part in rollout.parts.items()},
+                group_std=r.std(1).mean().item(), constant_groups=(r.amax(1) == r.amin(1)).float().mean().item(),
+                plan_length=plan.sum(1).float().mean().item(),
+                unstopped=(rollout.plan != END).all(1).float().mean().item())
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+def check_gap(gap, step, device):
+    """Hold the sampler against the learner: before an update, the rollout's log-probs are the re-scored ones.
+
+    This is how silent bugs in rollouts are caught. bf16 rounds a sequence differently from a step, hence its wider bound.
+    """
+    bound = 1e-4 if device.type != "cuda" else 0.5
+    if not gap < bound:
+        raise RuntimeError(f"step {step}: log-probs of sampler and learner differ by {gap:.2e}, more than {bound:.0e}: they are not "
+                           "the same policy")
+
+
+def look(eye, policy, config, folder, step):
+    """Evaluate on held-out prompts and draw the gallery. Returns what is logged."""
+    result = evaluate.summary(evaluate.evaluate(eye, policy, "eval", config.eval_prompts))
+    images, exact, _ = evaluate.gallery_row(eye, policy)
+    prompts = [s.prompt for s in evaluate.gallery_scenes(eye.world)]
+    sheet = evaluate.gallery([images], prompts, [f"step {step}"], [exact])
+    evaluate.save_image(sheet, folder / f"gallery-{step:05d}.png")
+    return dict(eval_reward=result["reward"], eval_exact=result["exact"])
+
+
+def animate(folder):
+    """Join the galleries to training.gif, the last one held."""
+    frames = [Image.open(p).convert("P", palette=Image.ADAPTIVE) for p in sorted(folder.glob("gallery-*.png"))]
+    evaluate.save_image(frames[0], folder / "training.gif", save_all=True, append_images=frames[1:],
+                        duration=[700] * (len(frames) - 1) + [3000], loop=0)
+
+
+def main(argv=None):
+    config = runtime.parse(Config, PRESETS, __doc__, argv)
+    config = replace(config, **METHODS[config.method])
+    folder = Path(config.out) / config.preset / f"{config.method}-{config.seed}"
+    maker = f"python eggrpo.py --preset {config.preset} --method {config.method} --seed {config.seed}"
+    path = folder / "policy.pt"
+    record = runtime.resume(path, config, maker)
+    if record and record["step"] == config.steps:
+        return print(f"{config.method}: finished earlier, {path}")
+    device = runtime.pick_device(config.device)
+    eye = evaluate.Eye(load_tokenizer(config.preset, config.out, device), WORLDS[config.preset], device)
+    reference = load_base(config.preset, config.out, device)
+    policy = load_base(config.preset, config.out, device).requires_grad_(True)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    if record:
+        policy.load_state_dict(record["model"])
+        optimizer.load_state_dict(record["optimizer"])
+    first, started = (record["step"] if record else 0), time.time()
+    log = runtime.Log(folder / "log.jsonl", config, device, first)
+    if not first:
+        log(step=-1, **look(eye, policy, config, folder, 0))
+
+    with runtime.Interruptible() as stop:
+        for step in (bar := tqdm(range(first, config.steps), config.method, initial=first, total=config.steps)):
+            scenes = [make_scene(eye.world, "train", 1000 + config.seed, step * config.prompts + i) for i in range(config.prompts)]
+            rollout, seconds = make_rollout(policy, eye, scenes, config, step)
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * min(1, (step + 1) / 10)
+            tick = time.time()
+            stats = update(policy, reference, optimizer, rollout, config, device)
+            check_gap(stats["gap"], step, device)
+            stats |= rollout_stats(rollout) | seconds | dict(seconds_update=time.time() - tick)
+            bar.set_postfix(reward=f"{stats['reward']:.2f}", exact=f"{stats['exact']:.2f}", kl=f"{stats['kl']:.3f}")
+            ended = step + 1 == config.steps
+            if ended or (step + 1) % config.eval_every == 0:
+                stats |= look(eye, policy, config, folder, step + 1)
+                tqdm.write(f"step {step + 1}: held-out reward {stats['eval_reward']:.3f}, exact {stats['eval_exact']:.3f}")
+            log(step=step, **stats)
+            if ended or stop.signal or (step + 1) % config.save_every == 0:
+                runtime.save(path, dict(kind="policy", settings=runtime.settings(config), step=step + 1, steps=config.steps,
+                                        model_config=policy.config, model=policy.state_dict(),
+                                        optimizer={} if ended else optimizer.state_dict()))
+                if stop.signal and not ended:
+                    stop.leave(path, maker)
+    animate(folder)
+    print(f"{config.method}: held-out reward {stats['eval_reward']:.3f}, exact {stats['eval_exact']:.3f} after {config.steps} steps, "
+          f"{time.time() - started:.0f} s; pictures in {folder}")
+
+
+if __name__ == "__main__":
+    runtime.run(main)

@@ -1,0 +1,148 @@
+"""Teach the policy to imitate a web-like corpus: prompt, plan, picture.
+
+    python pretrain.py --preset cpu               -> out/cpu/base.pt, the base policy
+
+The corpus lies in a stated share of its captions and plans (scenes.corpus_item), so the base policy has seen how pictures look and
+what words mean, and errs. A share of the sequences drops the plan, so that the policy can draw directly (the paper's base
+setting); a share drops the prompt, so that guidance has an empty prompt to compare with.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import runtime
+from model import Policy, score, token_logp
+from scenes import PAD, WORDS, WORLDS, corpus_item, encode_words, render
+from tiny_vq.train import as_images, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = ""              # smoke, cpu or gpu
+    device: str = "auto"
+    out: str = "out"
+    seed: int = 0
+    items: int = 30000            # scenes in the corpus
+    steps: int = 800
+    batch: int = 64
+    lr: float = 2e-3              # after a warm-up of 50 steps, by a cosine to a tenth
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    drop_plan: float = 0.15       # share of sequences without plan
+    drop_prompt: float = 0.10     # share of sequences without prompt
+    save_every: int = 200
+
+    def check(self):
+        if min(self.items, self.steps, self.batch, self.layers, self.heads) < 1:
+            raise runtime.UserError("--items, --steps, --batch, --layers and --heads must be at least 1")
+        if self.width % self.heads:
+            raise runtime.UserError(f"--width {self.width} must be a multiple of --heads {self.heads}")
+        if not (0 <= self.drop_plan < 1 and 0 <= self.drop_prompt < 1):
+            raise runtime.UserError("--drop-plan and --drop-prompt must lie in [0, 1)")
+
+
+PRESETS = {
+    "smoke": dict(items=300, steps=20, batch=32, width=64, layers=2),
+    "cpu": dict(),
+    "gpu": dict(items=200000, steps=12000, batch=128, lr=6e-4, width=512, layers=8, heads=8, save_every=2000),
+}
+
+
+def word_tensors(world, scenes):
+    """Encode the words of scenes: prompts (B, S), plans (B, C), long."""
+    prompts = torch.tensor([encode_words(s.prompt, world.prompt_slots) for s in scenes])
+    plans = torch.tensor([encode_words(s.plan, world.plan_slots, end=True) for s in scenes])
+    return prompts, plans
+
+
+def make_corpus(config, world, tokenizer, device):
+    """Draw and encode the corpus. Returns prompts (n, S), plans (n, C), codes (n, L) as small integers."""
+    parts = []
+    for start in tqdm(range(0, config.items, 500), "corpus", leave=False):
+        scenes = [corpus_item(world, config.seed, i) for i in range(start, min(start + 500, config.items))]
+        images = as_images([render(world, s) for s in scenes]).to(device) / 255
+        parts.append((*word_tensors(world, scenes), tokenizer.encode(images).cpu()))
+    return [torch.cat(column).to(torch.int16) for column in zip(*parts)]
+
+
+def make_policy(config, world, codes):
+    return Policy(len(WORDS), codes, world.prompt_slots, world.plan_slots, world.image_tokens, config.width, config.layers,
+                  config.heads)
+
+
+def load_policy(path, maker, kind, preset, device="cpu"):
+    """Read a finished policy. Returns the model, frozen."""
+    record = runtime.load_finished(path, maker, kind, preset)
+    policy = Policy(**record["model_config"])
+    policy.load_state_dict(record["model"])
+    return policy.to(device).requires_grad_(False)
+
+
+def load_base(preset, out="out", device="cpu"):
+    return load_policy(f"{out}/{preset}/base.pt", f"python pretrain.py --preset {preset}", "base", preset, device)
+
+
+def main(argv=None):
+    config = runtime.parse(Config, PRESETS, __doc__, argv)
+    path, maker = f"{config.out}/{config.preset}/base.pt", f"python pretrain.py --preset {config.preset}"
+    record = runtime.resume(path, config, maker)
+    if record and record["step"] == config.steps:
+        return print(f"base policy: finished earlier, {path}")
+    device, world, started = runtime.pick_device(config.device), WORLDS[config.preset], time.time()
+    tokenizer = load_tokenizer(config.preset, config.out, device)
+    corpus = make_corpus(config, world, tokenizer, device)
+
+    torch.manual_seed(config.seed)
+    policy = make_policy(config, world, tokenizer.codes)
+    print(f"policy: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, {policy.slots} slots")
+    if record:
+        policy.load_state_dict(record["model"])
+    policy.to(device)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.05)
+    if record:
+        optimizer.load_state_dict(record["optimizer"])
+    first = record["step"] if record else 0
+    log = runtime.Log(f"{config.out}/{config.preset}/base.jsonl", config, device, first)
+
+    with runtime.Interruptible() as stop:
+        for step in (bar := tqdm(range(first, config.steps), "base policy", initial=first, total=config.steps)):
+            # A stretch of a shuffled deck, reshuffled each time round
+            turn, place = divmod(step * config.batch, config.items // config.batch * config.batch or 1)
+            deck = torch.randperm(config.items, generator=runtime.generator(config.seed, "deck", turn))
+            chosen = deck[place:place + config.batch]
+            prompt, plan, codes = (column[chosen].long().to(device) for column in corpus)
+            drop = torch.rand(2, len(chosen), 1, generator=runtime.generator(config.seed, "drop", step)).to(device)
+            prompt = prompt.masked_fill(drop[0] < config.drop_prompt, PAD)
+            plan = plan.masked_fill(drop[1] < config.drop_plan, PAD)
+
+            warm, done = min(1, (step + 1) / 50), step / config.steps
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * warm * (0.55 + 0.45 * np.cos(np.pi * done))
+            with runtime.autocast(device):
+                word_logits, code_logits = score(policy, prompt, plan, codes)
+            logp = token_logp(word_logits, code_logits, plan, codes)
+            words, image = -logp[:, :policy.C].sum() / (plan != PAD).sum().clamp(min=1), -logp[:, policy.C:].mean()
+            (words + image).backward()                       # each modality's mean: plans are short and must not drown
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 20 == 0 or step + 1 == config.steps:
+                log(step=step, plan_nll=words.item(), image_nll=image.item(), grad_norm=norm.item())
+                bar.set_postfix(plan=f"{words.item():.2f}", image=f"{image.item():.2f}")
+            ended = step + 1 == config.steps
+            if ended or stop.signal or (step + 1) % config.save_every == 0:
+                runtime.save(path, dict(kind="base", settings=runtime.settings(config), step=step + 1, steps=config.steps,
+                                        model_config=policy.config, model=policy.state_dict(),
+                                        optimizer={} if ended else optimizer.state_dict()))
+                if stop.signal and not ended:
+                    stop.leave(path, maker)
+    print(f"base policy: plan {words.item():.2f}, image {image.item():.2f} nats a token, {time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    runtime.run(main)

@@ -1,0 +1,177 @@
+"""A picture becomes numbers: find the objects in the pixels, compare them with what the prompt asks for.
+
+    want = make_want(world, scenes, device)           what the prompts ask for
+    found = detect(images, world)                     what the pictures show
+    rewards, parts, exact = score(images, want, world)
+
+Everything is batched tensor code on the device of the pictures. Detection: paint each pixel in its palette colour (`ink`),
+match every shape and texture against each colour's ink by convolution, keep the local maxima. Sizes are known, so nothing is
+learned and nothing can be fooled by a drifting model; what a reward cannot see (the ground) it does not judge.
+
+The reward is the unweighted mean of the functions in REWARDS, each (B,) in [0, 1], over those that apply to the prompt (NaN
+means: does not apply; only `relation` uses it). Your own reward is one more function in that dict:
+
+    rewards.REWARDS["red"] = lambda images, found, want: images[:, 0].mean(dim=(1, 2))
+
+`exact` is strict: the right objects, nothing else, the relation true, the picture clean. It is measured, never optimised.
+
+Dimension letters: B pictures, C colours, K kinds (texture x colour x shape, in that order), h x w pixels.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scenes import COLOURS, GROUND, RELATIONS, SHAPES, stamp
+
+INK_FLOOR = 0.3        # coverage below this is ground: its light and grain reach 0.2
+MATCH = 0.75           # least Dice overlap of ink and template that counts as an object
+CLEAN = 0.9            # least cleanliness of an exact picture
+
+
+class Want(NamedTuple):
+    kinds: Tensor      # (B, K) how many of each kind
+    relation: Tensor   # (B,) index into RELATIONS, -1 where the prompt names none
+    pair: Tensor       # (B, 2) kinds of the relation's subject and object
+
+
+class Found(NamedTuple):
+    kinds: Tensor      # (B, K) how many of each kind
+    peaks: Tensor      # (B, K, h, w) match of each object at its centre, 0 elsewhere
+    ink: Tensor        # (B,) pixels of palette colour, in pixels
+    explained: Tensor  # (B,) those that lie on an object of their colour
+    shape: tuple       # (textures, colours, shapes): how K unfolds
+    reach: float       # pixels by which centres must differ for a relation to hold
+
+
+def kind_index(world, colour, shape, texture):
+    """Number a kind of object: texture x colour x shape."""
+    c, s = list(COLOURS).index(colour), SHAPES.index(shape)
+    return (world.textures.index(texture) * len(COLOURS) + c) * len(SHAPES) + s
+
+
+def make_want(world, scenes, device="cpu"):
+    """Turn scenes into the tensors that their pictures are scored against."""
+    number = len(world.textures) * len(COLOURS) * len(SHAPES)
+    kinds, pair = np.zeros((len(scenes), number), np.float32), np.zeros((len(scenes), 2), np.int64)
+    for i, scene in enumerate(scenes):
+        indices = [kind_index(world, o.colour, o.shape, o.texture) for o in scene.objects]
+        np.add.at(kinds[i], indices, 1)
+        if scene.relation:
+            pair[i] = indices[:2]
+    relation = [RELATIONS.index(s.relation) if s.relation else -1 for s in scenes]
+    return Want(torch.from_numpy(kinds).to(device), torch.tensor(relation, device=device),
+                torch.from_numpy(pair).to(device))
+
+
+# --- what the picture shows -------------------------------------------------------------------------------------------
+
+def ink(images):
+    """Say how much of each pixel is paint of each palette colour. (B, 3, h, w) in [0, 1] -> (B, C, h, w) in [0, 1].
+
+    A pixel is ground + a * (colour - ground) with coverage a; it belongs to the colour that leaves the least residue.
+    """
+    ground = torch.tensor(GROUND, device=images.device) / 255
+    axes = torch.tensor(list(COLOURS.values()), device=images.device) / 255 - ground          # (C, 3)
+    offset = images.float() - ground[:, None, None]
+    square = (axes ** 2).sum(1)[:, None, None]                                                # (C, 1, 1)
+    dot = torch.einsum("bkhw,ck->bchw", offset, axes)
+    cover = (dot / square).clamp(0, 1)
+    residue = cover ** 2 * square - 2 * cover * dot        # |offset - a axis|^2 less |offset|^2, the same for all colours
+    mine = F.one_hot(residue.argmin(1), len(axes)).permute(0, 3, 1, 2)
+    return (cover * mine - INK_FLOOR).clamp(min=0) / (1 - INK_FLOOR)
+
+
+@lru_cache(maxsize=8)
+def _templates(world, device):
+    """Draw every texture x shape as ink, with a margin of one pixel that must be empty. (textures * shapes, n, n)."""
+    stamps = [np.asarray(stamp(s, t, world.object_size)) for t in world.textures for s in SHAPES]
+    cover = F.pad(torch.from_numpy(np.stack(stamps)).float() / 255, (1, 1, 1, 1))
+    return ((cover - INK_FLOOR).clamp(min=0) / (1 - INK_FLOOR)).to(device)
+
+
+def detect(images, world):
+    """Find the objects in pictures. images: (B, 3, h, w) in [0, 1]."""
+    b, h, w = images.shape[0], images.shape[2], images.shape[3]
+    t, c, s = len(world.textures), len(COLOURS), len(SHAPES)
+    templates = _templates(world, str(images.device))
+    n = templates.shape[-1]
+    before, after = (n - 1) // 2, n // 2                       # pads so that a match stands at its object's centre
+    paint = ink(images).reshape(b * c, 1, h, w)
+    padded = F.pad(paint, (before, after, before, after))
+    overlap = F.conv2d(padded, templates[:, None])                                            # (B*C, t*s, h, w)
+    energy = F.avg_pool2d(F.avg_pool2d(padded ** 2, (n, 1), 1), (1, n), 1) * n * n            # (B*C, 1, h, w)
+    dice = 2 * overlap / (energy + (templates ** 2).sum((1, 2))[:, None, None])
+    dice = dice.reshape(b, c, t, s, h, w).transpose(1, 2).reshape(b, t * c * s, h, w)         # (B, K, h, w)
+
+    best, kind = dice.max(1)                                                                  # (B, h, w)
+    radius = world.object_size // 2
+    summit = F.max_pool2d(best[:, None], 2 * radius + 1, stride=1, padding=radius)[:, 0]
+    peak = (best == summit) & (best > MATCH)
+    peaks = torch.zeros_like(dice).scatter_(1, kind[:, None], (best * peak)[:, None])
+
+    cover = F.max_pool2d((templates > 0).float()[:, None], 3, stride=1, padding=1)            # (t*s, 1, n, n), one wider
+    marks = (peaks > 0).float().reshape(b, t, c, s, h, w).transpose(1, 2).reshape(b * c, t * s, h, w)
+    marks = F.pad(marks, (after, before, after, before))       # a stamp is a convolution with the template turned round
+    mine = F.conv2d(marks, cover.flip(2, 3).transpose(0, 1)).clamp(max=1)                     # (B*C, 1, h, w)
+    total, explained = paint.reshape(b, -1).sum(1), (paint * mine).reshape(b, -1).sum(1)
+    return Found((peaks > 0).float().sum((2, 3)), peaks, total, explained, (t, c, s), radius)
+
+
+# --- the components of the reward -------------------------------------------------------------------------------------
+
+def _overlap(found, want):
+    """Compare two histograms: the common part over the larger whole, 0 for two empty ones."""
+    larger = torch.maximum(found.sum(1), want.sum(1))
+    return torch.minimum(found, want).sum(1) / larger.clamp(min=1)
+
+
+def objects(images, found, want):
+    """Right objects over all objects, wanted or drawn: a missing, surplus or duplicate one costs."""
+    return _overlap(found.kinds, want.kinds)
+
+
+def attributes(images, found, want):
+    """The same for each attribute by itself (colours, shapes, textures), averaged: credit for half-right objects."""
+    f, w = (k.reshape(-1, *found.shape) for k in (found.kinds, want.kinds))                   # (B, t, c, s)
+    sums = [(1, 2), (1, 3)] + [(2, 3)] * (found.shape[0] > 1)                                 # shapes, colours, textures
+    return torch.stack([_overlap(f.sum(dims), w.sum(dims)) for dims in sums]).mean(0)
+
+
+def count(images, found, want):
+    """The smaller number of objects over the larger."""
+    return _overlap(found.kinds.sum(1, keepdim=True), want.kinds.sum(1, keepdim=True))
+
+
+def relation(images, found, want):
+    """1 where both objects are there and stand as the prompt says, else 0; NaN where it names no relation."""
+    w = found.peaks.shape[-1]
+    pair = found.peaks.gather(1, want.pair[:, :, None, None].expand(-1, -1, *found.peaks.shape[2:]))
+    height, place = pair.flatten(2).max(2)                                                    # (B, 2)
+    dy, dx = (place[:, 1] // w - place[:, 0] // w), (place[:, 1] % w - place[:, 0] % w)
+    offsets = torch.stack([dx, -dx, dy, -dy], 1)               # in the order of RELATIONS: left of, right of, above, below
+    offset = offsets.gather(1, want.relation.clamp(min=0)[:, None])[:, 0]
+    true = ((height > 0).all(1) & (offset > found.reach)).float()
+    return true.masked_fill(want.relation < 0, float("nan"))
+
+
+def cleanliness(images, found, want):
+    """Share of the paint that lies on found objects: smears and fragments cost, and so does a picture with no paint."""
+    return found.explained / found.ink.clamp(min=1)
+
+
+REWARDS = {"objects": objects, "attributes": attributes, "count": count, "relation": relation, "cleanliness": cleanliness}
+
+
+def score(images, want, world):
+    """Score pictures. images (B, 3, h, w) in [0, 1] -> rewards (B,), parts {name: (B,)}, exact (B,)."""
+    found = detect(images, world)
+    parts = {name: function(images, found, want) for name, function in REWARDS.items()}
+    rewards = torch.stack(list(parts.values())).nanmean(0)
+    related = relation(images, found, want).nan_to_num(1.0) == 1
+    exact = (found.kinds == want.kinds).all(1) & related & (cleanliness(images, found, want) >= CLEAN)
+    return rewards, parts, exact.float()

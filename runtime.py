@@ -1,0 +1,214 @@
+"""Device, seeds, checkpoints, log, flags: what every command needs. Read last or never."""
+
+import argparse
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import torch
+
+MAGIC = b"eggrpo checkpoint 1\n"
+PRESETS = ("smoke", "cpu", "gpu")
+
+
+class UserError(ValueError):
+    """Something the user can mend: commands print it as one line and exit with status 2."""
+
+
+def run(main):
+    """Run a command's main, turning UserError into one line and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# --- flags and device -------------------------------------------------------------------------------------------------
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def parse(config_class, presets, description, argv=None):
+    """Turn the command line into a config: the fields' defaults, then the preset's values, then the flags.
+
+    config_class: a frozen dataclass with fields preset and device and a check() that raises UserError.
+    """
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for field in dataclasses.fields(config_class):
+        shown = {p: presets[p][field.name] for p in presets if field.name in presets[p]}
+        help = f"default {field.default!r}" + "".join(f", {p} {v}" for p, v in shown.items())
+        kind = type(field.default)
+        if kind is bool:
+            parser.add_argument("--" + field.name.replace("_", "-"), action="store_true", default=None, help=help)
+        else:
+            parser.add_argument("--" + field.name.replace("_", "-"), type=kind, help=help, metavar=kind.__name__)
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    preset = given.get("preset") or default_preset()
+    if preset not in presets:
+        raise UserError(f"no preset {preset!r}: choose one of {', '.join(presets)}")
+    config = config_class(**{**presets[preset], **given, "preset": preset})
+    config.check()
+    return config
+
+
+def default_preset():
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+def pick_device(name="auto"):
+    """Choose the device and print why."""
+    why = "as asked"
+    if name == "auto":
+        name, why = "cpu", "no CUDA, no MPS"
+        if torch.cuda.is_available():
+            name, why = "cuda", torch.cuda.get_device_name()
+        elif torch.backends.mps.is_available():
+            name, why = "mps", "no CUDA"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}): try --device cpu") from None
+    print(f"device: {device} ({why}), torch {torch.__version__}, {torch.get_num_threads()} threads")
+    return device
+
+
+def autocast(device):
+    """bf16 inside the network on CUDA; float32 everywhere else."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def generator(*key):
+    """Return a CPU generator for a key such as (seed, "rollout", step): no stream depends on what ran before it."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+def write(path, data):
+    """Write bytes to a temporary name, then rename: a file is whole or is not there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save(path, record):
+    """Write a checkpoint: a header, the SHA-256 of what follows, and tensors and plain values by torch.save."""
+    buffer = io.BytesIO()
+    torch.save(record, buffer)
+    data = buffer.getvalue()
+    write(path, MAGIC + hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
+
+
+def load(path, maker):
+    """Read a checkpoint. maker: the command that makes it, named where it is missing or unusable. Raises UserError."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not there: make it with `{maker}`")
+    content = path.read_bytes()
+    remedy = f"remove it and run `{maker}`"
+    if not content.startswith(MAGIC):
+        raise UserError(f"{path} is not a checkpoint of this version: {remedy}")
+    digest, data = content[len(MAGIC):len(MAGIC) + 64], content[len(MAGIC) + 65:]
+    if hashlib.sha256(data).hexdigest().encode() != digest:
+        raise UserError(f"{path} is truncated or damaged: {remedy}")
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def resume(path, config, maker):
+    """Read the checkpoint that a command left at `path` to go on from it; None where there is none.
+
+    Raises UserError where it was made with other settings, so that no run is mixed or overwritten.
+    """
+    if not Path(path).exists():
+        return None
+    record = load(path, maker)
+    now = settings(config)
+    changed = [f"{k} {record['settings'].get(k)!r}, now {v!r}" for k, v in now.items() if record["settings"].get(k) != v]
+    if changed:
+        raise UserError(f"{path} was made with {'; '.join(changed)}: use the old settings, another --out, or remove it")
+    return record
+
+
+def load_finished(path, maker, kind, preset):
+    """Read the checkpoint of a stage that later stages build on. Raises UserError where it is not one, or not finished."""
+    record = load(path, maker)
+    if record.get("kind") != kind or record["settings"]["preset"] != preset:
+        raise UserError(f"{path} is a {record['settings']['preset']} {record.get('kind')}, not a {preset} {kind}: remove it "
+                        f"and run `{maker}`")
+    if record["step"] < record["steps"]:
+        raise UserError(f"{path} is unfinished (step {record['step']} of {record['steps']}): go on with `{maker}`")
+    return record
+
+
+def settings(config):
+    """The part of a config that decides results: everything but where it runs and where it writes."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in ("device", "out")}
+
+
+class Log:
+    """JSON lines, one a step; the first says what ran where. On resuming, records of steps not kept are dropped."""
+
+    def __init__(self, path, config, device, first_step=0):
+        self.path = Path(path)
+        lines = []
+        if first_step:
+            lines = [line for line in self.path.read_text().splitlines() if _step_of(line) < first_step]
+        else:
+            here = Path(__file__).parent
+            commit = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+            lines.append(json.dumps(dict(commit=commit.stdout.strip() or "unknown", device=str(device), settings=settings(config),
+                                         torch=torch.__version__, numpy=numpy.__version__,
+                                         python=platform.python_version())))
+        write(self.path, "".join(line + "\n" for line in lines).encode())
+
+    def __call__(self, **record):
+        with open(self.path, "a") as file:
+            file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+
+
+def _step_of(line):
+    try:
+        return json.loads(line).get("step", -1)
+    except json.JSONDecodeError:                       # a line torn by a kill: its step is run again
+        return float("inf")
+
+
+class Interruptible:
+    """Within it, Ctrl-C and SIGTERM are noted, and the loop ends after the step in hand; a second Ctrl-C ends at once."""
+
+    def __enter__(self):
+        self.signal = 0
+        self.old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
+
+    def _note(self, number, frame):
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+
+    def leave(self, path, command):
+        """Exit, once what was done is saved."""
+        print(f"\ninterrupted; saved in {path}; go on with `{command}`", file=sys.stderr)
+        sys.exit(128 + self.signal)

@@ -1,0 +1,76 @@
+"""Type a prompt, get a plan and a picture.
+
+    python sample.py "a red circle left of a blue square"
+    python sample.py "three green crosses" --number 4 --guidance 2 --policy out/cpu/grpo-0/policy.pt
+
+    -> out/cpu/samples/three-green-crosses.png
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import runtime
+from evaluate import gallery, save_image
+from model import generate
+from pretrain import load_base, load_policy
+from scenes import WORLDS, decode_words, encode_words
+from tiny_vq.train import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = ""              # smoke, cpu or gpu
+    device: str = "auto"
+    out: str = "out"
+    seed: int = 0
+    policy: str = ""              # a policy.pt, or "base"; default: <out>/<preset>/eggrpo-0/policy.pt
+    number: int = 4               # plans and pictures
+    guidance: float = 1.0         # classifier-free guidance weight; 1 is none
+    temperature: float = 1.0
+    direct: bool = False          # draw without a plan
+
+    def check(self):
+        if not 1 <= self.number <= 64:
+            raise runtime.UserError("--number must lie between 1 and 64")
+        if not self.temperature > 0:
+            raise runtime.UserError("--temperature must be above 0")
+
+
+def main(argv=None):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    prompt = argv.pop(0) if argv and not argv[0].startswith("--") else ""
+    config = runtime.parse(Config, {name: {} for name in runtime.PRESETS}, __doc__, argv)
+    world = WORLDS[config.preset]
+    try:
+        words = torch.tensor([encode_words(prompt, world.prompt_slots)] * config.number)
+    except ValueError as error:
+        raise runtime.UserError(str(error)) from None
+    device = runtime.pick_device(config.device)
+    tokenizer = load_tokenizer(config.preset, config.out, device)
+    if config.policy == "base":
+        policy = load_base(config.preset, config.out, device)
+    else:
+        path = config.policy or f"{config.out}/{config.preset}/eggrpo-0/policy.pt"
+        policy = load_policy(path, f"python eggrpo.py --preset {config.preset}", "policy", config.preset, device)
+
+    noise = torch.rand(config.number, policy.C + policy.L, generator=runtime.generator(config.seed, "sample"))
+    with torch.no_grad(), runtime.autocast(device):
+        drawn = generate(policy, words.to(device), noise.to(device), config.direct, guidance=config.guidance,
+                         temperature=config.temperature)
+        images = tokenizer.decode(drawn.codes)
+    plans = [decode_words(p) or "(no plan)" for p in drawn.plan]
+    for plan in plans:
+        print(plan)
+    name = re.sub("[^a-z0-9]+", "-", prompt.lower()).strip("-")[:80]
+    path = Path(config.out) / config.preset / "samples" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(gallery([images], plans), path)
+    print(f"picture: {path}")
+
+
+if __name__ == "__main__":
+    runtime.run(main)

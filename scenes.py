@@ -1,0 +1,369 @@
+"""The world: a prompt is a scene is a picture.
+
+Everything the project knows to be true is decided here. A `Scene` holds a few coloured shapes on a 3 x 3 grid of cells,
+the prompt that asks for them, the plan (the chain of thought) that spells them out, and the seed of its ground. `render`
+draws it. Rewards, tokenizer and policy all take their truth from this file, and it imports nothing of theirs.
+
+    scene = make_scene(WORLDS["cpu"], "train", seed=0, index=7)      # the same arguments, the same scene, for ever
+    scene.prompt    "a red circle left of a blue square"
+    scene.plan      "red circle at row 1 column 1 ; blue square at row 3 column 2"
+    render(world, scene)                                             # (h, w, 3) uint8
+
+Prompt categories follow the benchmarks of the paper (T2I-CompBench and WISE):
+
+    colour     a red circle and a blue square                shape      a circle and a square both red
+    texture    a striped red circle and a blue square        numeracy   three red circles
+    spatial    a red circle left of a blue square            complex    a red circle above a blue square and a green cross
+    knowledge  a shape with three sides in the colour of grass
+
+The ground is dark, with a grain, a wave and a light that differ from scene to scene and are not in the prompt. They give
+image tokens the uncertainty of real pictures; `World.grain` is the dial, and without it entropy-guided training has no
+entropy to be guided by.
+
+Splits. `train` and `eval` never share a meaning: a scene belongs to one of them by a hash of what it asks for, so that a
+paraphrase of a training prompt is never an evaluation prompt. The three colour-shape pairs of UNSEEN never occur in
+`train` or `eval`, and every scene of `unseen` has one.
+
+The corpus is web-like on purpose: `corpus_item` contradicts its picture in a stated share of captions and of plans. That is
+why a policy that imitates it errs, and why reinforcement learning has something to mend.
+"""
+
+import difflib
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLOURS = {
+    "red": (225, 50, 50), "green": (60, 190, 70), "blue": (60, 105, 245),
+    "yellow": (240, 215, 50), "purple": (180, 70, 220), "white": (245, 245, 245),
+}
+SHAPES = ("circle", "square", "triangle", "diamond", "cross")
+RELATIONS = ("left of", "right of", "above", "below")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+NUMBERS = ("one", "two", "three", "four")
+UNSEEN = (("red", "cross"), ("blue", "triangle"), ("yellow", "circle"))
+KNOWN_COLOURS = {
+    "red": ("blood", "tomatoes"), "green": ("grass", "leaves"), "blue": ("oceans", "sapphires"),
+    "yellow": ("lemons", "bananas"), "purple": ("violets", "plums"), "white": ("snow", "milk"),
+}
+KNOWN_SHAPES = {
+    "circle": ("with no corners", "like a wheel"), "square": ("with four equal sides", "like a chessboard"),
+    "triangle": ("with three sides", "like a pyramid"), "diamond": ("like a kite", "like a square on its tip"),
+    "cross": ("like a plus sign", "with four arms"),
+}
+CATEGORIES = ("colour", "shape", "texture", "numeracy", "spatial", "complex", "knowledge")
+GRID = 3                     # cells a side
+GROUND = (40, 44, 50)        # mean colour of the ground, 0 to 255
+CAPTION_FAULTS = 0.25        # share of the corpus whose picture and plan contradict the prompt
+PLAN_FAULTS = 0.20           # share of the rest whose plan contradicts prompt and picture
+EVAL_SHARE = 6               # one meaning in six is held out for evaluation
+
+
+@dataclass(frozen=True)
+class World:
+    """What differs between presets. Sizes are in pixels, grain in grey levels of 255."""
+    image_size: int = 32
+    object_size: int = 9             # an object never leaves its cell of image_size // 3 pixels
+    patch: int = 4                   # a token stands for a patch x patch square
+    textures: tuple = ("solid",)
+    max_objects: int = 3
+    prompt_slots: int = 13           # longest prompt in words
+    plan_slots: int = 24             # longest plan in words, its end token included
+    grain: float = 4.0               # standard deviation of the pixel noise: the entropy dial
+
+    @property
+    def tokens_per_side(self):
+        return self.image_size // self.patch
+
+    @property
+    def image_tokens(self):
+        return self.tokens_per_side ** 2
+
+    @property
+    def categories(self):
+        return tuple(c for c in CATEGORIES if c != "texture" or len(self.textures) > 1)
+
+
+WORLDS = {
+    "smoke": World(),
+    "cpu": World(),
+    "gpu": World(image_size=64, object_size=16, textures=("solid", "striped", "hollow"), max_objects=4, prompt_slots=20,
+                 plan_slots=36),
+}
+
+
+class Object(NamedTuple):
+    colour: str
+    shape: str
+    texture: str
+    cell: int                # 0 to 8, in reading order
+    shift: tuple             # (down, right) in pixels within the cell
+
+
+class Scene(NamedTuple):
+    category: str
+    objects: tuple           # of Object; the first two are subject and object of the relation
+    relation: str            # one of RELATIONS, or ""
+    prompt: str
+    plan: str
+    ground_seed: int
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+def _vocabulary():
+    words = set("a and both shape in the colour of at row column ;".split()) | {"solid", "striped", "hollow"}
+    words |= {*COLOURS, *SHAPES, *(s + "s" if s != "cross" else "crosses" for s in SHAPES), *NUMBERS}
+    words |= {str(i + 1) for i in range(GRID)}
+    for phrases in (RELATIONS, *KNOWN_COLOURS.values(), *KNOWN_SHAPES.values()):
+        words |= {w for phrase in phrases for w in phrase.split()}
+    return ("<pad>", "<plan>", "<image>", "<end>", *sorted(words))
+
+
+WORDS = _vocabulary()                            # one vocabulary for every preset
+WORD_ID = {word: i for i, word in enumerate(WORDS)}
+PAD, PLAN, IMAGE, END = range(4)                 # the first three are placed, never sampled
+GRAMMAR = 'grammar: "a red circle [left of|right of|above|below|and] a blue square [and a green cross]", "three red circles", ' \
+          '"a circle and a square both red", "a shape with three sides in the colour of grass"'
+
+
+def encode_words(text, slots, end=False):
+    """Turn text into a list of `slots` word ids, padded with PAD.
+
+    end: add the stop token. Raises ValueError for an empty text, an unknown word (naming the nearest known ones) and a text
+    that does not fit.
+    """
+    words = text.lower().split()
+    if not words:
+        raise ValueError(f"the prompt is empty; {GRAMMAR}")
+    for word in words:
+        if word not in WORD_ID or word.startswith("<"):
+            near = difflib.get_close_matches(word[:40], [w for w in WORDS if w[0] != "<"], n=3, cutoff=0.4)
+            hint = f"nearest known: {', '.join(near)}" if near else "nothing like it is known"
+            raise ValueError(f"unknown word {word[:40]!r} ({hint}); {GRAMMAR}")
+    ids = [WORD_ID[word] for word in words] + [END] * end
+    if len(ids) > slots:
+        raise ValueError(f"{len(words)} words are too many: at most {slots - end} fit; {GRAMMAR}")
+    return ids + [PAD] * (slots - len(ids))
+
+
+def decode_words(ids):
+    """Turn word ids into text; what stands after the stop token, and padding, is left out."""
+    ids = [int(i) for i in ids]
+    ids = ids[:ids.index(END)] if END in ids else ids
+    return " ".join(WORDS[i] for i in ids if i != PAD)
+
+
+def _plural(shape, number):
+    return shape if number == 1 else shape + ("es" if shape.endswith("s") else "s")
+
+
+def _name(obj):
+    """Name an object as prompts and plans do; solid goes without saying."""
+    return f"{obj.colour} {obj.shape}" if obj.texture == "solid" else f"{obj.texture} {obj.colour} {obj.shape}"
+
+
+def plan_text(objects):
+    """Spell a scene out: each object with its attributes and its place."""
+    return " ; ".join(f"{_name(o)} at row {o.cell // GRID + 1} column {o.cell % GRID + 1}" for o in objects)
+
+
+# --- scenes -----------------------------------------------------------------------------------------------------------
+
+def _rng(*key):
+    """A generator whose stream NumPy has frozen: RandomState never changes between versions."""
+    return np.random.RandomState([zlib.crc32(str(k).encode()) if isinstance(k, str) else int(k) for k in key])
+
+
+def _pick(rng, options):
+    return options[rng.randint(len(options))]
+
+
+def holds(relation, cell_a, cell_b):
+    """Say whether `a relation b` is true of two cells."""
+    (ya, xa), (yb, xb) = divmod(cell_a, GRID), divmod(cell_b, GRID)
+    return {"left of": xa < xb, "right of": xa > xb, "above": ya < yb, "below": ya > yb}[relation]
+
+
+def _draw_kinds(world, category, rng):
+    """Draw (colour, shape, texture) for each object of a scene of this category."""
+    colours, textures = tuple(COLOURS), world.textures
+    kind = lambda: (_pick(rng, colours), _pick(rng, SHAPES), "solid")
+    if category == "colour":
+        first, second = rng.permutation(len(colours))[:2]
+        return [(colours[first], _pick(rng, SHAPES), "solid"), (colours[second], _pick(rng, SHAPES), "solid")]
+    if category == "shape":
+        colour = _pick(rng, colours)
+        return [(colour, SHAPES[i], "solid") for i in rng.permutation(len(SHAPES))[:2]]
+    if category == "texture":
+        first, second = rng.permutation(len(textures))[:2]
+        return [(_pick(rng, colours), _pick(rng, SHAPES), textures[i]) for i in (first, second)]
+    if category == "numeracy":
+        return [kind()] * rng.randint(1, world.max_objects + 1)
+    if category == "knowledge":
+        return [kind()]
+    n = 2 if category == "spatial" else rng.randint(3, world.max_objects + 1)
+    kinds = set()
+    while len(kinds) < n:
+        texture = "solid" if category == "spatial" else _pick(rng, textures)
+        kinds.add((*kind()[:2], texture))
+    return [k for k in sorted(kinds, key=lambda _: rng.rand())]
+
+
+def _draw_cells(n, relation, ordered, rng):
+    while True:
+        cells = [int(c) for c in rng.permutation(GRID * GRID)[:n]]
+        if not relation or holds(relation, *cells[:2]):
+            return sorted(cells) if ordered else cells
+
+
+def _prompt(category, objects, relation, rng):
+    """Put a scene into words."""
+    names = [f"a {_name(o)}" for o in objects]
+    if category == "shape":
+        return f"a {objects[0].shape} and a {objects[1].shape} both {objects[0].colour}"
+    if category == "numeracy":
+        n = len(objects)
+        return f"{NUMBERS[n - 1]} {objects[0].colour} {_plural(objects[0].shape, n)}"
+    if category == "knowledge":
+        o = objects[0]
+        return f"a shape {_pick(rng, KNOWN_SHAPES[o.shape])} in the colour of {_pick(rng, KNOWN_COLOURS[o.colour])}"
+    if relation:
+        return f"{names[0]} {relation} " + " and ".join(names[1:])
+    return " and ".join(names)
+
+
+def meaning(objects, relation):
+    """Reduce a scene to what it asks for, so that paraphrases and mirrored relations are equal."""
+    names = [_name(o) for o in objects]
+    if relation in ("right of", "below"):                       # "a right of b" is "b left of a"
+        return f"{names[1]} {OPPOSITE[relation]} {names[0]} / {sorted(names[2:])}"
+    return f"{names[0]} {relation} {names[1]} / {sorted(names[2:])}" if relation else str(sorted(names))
+
+
+def split_of(objects, relation):
+    """Tell the split of a scene: train, eval or unseen."""
+    if any((o.colour, o.shape) in UNSEEN for o in objects):
+        return "unseen"
+    return "eval" if zlib.crc32(meaning(objects, relation).encode()) % EVAL_SHARE == 0 else "train"
+
+
+def make_scene(world, split, seed, index, category=None):
+    """Make the index-th scene of a split. Categories take turns unless one is named. Pure: the same arguments, the same scene."""
+    rng = _rng("scene", split, seed, index)
+    category = category or world.categories[index % len(world.categories)]
+    room = world.image_size // GRID - world.object_size + 1
+    while True:
+        kinds = _draw_kinds(world, category, rng)
+        relation = _pick(rng, RELATIONS) if category in ("spatial", "complex") else ""
+        cells = _draw_cells(len(kinds), relation, category == "numeracy", rng)
+        objects = tuple(Object(*kind, cell, (rng.randint(room), rng.randint(room))) for kind, cell in zip(kinds, cells))
+        if split_of(objects, relation) == split:
+            return Scene(category, objects, relation, _prompt(category, objects, relation, rng), plan_text(objects),
+                         rng.randint(2 ** 31))
+
+
+def random_scene(world, seed, index):
+    """Make a crowded scene of any pairs, without prompt: what the tokenizer, which knows no text, is trained on."""
+    rng = _rng("random", seed, index)
+    room = world.image_size // GRID - world.object_size + 1
+    cells = rng.permutation(GRID * GRID)[:rng.randint(1, 2 * GRID + 1)]
+    objects = tuple(Object(_pick(rng, tuple(COLOURS)), _pick(rng, SHAPES), _pick(rng, world.textures), int(cell),
+                           (rng.randint(room), rng.randint(room))) for cell in cells)
+    return Scene("random", objects, "", "", "", rng.randint(2 ** 31))
+
+
+def _contradict(world, scene, rng):
+    """Swap an attribute, lose an object or exchange two places: a scene that its caption does not tell the truth about."""
+    while True:
+        objects = list(scene.objects)
+        i = rng.randint(len(objects))
+        fault = _pick(rng, ("colour", "shape", "texture", "missing", "places"))
+        if fault == "colour":
+            objects[i] = objects[i]._replace(colour=_pick(rng, tuple(COLOURS)))
+        elif fault == "shape":
+            objects[i] = objects[i]._replace(shape=_pick(rng, SHAPES))
+        elif fault == "texture":
+            objects[i] = objects[i]._replace(texture=_pick(rng, world.textures))
+        elif fault == "missing" and len(objects) > 1:
+            del objects[i]
+        elif fault == "places" and scene.relation:
+            a, b = objects[:2]
+            objects[:2] = a._replace(cell=b.cell, shift=b.shift), b._replace(cell=a.cell, shift=a.shift)
+        wrong = tuple(objects)
+        if wrong != scene.objects and not any((o.colour, o.shape) in UNSEEN for o in wrong):
+            return scene._replace(objects=wrong, plan=plan_text(wrong))
+
+
+def corpus_item(world, seed, index):
+    """Make one item of the web-like pretraining corpus: a scene whose prompt or plan may contradict its picture.
+
+    CAPTION_FAULTS of the items draw (and plan) something other than the prompt says; PLAN_FAULTS of the rest draw what the
+    prompt says under a plan that says something else.
+    """
+    scene = make_scene(world, "train", seed, index)
+    rng = _rng("fault", seed, index)
+    if rng.rand() < CAPTION_FAULTS:
+        return _contradict(world, scene, rng)
+    if rng.rand() < PLAN_FAULTS:
+        return scene._replace(plan=_contradict(world, scene, rng).plan)
+    return scene
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+@lru_cache(maxsize=None)
+def stamp(shape, texture, size):
+    """Draw one shape's coverage, antialiased: a PIL image of mode L, size x size, 255 where the object is."""
+    n, u = 8 * size, size                                       # eight times too large, then shrunk; u is an eighth
+    image = Image.new("L", (n, n))
+    draw = ImageDraw.Draw(image)
+    polygons = {
+        "triangle": [(n / 2, 0), (n - 1, n - 1), (0, n - 1)],
+        "diamond": [(n / 2, 0), (n - 1, n / 2), (n / 2, n - 1), (0, n / 2)],
+        "square": [(u / 2, u / 2), (n - u / 2, u / 2), (n - u / 2, n - u / 2), (u / 2, n - u / 2)],
+    }
+    if shape == "circle":
+        draw.ellipse((0, 0, n - 1, n - 1), fill=255)
+    elif shape == "cross":
+        draw.rectangle((0, 3 * n // 9, n - 1, 6 * n // 9 - 1), fill=255)
+        draw.rectangle((3 * n // 9, 0, 6 * n // 9 - 1, n - 1), fill=255)
+    else:
+        draw.polygon(polygons[shape], fill=255)
+    if texture == "striped":
+        for top in range(0, n, n // 4):                         # four stripes and four gaps
+            draw.rectangle((0, top + n // 8, n, top + n // 4 - 1), fill=0)
+    if texture == "hollow":
+        inner = np.asarray(image.resize((n // 2, n // 2)))
+        whole = np.array(image)
+        drop = {"triangle": 5 * n // 16}.get(shape, n // 4)     # a triangle's middle lies lower than its box's
+        whole[drop:drop + n // 2, n // 4:n // 4 + n // 2][inner > 127] = 0
+        image = Image.fromarray(whole)
+    return image.resize((size, size), Image.BOX)
+
+
+def ground(world, seed):
+    """Draw a dark ground: a wave and a slanting light that cross the picture, and grain. (h, w, 3) float, 0 to 255."""
+    rng = np.random.RandomState(seed)
+    n = world.image_size
+    y, x = np.mgrid[0:n, 0:n] / n - 0.5
+    turn, lean = rng.uniform(0, 2 * np.pi, 2)
+    light = 12 * rng.uniform(0.3, 1) * (x * np.cos(turn) + y * np.sin(turn))
+    wave = 9 * rng.uniform(0.2, 1) * np.sin(2 * np.pi * rng.uniform(1, 3) * (x * np.cos(lean) + y * np.sin(lean)) + rng.uniform(0, 6))
+    tint = rng.uniform(-4, 4, 3)
+    grey = light + wave + world.grain * rng.standard_normal((n, n))
+    return np.clip(np.array(GROUND) + tint + grey[:, :, None], 0, 90)
+
+
+def render(world, scene):
+    """Draw a scene. Returns (h, w, 3) uint8."""
+    image = Image.fromarray(ground(world, scene.ground_seed).astype(np.uint8))
+    cell = world.image_size // GRID
+    for o in scene.objects:
+        top, left = o.cell // GRID * cell + o.shift[0], o.cell % GRID * cell + o.shift[1]
+        image.paste(COLOURS[o.colour], (left, top), stamp(o.shape, o.texture, world.object_size))
+    return np.asarray(image)

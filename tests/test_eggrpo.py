@@ -1,0 +1,324 @@
+"""The method: hand-worked pins, laws, equivalences, gradients. The guards name the bugs of other GRPO codes that they catch."""
+
+import doctest
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import eggrpo
+from conftest import tiny_policy
+from eggrpo import (Config, METHODS, check_gap, entropy_masks, entropy_stats, group_advantages, make_rollout, policy_loss,
+                    score_tokens, shape_advantages, shape_by_modality, token_entropy, update)
+from scenes import make_scene
+
+
+def random_batch(b=6, t=20, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    valid = torch.arange(t) < torch.randint(5, t + 1, (b, 1), generator=g)
+    return torch.randn(b, generator=g), torch.rand(b, t, generator=g), valid
+
+
+def test_docstrings_are_true():
+    assert doctest.testmod(eggrpo).failed == 0 and doctest.testmod(eggrpo).attempted >= 4
+
+
+# --- advantages -------------------------------------------------------------------------------------------------------
+
+def test_advantages_by_hand():
+    """Rewards 0, 1, 2, 5: mean 2, squared deviations 4 + 1 + 0 + 9 = 14, std with ddof 1 is sqrt(14 / 3)."""
+    a = group_advantages(torch.tensor([[0.0, 1.0, 2.0, 5.0]]), eps=0.0)
+    assert torch.allclose(a, torch.tensor([[-2.0, -1.0, 0.0, 3.0]]) / math.sqrt(14 / 3))
+
+
+def test_each_group_is_normalised_by_itself():
+    """Guard: normalising over the batch instead of the group."""
+    r = torch.tensor([[0.0, 1.0, 2.0], [10.0, 11.0, 12.0]])
+    a = group_advantages(r)
+    assert torch.allclose(a[0], a[1]) and torch.allclose(a.sum(1), torch.zeros(2), atol=1e-6)
+    assert torch.allclose(group_advantages(3 * r + 7, eps=0.0), group_advantages(r, eps=0.0), atol=1e-5)
+
+
+@pytest.mark.parametrize("eps", [1e-4, 1e-8])
+def test_a_constant_group_gives_exactly_zero(eps):
+    """Guard: 24 equal rewards of 1.1 give advantages up to 0.9 with eps 1e-8 in float32."""
+    assert torch.equal(group_advantages(torch.full((2, 24), 1.1), eps), torch.zeros(2, 24))
+
+
+def test_a_group_of_one_is_refused():
+    """Guard: the released code gives NaN."""
+    with pytest.raises(ValueError, match="2 rollouts"):
+        group_advantages(torch.ones(4, 1))
+
+
+# --- entropy and masks ------------------------------------------------------------------------------------------------
+
+def test_entropy_is_that_of_the_full_distribution_as_a_fraction():
+    assert torch.allclose(token_entropy(torch.zeros(3, 512)), torch.ones(3))
+    assert torch.allclose(token_entropy(torch.tensor([[0.0, 0.0, -1e9, -1e9]])), torch.tensor([0.5]))
+    assert token_entropy(torch.tensor([[0.0, -float("inf")]])).item() == 0
+    logits = torch.randn(4, 7, requires_grad=True)
+    p = logits.softmax(-1)
+    assert torch.allclose(token_entropy(logits), -(p * p.log()).sum(-1) / math.log(7), atol=1e-6)
+    assert not token_entropy(logits).requires_grad and token_entropy(logits.bfloat16()).dtype == torch.float32
+
+
+def test_masks_of_eight_entropies():
+    """The worked example of the docstring: .10 and .20 are low, .50 and above are high."""
+    entropy = torch.tensor([[.30, .10, .80, .20, .60, .50, .70, .40]])
+    low, high = entropy_masks(entropy, torch.ones(1, 8, dtype=torch.bool), 0.25, 0.5)
+    assert low.tolist() == [[False, True, False, True, False, False, False, False]]
+    assert high.tolist() == [[False, False, True, False, True, True, True, False]]
+
+
+def masks_by_loop(entropy, valid, low_frac, high_frac):
+    low, high = torch.zeros_like(valid), torch.zeros_like(valid)
+    for row in range(len(entropy)):
+        places = sorted((entropy[row, t].item(), t) for t in range(entropy.shape[1]) if valid[row, t])
+        n = len(places)
+        for _, t in places[:math.floor(low_frac * n + 1e-6)]:
+            low[row, t] = True
+        for _, t in places[n - math.floor(high_frac * n + 1e-6):]:
+            high[row, t] = True
+    return low, high
+
+
+@pytest.mark.parametrize("low_frac, high_frac", [(0.2, 0.5), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (0.33, 0.29)])
+def test_masks_equal_the_loop_ties_included(low_frac, high_frac):
+    """Guard: strict thresholds mask nothing when many entropies tie."""
+    for seed in range(20):
+        _, entropy, valid = random_batch(seed=seed)
+        for h in (entropy, (entropy * 4).round() / 4, torch.zeros_like(entropy)):
+            got, expected = entropy_masks(h, valid, low_frac, high_frac), masks_by_loop(h, valid, low_frac, high_frac)
+            assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+            assert not (got[0] & got[1]).any()
+
+
+def test_counts_for_the_papers_576_image_tokens():
+    low, high = entropy_masks(torch.rand(1, 576), torch.ones(1, 576, dtype=torch.bool))
+    assert (low.sum().item(), high.sum().item()) == (115, 288)
+
+
+def test_masks_do_not_change_when_padding_is_added():
+    """Guard: thresholds that depend on the longest plan of the batch."""
+    _, entropy, valid = random_batch()
+    wide = torch.cat([entropy, torch.full((6, 9), -1.0)], 1), torch.cat([valid, torch.zeros(6, 9, dtype=torch.bool)], 1)
+    for got, expected in zip(entropy_masks(*wide), entropy_masks(entropy, valid)):
+        assert torch.equal(got[:, :20], expected) and not got[:, 20:].any()
+
+
+@pytest.mark.parametrize("fractions", [(-0.1, 0.5), (0.6, 0.5), (0.2, 1.1)])
+def test_fractions_that_overlap_or_leave_the_range_are_refused(fractions):
+    with pytest.raises(ValueError, match="at most 1"):
+        entropy_masks(torch.rand(1, 4), torch.ones(1, 4, dtype=torch.bool), *fractions)
+
+
+# --- shaping ----------------------------------------------------------------------------------------------------------
+
+def test_shaping_by_hand():
+    """A = -1, low .2, high .5 of five tokens: one is excluded, the top two get min(.3 * 1, .3 * H) = .3 H."""
+    h = torch.tensor([[0.9, 0.1, 0.5, 0.7, 0.3]])
+    out = shape_advantages(torch.tensor([-1.0]), h, torch.ones(1, 5, dtype=torch.bool))
+    assert torch.allclose(out, torch.tensor([[-1 + 0.27, 0.0, -1.0, -1 + 0.21, -1.0]]))
+    capped = shape_advantages(torch.tensor([0.5]), h, torch.ones(1, 5, dtype=torch.bool))
+    assert torch.allclose(capped, torch.tensor([[0.65, 0.0, 0.5, 0.65, 0.5]]))        # .3 * .5 < .3 * .7
+
+
+def test_shaping_equals_the_loop():
+    a, h, valid = random_batch()
+    low, high = masks_by_loop(h, valid, 0.2, 0.5)
+    out = shape_advantages(a, h, valid)
+    for b, t in zip(*valid.nonzero(as_tuple=True)):
+        bonus = min(0.3 * abs(a[b].item()), 0.3 * h[b, t].item()) if high[b, t] else 0.0
+        assert math.isclose(out[b, t].item(), 0.0 if low[b, t] else a[b].item() + bonus, rel_tol=1e-5, abs_tol=1e-7)
+
+
+def test_the_bonus_never_flips_a_sign_and_a_zero_advantage_stays_zero():
+    a, h, valid = random_batch()
+    out = shape_advantages(a, h, valid)
+    assert (out * a[:, None] >= 0).all()
+    assert torch.equal(shape_advantages(torch.zeros(6), h, valid), torch.zeros(6, 20))
+
+
+def test_nothing_masked_and_no_bonus_is_grpo_bit_for_bit():
+    a, h, valid = random_batch()
+    assert torch.equal(shape_advantages(a, h, valid, low_frac=0.0, bonus_coef=0.0), a[:, None].expand(6, 20))
+
+
+# --- loss -------------------------------------------------------------------------------------------------------------
+
+def random_logps(seed=0, b=6, t=20, spread=0.1):
+    g = torch.Generator().manual_seed(seed)
+    logp = -torch.rand(b, t, generator=g) * 3
+    return logp, logp + spread * torch.randn(b, t, generator=g), logp + spread * torch.randn(b, t, generator=g)
+
+
+def test_the_loss_equals_the_loop():
+    logp, old, ref = random_logps(spread=0.3)
+    a, _, valid = random_batch()
+    total = kl_total = clipped = 0.0
+    for b, t in zip(*valid.nonzero(as_tuple=True)):
+        ratio, gap = math.exp(logp[b, t] - old[b, t]), (ref[b, t] - logp[b, t]).item()
+        kl = math.exp(gap) - gap - 1
+        total += min(ratio * a[b].item(), min(max(ratio, 0.8), 1.28) * a[b].item()) - 0.05 * kl
+        kl_total += kl
+        clipped += (ratio < 0.8 and a[b] < 0) or (ratio > 1.28 and a[b] > 0)
+    n = valid.sum().item()
+    loss, stats = policy_loss(logp, old, ref, a[:, None].expand(6, 20), valid, 0.05, 0.2, 0.28)
+    assert math.isclose(loss.item(), -total / n, rel_tol=1e-5)
+    assert math.isclose(stats["kl"], kl_total / n, rel_tol=1e-4) and math.isclose(stats["clipped"], clipped / n, rel_tol=1e-5)
+
+
+def test_the_first_updates_gradient_is_reinforce():
+    """With ratio 1 the gradient with respect to log-probs is -A / n, though the loss itself is -mean(A): why "loss is 0" is right."""
+    logp, _, _ = random_logps()
+    a, _, valid = random_batch()
+    leaf = logp.clone().requires_grad_(True)
+    loss, stats = policy_loss(leaf, logp, None, a[:, None].expand(6, 20), valid, beta=0.0)
+    loss.backward()
+    assert torch.allclose(leaf.grad, -a[:, None] * valid / valid.sum())
+    assert stats["ratio_min"] == stats["ratio_max"] == 1 and stats["clipped"] == 0
+
+
+def test_low_tokens_get_the_gradient_of_the_kl_term_alone():
+    """Guard: masked tokens that still get reward gradient. KL holds on all valid tokens, low ones too."""
+    logp, _, ref = random_logps()
+    a, h, valid = random_batch()
+    low, _ = entropy_masks(h, valid)
+    leaf = logp.clone().requires_grad_(True)
+    policy_loss(leaf, logp, ref, shape_advantages(a, h, valid), valid, beta=0.05)[0].backward()
+    kl_only = 0.05 * (1 - (ref - logp).exp()) / valid.sum()
+    assert torch.allclose(leaf.grad[low], kl_only[low], atol=1e-7)
+    assert (leaf.grad[valid & ~low] - kl_only[valid & ~low]).abs().min() > 1e-5
+
+
+def test_kl_is_zero_for_equal_policies_and_positive_otherwise():
+    logp, _, ref = random_logps()
+    valid = torch.ones_like(logp, dtype=torch.bool)
+    zero = torch.zeros_like(logp)
+    assert policy_loss(logp, logp, logp, zero, valid)[1]["kl"] == 0
+    assert policy_loss(logp, logp, ref, zero, valid)[1]["kl"] > 0
+
+
+def test_padding_reaches_neither_loss_nor_gradient():
+    logp, old, ref = random_logps()
+    a, _, valid = random_batch()
+    poisoned = [torch.where(valid, x, torch.tensor(float("nan"))) for x in (logp, old, ref)]
+    leaf = poisoned[0].requires_grad_(True)
+    loss, _ = policy_loss(leaf, *poisoned[1:], a[:, None].expand(6, 20), valid)
+    loss.backward()
+    assert torch.equal(loss, policy_loss(logp, old, ref, a[:, None].expand(6, 20), valid)[0])
+    assert (leaf.grad[~valid] == 0).all() and leaf.grad[valid].isfinite().all()
+
+
+def test_expected_gradient_equals_the_exact_one_on_an_enumerable_policy():
+    """One token of three, reward known: the mean over many groups of GRPO's gradient (no std, no clip) is the gradient of E[R]."""
+    torch.manual_seed(0)
+    logits, reward = torch.tensor([0.2, -0.5, 0.8], requires_grad=True), torch.tensor([1.0, 0.0, 0.3])
+    (exact,) = torch.autograd.grad((logits.softmax(0) * reward).sum(), logits)
+    p, g = 40000, 4
+    tokens = torch.multinomial(logits.softmax(0).detach(), p * g, replacement=True)
+    r = reward[tokens].view(p, g)
+    # the group mean includes the sample itself, which shrinks the gradient by (G - 1) / G
+    advantage = ((r - r.mean(1, keepdim=True)) * g / (g - 1)).view(-1, 1)
+    logp = logits.log_softmax(0)[tokens][:, None]
+    loss, _ = policy_loss(logp, logp.detach(), None, advantage, torch.ones(p * g, 1, dtype=torch.bool), beta=0.0)
+    (estimate,) = torch.autograd.grad(loss, logits)
+    assert torch.allclose(-estimate, exact, atol=0.01)
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def step(eye, world):
+    """A rollout of a tiny random policy, and what an update needs."""
+    policy, reference = tiny_policy(world), tiny_policy(world, seed=1)
+    config = Config(preset="cpu", prompts=2, group=4)
+    scenes = [make_scene(world, "train", 0, i) for i in range(2)]
+    rollout, _ = make_rollout(policy, eye, scenes, config, 0)
+    varied = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))     # an untrained tokenizer earns 0 every time
+    return policy, reference, rollout._replace(rewards=varied), config
+
+
+class Gradients:
+    """Stands for an optimizer that changes nothing and remembers."""
+
+    def __init__(self, policy):
+        self.policy = policy
+
+    def step(self):
+        self.kept = [p.grad.clone() for p in self.policy.parameters() if p.grad is not None]
+
+    def zero_grad(self):
+        self.policy.zero_grad()
+
+
+def gradients(policy, reference, rollout, config):
+    optimizer = Gradients(policy)
+    return update(policy, reference, optimizer, rollout, config, torch.device("cpu")), optimizer.kept
+
+
+def test_rollouts_are_the_learners_own_and_the_first_ratio_is_one(step):
+    """Guard: a sampler that differs from the learner."""
+    stats, _ = gradients(*step)
+    assert stats["gap"] < 1e-4 and abs(stats["ratio_min"] - 1) < 1e-4 and abs(stats["ratio_max"] - 1) < 1e-4
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_micro_batches_change_neither_gradient_nor_log(step, micro_batch):
+    """Guards: a denominator per micro-batch; a reported metric that is the last micro-batch's."""
+    policy, reference, rollout, config = step
+    whole, expected = gradients(*step)
+    parts, got = gradients(policy, reference, rollout, replace(config, micro_batch=micro_batch))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, expected))
+    assert all(math.isclose(parts[k], whole[k], rel_tol=1e-3, abs_tol=1e-5) for k in whole)
+
+
+def test_method_grpo_is_eggrpo_with_nothing_masked_and_no_bonus(step):
+    """Guard: a baseline that differs from the method by more than the method."""
+    policy, reference, rollout, config = step
+    _, grpo = gradients(policy, reference, rollout, replace(config, **METHODS["grpo"]))
+    _, off = gradients(policy, reference, rollout, replace(config, method="eggrpo", low_frac=0.0, bonus_coef=0.0))
+    _, eg = gradients(policy, reference, rollout, replace(config, **METHODS["eggrpo"]))
+    assert all(torch.equal(a, b) for a, b in zip(grpo, off))
+    assert any(not torch.equal(a, b) for a, b in zip(grpo, eg))
+
+
+def test_plan_and_image_are_shaped_apart(step):
+    """Entropies of one modality must not move the thresholds of the other."""
+    policy, _, rollout, config = step
+    advantage = torch.randn(8)
+    _, entropy = score_tokens(policy, rollout, torch.device("cpu"))
+    before = shape_by_modality(advantage, entropy, rollout.valid, policy.C, config)
+    entropy[:, :policy.C] = entropy[:, :policy.C] / 100
+    after = shape_by_modality(advantage, entropy, rollout.valid, policy.C, config)
+    assert torch.equal(before[:, policy.C:], after[:, policy.C:])
+
+
+def test_entropy_statistics_go_over_valid_tokens_only():
+    h = torch.tensor([[0.2, 0.4, 9.0, 0.5, 0.7]])
+    stats = entropy_stats(h, torch.tensor([[True, True, False, True, True]]), 3, 1.0)
+    assert math.isclose(stats["plan_entropy"], 0.3, rel_tol=1e-5) and math.isclose(stats["plan_entropy_std"], 0.1, rel_tol=1e-5)
+    assert math.isclose(stats["image_entropy"], 0.6, rel_tol=1e-5)
+
+
+def test_a_sampler_that_is_not_the_learner_stops_the_run():
+    check_gap(5e-5, 0, torch.device("cpu"))
+    for gap in (2e-4, float("nan")):
+        with pytest.raises(RuntimeError, match="not the same policy"):
+            check_gap(gap, 7, torch.device("cpu"))
+
+
+def test_a_policy_overfits_one_reward(world, eye):
+    """Reward the use of one code: forty updates must raise its share several times, or nothing above means anything."""
+    policy, reference = tiny_policy(world, scale=2.0), tiny_policy(world, scale=2.0)
+    config = Config(preset="cpu", prompts=2, group=8, beta=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), 3e-3, weight_decay=0.0)
+    scenes, share = [make_scene(world, "train", 0, i) for i in range(2)], []
+    for step in range(40):
+        rollout, _ = make_rollout(policy, eye, scenes, config, step)
+        reward = (rollout.codes == 5).float().mean(1).view(2, 8)
+        share.append(reward.mean().item())
+        update(policy, reference, optimizer, rollout._replace(rewards=reward), config, torch.device("cpu"))
+    assert sum(share[-5:]) > 3 * sum(share[:5])

@@ -1,0 +1,133 @@
+"""The policy: what is sampled is what is scored, padding is nothing, the noise decides."""
+
+import pytest
+import torch
+
+from conftest import tiny_policy
+from model import choose, generate, policy_logits, score, token_logp
+from scenes import END, IMAGE, PAD, PLAN, encode_words
+
+PROMPTS = ["a red circle and a blue square", "three green crosses", "a shape with three sides in the colour of grass"]
+
+
+@pytest.fixture
+def prompt(world):
+    return torch.tensor([encode_words(p, world.prompt_slots) for p in PROMPTS])
+
+
+def noise(policy, n, seed=0):
+    return torch.rand(n, policy.C + policy.L, generator=torch.Generator().manual_seed(seed))
+
+
+def rescored(policy, prompt, draw, **how):
+    return token_logp(*score(policy, prompt, draw.plan, draw.codes, **how), draw.plan, draw.codes)
+
+
+@pytest.mark.parametrize("how", [{}, {"guidance": 3.0}, {"temperature": 0.7}, {"guidance": 0.5, "temperature": 1.3}])
+@pytest.mark.parametrize("direct", [False, True])
+def test_cached_sampling_equals_uncached_scoring(policy, prompt, how, direct):
+    """The uncached forward is the oracle: a wrong cache, mask, slot or guidance on one side only would show here."""
+    draw = generate(policy, prompt, noise(policy, 3), direct=direct, **how)
+    assert (rescored(policy, prompt, draw, **how) - draw.logp).abs().max() < 1e-4
+    assert draw.logp[:, policy.C:].exp().std() > 0.01                        # and the distributions are not all alike
+
+
+def test_sampling_slot_by_slot_without_cache_gives_the_same_tokens(policy, prompt):
+    """The slow obvious sampler: run the whole network for every token."""
+    u = noise(policy, 3)
+    draw = generate(policy, prompt, u)
+    plan, codes = torch.full_like(draw.plan, PAD), torch.zeros_like(draw.codes)
+    with torch.no_grad():
+        for j in range(policy.C):
+            token, _ = choose(score(policy, prompt, plan, codes)[0][:, j], u[:, j])
+            ended = (plan == END).any(1)
+            plan[:, j] = torch.where(ended, PAD, token + END)
+        for j in range(policy.L):
+            codes[:, j], _ = choose(score(policy, prompt, plan, codes)[1][:, j], u[:, policy.C + j])
+    assert torch.equal(plan, draw.plan) and torch.equal(codes, draw.codes)
+
+
+def test_the_stop_token_is_valid_and_what_follows_is_not(world, prompt):
+    policy = tiny_policy(world)
+    with torch.no_grad():
+        policy.word_head.weight[0] += 0.2 * policy.word_head.weight[1:].abs().mean() * torch.randn(32)
+    draw = generate(policy, prompt.repeat(40, 1), noise(policy, 120))
+    stopped = (draw.plan == END).any(1)
+    assert 0 < stopped.sum()
+    for plan, valid, logp in zip(draw.plan[stopped], draw.valid[stopped], draw.logp[stopped]):
+        end = (plan == END).nonzero()[0, 0]
+        assert valid[:end + 1].all() and not valid[end + 1:policy.C].any() and valid[policy.C:].all()
+        assert (plan[end + 1:] == PAD).all() and (logp[end + 1:policy.C] == 0).all() and logp[end] != 0
+    assert draw.valid[~stopped].all()                                        # a plan that never stops is valid throughout
+
+
+def test_markers_and_padding_are_never_sampled(policy, prompt):
+    draw = generate(policy, prompt.repeat(20, 1), noise(policy, 60))
+    words = draw.plan[draw.valid[:, :policy.C]]
+    assert words.min() >= END > max(PAD, PLAN, IMAGE)
+
+
+def test_padding_changes_nothing(policy, prompt):
+    """What stands in the embedding of PAD must not reach any valid token, nor may it make NaN."""
+    draw = generate(policy, prompt, noise(policy, 3), direct=True)
+    before = rescored(policy, prompt, draw)
+    with torch.no_grad():
+        policy.word_embedding.weight[PAD] += 100
+    assert torch.equal(rescored(policy, prompt, draw), before)
+    again = generate(policy, prompt, noise(policy, 3), direct=True)
+    assert torch.equal(again.codes, draw.codes)
+    empty = torch.full_like(prompt, PAD)
+    assert generate(policy, empty, noise(policy, 3)).logp.isfinite().all()
+
+
+def test_attention_is_causal(policy, prompt):
+    """Changing a token changes no logits at or before its own slot, and some after it."""
+    draw = generate(policy, prompt, noise(policy, 3))
+    words, codes = score(policy, prompt, draw.plan, draw.codes)
+    changed = draw.codes.clone()
+    changed[:, 30] = (changed[:, 30] + 1) % 32
+    words2, codes2 = score(policy, prompt, draw.plan, changed)
+    assert torch.equal(words, words2) and torch.allclose(codes[:, :31], codes2[:, :31], atol=1e-5)
+    assert not torch.allclose(codes[:, 31], codes2[:, 31], atol=1e-3)
+
+
+def test_guidance_one_is_none_and_guidance_moves_from_the_empty_prompt():
+    raw, empty = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0]])
+    assert torch.equal(policy_logits(raw), raw)
+    assert torch.equal(policy_logits(torch.cat([raw, empty]), guidance=3.0), torch.tensor([[1.0, 4.0]]))
+    assert torch.equal(policy_logits(raw, temperature=2.0), raw / 2)
+    assert policy_logits(raw.bfloat16()).dtype == torch.float32
+
+
+def test_choose_samples_the_distribution():
+    """At 20,000 draws a share has a standard error of at most .0036; four of them is the bound."""
+    logits = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    uniform = torch.rand(20000, generator=torch.Generator().manual_seed(0))
+    token, logp = choose(logits.expand(20000, 4), uniform)
+    share = torch.bincount(token, minlength=4) / 20000
+    assert (share - logits.softmax(0)).abs().max() < 0.0144
+    assert torch.allclose(logp, logits.log_softmax(0)[token])
+    edge, _ = choose(torch.tensor([[0.0, -200.0]]).expand(2, 2), torch.tensor([0.0, 1 - 1e-7]))
+    assert edge.tolist() == [0, 0]                                           # impossible tokens stay impossible
+
+
+def test_a_given_plan_is_drawn_from_and_scored_the_same(policy, prompt):
+    first = generate(policy, prompt, noise(policy, 3))
+    second = generate(policy, prompt, noise(policy, 3, seed=1), plan=first.plan)
+    assert torch.equal(second.plan, first.plan) and not torch.equal(second.codes, first.codes)
+    assert (rescored(policy, prompt, second) - second.logp)[:, policy.C:].abs().max() < 1e-4
+
+
+def test_sequences_of_a_batch_do_not_meet(policy, prompt):
+    u = noise(policy, 3)
+    whole = generate(policy, prompt, u)
+    alone = generate(policy, prompt[1:2], u[1:2])
+    assert torch.equal(whole.codes[1:2], alone.codes) and torch.equal(whole.plan[1:2], alone.plan)
+
+
+@pytest.mark.gpu
+def test_cuda_and_cpu_score_alike(policy, prompt):
+    draw = generate(policy, prompt, noise(policy, 3))
+    there = generate(policy.cuda(), prompt.cuda(), noise(policy, 3).cuda())
+    assert (rescored(policy, prompt.cuda(), there) - there.logp).abs().max() < 1e-4
+    assert (there.codes.cpu() == draw.codes).float().mean() > 0.9            # a rounding may turn a token; what follows differs

@@ -1,0 +1,125 @@
+"""The world tells the truth, the same truth every time, and its splits do not leak."""
+
+import zlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from scenes import (CATEGORIES, CAPTION_FAULTS, END, GRID, PAD, PLAN_FAULTS, RELATIONS, SHAPES, UNSEEN,
+                    WORDS, WORLDS, Object, corpus_item, decode_words, encode_words, ground, holds,
+                    make_scene, meaning, plan_text, random_scene, render, split_of, stamp)
+
+PRESETS = ["cpu", "gpu"]
+
+
+def scenes_of(world, split, n=300):
+    return [make_scene(world, split, 0, i) for i in range(n)]
+
+
+def test_a_scene_is_the_same_for_ever():
+    """Pinned: changing how scenes are drawn would silently change every published number."""
+    scene = make_scene(WORLDS["cpu"], "train", 0, 3)
+    assert (scene.category, scene.prompt) == ("spatial", "a blue circle right of a green triangle")
+    assert scene.plan == "blue circle at row 2 column 2 ; green triangle at row 1 column 1"
+    assert zlib.crc32(stamp("diamond", "solid", 9).tobytes()) == zlib.crc32(stamp("diamond", "solid", 9).tobytes())
+    assert render(WORLDS["cpu"], scene).tobytes() == render(WORLDS["cpu"], make_scene(WORLDS["cpu"], "train", 0, 3)).tobytes()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_category_and_relation_occurs_in_every_split(preset):
+    """In the released spatial reward no branch matches "above": what is asked for must exist."""
+    world = WORLDS[preset]
+    expected = set(CATEGORIES) - (set() if len(world.textures) > 1 else {"texture"})
+    for split in ("train", "eval", "unseen"):
+        scenes = scenes_of(world, split)
+        assert {s.category for s in scenes} == expected
+        assert {s.relation for s in scenes} == {"", *RELATIONS}
+        assert max(len(s.objects) for s in scenes) == world.max_objects
+        assert {t for s in scenes for t in (o.texture for o in s.objects)} == set(world.textures)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_splits_share_no_meaning_and_unseen_pairs_are_unseen(preset):
+    world = WORLDS[preset]
+    train, held_out, unseen = (scenes_of(world, s, 1500) for s in ("train", "eval", "unseen"))
+    assert not {s.prompt for s in train} & {s.prompt for s in held_out + unseen}
+    assert not {meaning(s.objects, s.relation) for s in train} & {meaning(s.objects, s.relation) for s in held_out}
+    pairs = lambda scene: {(o.colour, o.shape) for o in scene.objects} & set(UNSEEN)
+    assert not any(pairs(s) for s in train + held_out)
+    assert all(pairs(s) for s in unseen)
+
+
+def test_a_mirrored_relation_has_the_same_meaning():
+    a, b = Object("red", "circle", "solid", 0, (0, 0)), Object("blue", "square", "solid", 2, (0, 0))
+    assert meaning((a, b), "left of") == meaning((b, a), "right of") != meaning((b, a), "left of")
+    assert meaning((a, b), "above") == meaning((b, a), "below")
+    assert split_of((a, b), "left of") == split_of((b, a), "right of")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_relation_is_true_of_the_scene_and_words_fit_their_slots(preset):
+    world = WORLDS[preset]
+    for split in ("train", "eval", "unseen"):
+        for scene in scenes_of(world, split):
+            if scene.relation:
+                assert holds(scene.relation, scene.objects[0].cell, scene.objects[1].cell)
+            assert len({o.cell for o in scene.objects}) == len(scene.objects)
+            assert decode_words(encode_words(scene.prompt, world.prompt_slots)) == scene.prompt
+            ids = encode_words(scene.plan, world.plan_slots, end=True)
+            assert decode_words(ids) == scene.plan == plan_text(scene.objects) and ids.count(END) == 1
+
+
+def test_plan_lengths_vary_and_the_longest_fills_its_slots():
+    for preset in PRESETS:
+        world = WORLDS[preset]
+        lengths = {len(s.plan.split()) + 1 for s in scenes_of(world, "train", 2000)}
+        assert len(lengths) > 2 and max(lengths) == world.plan_slots
+
+
+def test_encode_words_names_the_unknown_word_its_neighbours_and_the_grammar():
+    with pytest.raises(ValueError, match="unknown word 'rde'.*red.*grammar: "):
+        encode_words("a rde circle", 12)
+    with pytest.raises(ValueError, match="empty.*grammar"):
+        encode_words("  ", 12)
+    with pytest.raises(ValueError, match="too many"):
+        encode_words("a " * 1000, 12)
+    with pytest.raises(ValueError, match="unknown word '<end>'"):
+        encode_words("<end>", 12)
+    assert encode_words("A Red", 3) == [WORDS.index("a"), WORDS.index("red"), PAD]
+
+
+def test_the_corpus_lies_as_often_as_it_says():
+    world, n = WORLDS["cpu"], 3000
+    caption = plan = 0
+    for i in range(n):
+        true, item = make_scene(world, "train", 0, i), corpus_item(world, 0, i)
+        assert item.prompt == true.prompt
+        assert not any((o.colour, o.shape) in UNSEEN for o in item.objects)
+        caption += item.objects != true.objects
+        plan += item.objects == true.objects and item.plan != true.plan
+    assert abs(caption / n - CAPTION_FAULTS) < 0.03
+    assert abs(plan / (n - caption) - PLAN_FAULTS) < 0.03
+
+
+def test_the_ground_is_dark_differs_between_scenes_and_grain_is_its_dial():
+    world = WORLDS["cpu"]
+    one, other = ground(world, 1), ground(world, 2)
+    assert one.max() <= 90 and not np.allclose(one, other)
+    rough = lambda g: np.abs(np.diff(g[:, :, 0])).mean()
+    assert rough(ground(replace(world, grain=0.0), 1)) < rough(one) < rough(ground(replace(world, grain=13.0), 1))
+
+
+def test_objects_stay_in_their_cells_so_none_can_overlap():
+    for preset in PRESETS:
+        world = WORLDS[preset]
+        cell = world.image_size // GRID
+        for i in range(200):
+            for o in random_scene(world, 0, i).objects:
+                assert max(o.shift) + world.object_size <= cell
+
+
+def test_stamps_are_antialiased_and_all_different():
+    stamps = {(s, t): np.asarray(stamp(s, t, 16)) for s in SHAPES for t in WORLDS["gpu"].textures}
+    assert len({a.tobytes() for a in stamps.values()}) == len(stamps)
+    assert all(((a > 0) & (a < 255)).any() for (s, t), a in stamps.items() if s in ("circle", "triangle", "diamond"))

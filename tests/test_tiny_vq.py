@@ -1,0 +1,83 @@
+"""The tokenizer: nearest codes, straight-through gradient, moving averages, dead codes."""
+
+import torch
+
+from tiny_vq.quantizer import Quantizer, perplexity
+from tiny_vq.vqvae import VQVAE
+
+
+def test_nearest_is_the_argmin_of_distances():
+    quantizer = Quantizer(16, 4)
+    z = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    slow = torch.stack([((quantizer.codebook - v) ** 2).sum(1).argmin() for v in z])
+    assert torch.equal(quantizer.nearest(z), slow)
+
+
+def test_straight_through_has_the_codes_value_and_the_identitys_gradient():
+    quantizer = Quantizer(8, 3)
+    z = torch.randn(5, 3, requires_grad=True)
+    out, codes, _ = quantizer(z)
+    assert torch.allclose(out, quantizer.codebook[codes])
+    (out * torch.arange(3.0)).sum().backward()
+    assert torch.equal(z.grad, torch.arange(3.0).expand(5, 3))
+
+
+def test_update_moves_an_entry_to_the_mean_of_its_vectors():
+    """One step by hand: count .5 + .5 * 2 = 1.5, sum .5 * 0 + .5 * (1 + 3) = 2, so the entry goes to 4/3."""
+    quantizer = Quantizer(2, 1, decay=0.5)
+    quantizer.codebook.copy_(torch.tensor([[0.0], [9.0]]))
+    quantizer.sums.copy_(quantizer.codebook)
+    quantizer.update(torch.tensor([[1.0], [3.0]]), torch.tensor([0, 0]))
+    assert torch.allclose(quantizer.codebook, torch.tensor([[4 / 3], [9.0]]))
+
+
+def test_many_updates_converge_to_cluster_means():
+    quantizer = Quantizer(2, 1, decay=0.9)
+    z = torch.tensor([[-1.0], [-3.0], [4.0], [6.0]])
+    quantizer.codebook.copy_(torch.tensor([[-0.5], [0.5]]))
+    for _ in range(200):
+        quantizer.update(z, quantizer.nearest(z))
+    assert torch.allclose(quantizer.codebook.sort(0).values, torch.tensor([[-2.0], [5.0]]), atol=1e-3)
+
+
+def test_dead_codes_restart_on_vectors_of_the_batch_and_live_ones_stay():
+    quantizer = Quantizer(4, 2)
+    z = torch.randn(10, 2) + 50
+    quantizer.counts.copy_(torch.tensor([5.0, 0.0, 5.0, 0.1]))
+    before = quantizer.codebook.clone()
+    assert quantizer.restart(z, torch.Generator().manual_seed(0)) == 2
+    assert torch.equal(quantizer.codebook[[0, 2]], before[[0, 2]])
+    assert all((z == quantizer.codebook[i]).all(1).any() for i in (1, 3))
+
+
+def test_perplexity_counts_the_codes_that_are_used_alike():
+    assert abs(perplexity(torch.arange(8), 8) - 8) < 1e-4
+    assert abs(perplexity(torch.zeros(8, dtype=torch.long), 8) - 1) < 1e-6
+
+
+def test_encode_and_decode_are_the_halves_of_forward():
+    model = VQVAE(patch=4, width=16, blocks=1, codes=32, dim=4)
+    images = torch.rand(2, 3, 16, 16)
+    restored, features, codes, _ = model(images)
+    assert torch.equal(model.encode(images), codes.view(2, 16))
+    assert torch.allclose(model.decode(model.encode(images)), restored.clamp(0, 1), atol=1e-5)
+    assert features.shape == (32, 4) and model.decode(codes.view(2, 16)).shape == images.shape
+
+
+def test_a_tokenizer_learns_one_batch():
+    """Sixty steps on eight flat pictures: the error must fall by ten times, or gradients do not flow through the codes."""
+    torch.manual_seed(0)
+    model = VQVAE(patch=4, width=32, blocks=1, codes=16, dim=4)
+    images = torch.rand(8, 3, 1, 1).expand(8, 3, 16, 16).contiguous()
+    optimizer, errors = torch.optim.AdamW(model.parameters(), 2e-3), []
+    for step in range(60):
+        restored, features, codes, commitment = model(images)
+        error = ((restored - images) ** 2).mean()
+        (20 * error + 0.25 * commitment).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.quantizer.update(features.detach(), codes)
+        if step % 10 == 0:
+            model.quantizer.restart(features.detach(), torch.Generator().manual_seed(step))
+        errors.append(error.item())
+    assert errors[-1] < errors[0] / 10

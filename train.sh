@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# The whole pipeline in one command.
+#
+#   bash train.sh                                   tokenizer, base policy, EG-GRPO, table and pictures
+#   bash train.sh --preset smoke|cpu|gpu            default: gpu where CUDA is there, else cpu
+#   bash train.sh --method grpo --seed 1            another method or seed of the reinforcement learning
+#   bash train.sh test                              the tests
+#
+# Uses the current Python if it has the six packages, else makes .venv and installs requirements.txt into it.
+# A finished stage is skipped, an interrupted one goes on.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+python=${PYTHON:-python3}
+has_packages() { "$1" -c 'import torch, numpy, PIL, tqdm, matplotlib, pytest' 2>/dev/null; }
+if ! has_packages "$python"; then
+  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  python=.venv/bin/python
+  if ! has_packages "$python"; then
+    echo "installing requirements.txt into .venv ..."
+    "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  fi
+fi
+
+if [ "${1:-}" = test ]; then
+  exec "$python" -m pytest "${@:2}"
+fi
+
+preset=() method=()
+usage="usage: bash train.sh [--preset smoke|cpu|gpu] [--method NAME] [--seed N] | bash train.sh test"
+while [ $# -gt 0 ]; do
+  case $1 in
+    --preset) preset=(--preset "${2:?$usage}") ;;
+    --method | --seed) method+=("$1" "${2:?$usage}") ;;
+    -h | --help) echo "$usage"; exit 0 ;;
+    *) echo "error: unknown argument $1; $usage" >&2; exit 2 ;;
+  esac
+  shift 2
+done
+
+"$python" -m tiny_vq.train ${preset[@]+"${preset[@]}"}
+"$python" pretrain.py ${preset[@]+"${preset[@]}"}
+"$python" eggrpo.py ${preset[@]+"${preset[@]}"} ${method[@]+"${method[@]}"}
+"$python" evaluate.py ${preset[@]+"${preset[@]}"}
