@@ -207,11 +207,12 @@ def _draw_kinds(world, category, rng):
     if category == "knowledge":
         return [kind()]
     n = 2 if category == "spatial" else rng.randint(3, world.max_objects + 1)
-    kinds = set()
+    kinds = []                                       # a set would be ordered by Python's hash seed
     while len(kinds) < n:
         texture = "solid" if category == "spatial" else _pick(rng, textures)
-        kinds.add((*kind()[:2], texture))
-    return [k for k in sorted(kinds, key=lambda _: rng.rand())]
+        new = (*kind()[:2], texture)
+        kinds += [new] * (new not in kinds)
+    return kinds
 
 
 def _draw_cells(n, relation, ordered, rng):
