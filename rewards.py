@@ -15,7 +15,8 @@ means: does not apply; only `relation` uses it). Your own reward is one more fun
 
 `exact` is strict: the right objects, nothing else, the relation true, the picture clean. It is measured, never optimised.
 
-Dimension letters: B pictures, C colours, K kinds (texture x colour x shape, in that order), h x w pixels.
+Dimension letters: B pictures, C colours, K kinds (colour x texture x shape, in that order), M objects at most,
+h x w pixels.
 """
 
 from functools import lru_cache
@@ -30,6 +31,7 @@ from scenes import COLOURS, GROUND, RELATIONS, SHAPES, stamp
 
 INK_FLOOR = 0.3        # coverage below this is ground: its light and grain reach 0.2
 MATCH = 0.75           # least Dice overlap of ink and template that counts as an object
+MOST = 16              # objects a picture is searched for; a scene has at most 9
 CLEAN = 0.9            # least cleanliness of an exact picture
 
 
@@ -41,17 +43,19 @@ class Want(NamedTuple):
 
 class Found(NamedTuple):
     kinds: Tensor      # (B, K) how many of each kind
-    peaks: Tensor      # (B, K, h, w) match of each object at its centre, 0 elsewhere
+    kind: Tensor       # (B, M) kind of each object, the best match first; -1 where there are no more
+    row: Tensor        # (B, M) centre of each object, in pixels
+    column: Tensor     # (B, M)
     ink: Tensor        # (B,) pixels of palette colour, in pixels
     explained: Tensor  # (B,) those that lie on an object of their colour
-    shape: tuple       # (textures, colours, shapes): how K unfolds
+    shape: tuple       # (colours, textures, shapes): how K unfolds
     reach: float       # pixels by which centres must differ for a relation to hold
 
 
 def kind_index(world, colour, shape, texture):
-    """Number a kind of object: texture x colour x shape."""
-    c, s = list(COLOURS).index(colour), SHAPES.index(shape)
-    return (world.textures.index(texture) * len(COLOURS) + c) * len(SHAPES) + s
+    """Number a kind of object: colour x texture x shape."""
+    c, t = list(COLOURS).index(colour), world.textures.index(texture)
+    return (c * len(world.textures) + t) * len(SHAPES) + SHAPES.index(shape)
 
 
 def make_want(world, scenes, device="cpu"):
@@ -82,7 +86,7 @@ def ink(images):
     dot = torch.einsum("bkhw,ck->bchw", offset, axes)
     cover = (dot / square).clamp(0, 1)
     residue = cover ** 2 * square - 2 * cover * dot        # |offset - a axis|^2 less |offset|^2, the same for all colours
-    mine = F.one_hot(residue.argmin(1), len(axes)).permute(0, 3, 1, 2)
+    mine = residue == residue.amin(1, keepdim=True)
     return (cover * mine - INK_FLOOR).clamp(min=0) / (1 - INK_FLOOR)
 
 
@@ -96,30 +100,34 @@ def _templates(world, device):
 
 def detect(images, world):
     """Find the objects in pictures. images: (B, 3, h, w) in [0, 1]."""
-    b, h, w = images.shape[0], images.shape[2], images.shape[3]
-    t, c, s = len(world.textures), len(COLOURS), len(SHAPES)
-    templates = _templates(world, str(images.device))
+    b, _, h, w = images.shape
+    c, t, s = len(COLOURS), len(world.textures), len(SHAPES)
+    templates = _templates(world, str(images.device))                                         # (t*s, n, n)
     n = templates.shape[-1]
     before, after = (n - 1) // 2, n // 2                       # pads so that a match stands at its object's centre
-    paint = ink(images).reshape(b * c, 1, h, w)
-    padded = F.pad(paint, (before, after, before, after))
-    overlap = F.conv2d(padded, templates[:, None])                                            # (B*C, t*s, h, w)
-    energy = F.avg_pool2d(F.avg_pool2d(padded ** 2, (n, 1), 1), (1, n), 1) * n * n            # (B*C, 1, h, w)
+    paint = F.pad(ink(images), (before, after, before, after)).reshape(b * c, 1, h + n - 1, w + n - 1)
+    overlap = F.conv2d(paint, templates[:, None])                                             # (B*C, t*s, h, w)
+    energy = F.avg_pool2d(F.avg_pool2d(paint ** 2, (n, 1), 1), (1, n), 1) * n * n             # (B*C, 1, h, w)
     dice = 2 * overlap / (energy + (templates ** 2).sum((1, 2))[:, None, None])
-    dice = dice.reshape(b, c, t, s, h, w).transpose(1, 2).reshape(b, t * c * s, h, w)         # (B, K, h, w)
+    dice = dice.view(b, c * t * s, h, w)                                                      # (B, K, h, w)
 
-    best, kind = dice.max(1)                                                                  # (B, h, w)
-    radius = world.object_size // 2
+    best, radius = dice.amax(1), world.object_size // 2                                       # (B, h, w)
     summit = F.max_pool2d(best[:, None], 2 * radius + 1, stride=1, padding=radius)[:, 0]
-    peak = (best == summit) & (best > MATCH)
-    peaks = torch.zeros_like(dice).scatter_(1, kind[:, None], (best * peak)[:, None])
+    height, place = (best * (best == summit)).flatten(1).topk(MOST)                           # (B, M)
+    kind = dice.flatten(2).gather(2, place[:, None].expand(-1, c * t * s, -1)).argmax(1)      # (B, M)
+    there = height > MATCH
+    kinds = torch.zeros(b, c * t * s, device=images.device).scatter_add_(1, kind, there.float())
 
-    cover = F.max_pool2d((templates > 0).float()[:, None], 3, stride=1, padding=1)            # (t*s, 1, n, n), one wider
-    marks = (peaks > 0).float().reshape(b, t, c, s, h, w).transpose(1, 2).reshape(b * c, t * s, h, w)
-    marks = F.pad(marks, (after, before, after, before))       # a stamp is a convolution with the template turned round
-    mine = F.conv2d(marks, cover.flip(2, 3).transpose(0, 1)).clamp(max=1)                     # (B*C, 1, h, w)
-    total, explained = paint.reshape(b, -1).sum(1), (paint * mine).reshape(b, -1).sum(1)
-    return Found((peaks > 0).float().sum((2, 3)), peaks, total, explained, (t, c, s), radius)
+    # What the objects explain: stamp each one's template, one pixel wider, into the ink of its colour.
+    cover = F.max_pool2d((templates > 0).float()[:, None], 3, stride=1, padding=1)[:, 0]      # (t*s, n, n)
+    stamps = cover[kind % (t * s)] * there[:, :, None, None]                                  # (B, M, n, n)
+    side = torch.arange(n, device=images.device)
+    y, x = place // w, place % w                               # centres; in the padded picture, the stamps' corners
+    rows = (kind // (t * s) * (h + n - 1) + y)[:, :, None, None] + side[:, None]              # (B, M, n, 1)
+    index = rows * (w + n - 1) + x[:, :, None, None] + side                                   # (B, M, n, n)
+    paint = paint.view(b, -1)
+    mine = torch.zeros_like(paint).scatter_add_(1, index.flatten(1), stamps.flatten(1)).clamp(max=1)
+    return Found(kinds, kind.masked_fill(~there, -1), y, x, paint.sum(1), (paint * mine).sum(1), (c, t, s), radius)
 
 
 # --- the components of the reward -------------------------------------------------------------------------------------
@@ -149,13 +157,12 @@ def count(images, found, want):
 
 def relation(images, found, want):
     """1 where both objects are there and stand as the prompt says, else 0; NaN where it names no relation."""
-    w = found.peaks.shape[-1]
-    pair = found.peaks.gather(1, want.pair[:, :, None, None].expand(-1, -1, *found.peaks.shape[2:]))
-    height, place = pair.flatten(2).max(2)                                                    # (B, 2)
-    dy, dx = (place[:, 1] // w - place[:, 0] // w), (place[:, 1] % w - place[:, 0] % w)
-    offsets = torch.stack([dx, -dx, dy, -dy], 1)               # in the order of RELATIONS: left of, right of, above, below
+    at = (found.kind[:, None] == want.pair[:, :, None]).float()                               # (B, 2, M)
+    here, first = at.max(2)                                                                   # (B, 2) best match of each
+    dy, dx = found.row.gather(1, first).diff(dim=1), found.column.gather(1, first).diff(dim=1)
+    offsets = torch.cat([dx, -dx, dy, -dy], 1)                 # in the order of RELATIONS: left of, right of, above, below
     offset = offsets.gather(1, want.relation.clamp(min=0)[:, None])[:, 0]
-    true = ((height > 0).all(1) & (offset > found.reach)).float()
+    true = ((here > 0).all(1) & (offset > found.reach)).float()
     return true.masked_fill(want.relation < 0, float("nan"))
 
 
