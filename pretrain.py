@@ -27,9 +27,9 @@ class Config:
     out: str = "out"
     seed: int = 0
     items: int = 30000            # scenes in the corpus
-    steps: int = 800
-    batch: int = 64
-    lr: float = 2e-3              # after a warm-up of 50 steps, by a cosine to a tenth
+    steps: int = 1200
+    batch: int = 32
+    lr: float = 3e-3              # after a warm-up of 50 steps, by a cosine to a tenth
     width: int = 128
     layers: int = 4
     heads: int = 4

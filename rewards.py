@@ -31,7 +31,7 @@ from scenes import COLOURS, GROUND, RELATIONS, SHAPES, stamp
 
 INK_FLOOR = 0.3        # coverage below this is ground: its light and grain reach 0.2
 MATCH = 0.75           # least Dice overlap of ink and template that counts as an object
-MOST = 16              # objects a picture is searched for; a scene has at most 9
+MOST = 16              # objects a picture is searched for; a tokenizer's scene has up to 8
 CLEAN = 0.9            # least cleanliness of an exact picture
 
 

@@ -1,6 +1,6 @@
 """The world: a prompt is a scene is a picture.
 
-Everything the project knows to be true is decided here. A `Scene` holds a few coloured shapes on a 3 x 3 grid of cells,
+Everything the project knows to be true is decided here. A `Scene` holds a few coloured shapes on a grid of cells,
 the prompt that asks for them, the plan (the chain of thought) that spells them out, and the seed of its ground. `render`
 draws it. Rewards, tokenizer and policy all take their truth from this file, and it imports nothing of theirs.
 
@@ -56,7 +56,6 @@ KNOWN_SHAPES = {
     "cross": ("like a plus sign", "with four arms"),
 }
 CATEGORIES = ("colour", "shape", "texture", "numeracy", "spatial", "complex", "knowledge")
-GRID = 3                     # cells a side
 GROUND = (40, 44, 50)        # mean colour of the ground, 0 to 255
 CAPTION_FAULTS = 0.25        # share of the corpus whose picture and plan contradict the prompt
 PLAN_FAULTS = 0.20           # share of the rest whose plan contradicts prompt and picture
@@ -66,9 +65,10 @@ EVAL_SHARE = 6               # one meaning in six is held out for evaluation
 @dataclass(frozen=True)
 class World:
     """What differs between presets. Sizes are in pixels, grain in grey levels of 255."""
-    image_size: int = 32
-    object_size: int = 9             # an object never leaves its cell of image_size // 3 pixels
-    patch: int = 4                   # a token stands for a patch x patch square
+    image_size: int = 30
+    patch: int = 5                   # a token stands for a patch x patch square
+    grid: int = 3                    # cells a side; a cell is a whole number of patches
+    object_size: int = 9             # an object never leaves its cell
     textures: tuple = ("solid",)
     max_objects: int = 3
     prompt_slots: int = 13           # longest prompt in words
@@ -76,12 +76,12 @@ class World:
     grain: float = 4.0               # standard deviation of the pixel noise: the entropy dial
 
     @property
-    def tokens_per_side(self):
-        return self.image_size // self.patch
+    def cell(self):
+        return self.image_size // self.grid
 
     @property
     def image_tokens(self):
-        return self.tokens_per_side ** 2
+        return (self.image_size // self.patch) ** 2
 
     @property
     def categories(self):
@@ -91,8 +91,8 @@ class World:
 WORLDS = {
     "smoke": World(),
     "cpu": World(),
-    "gpu": World(image_size=64, object_size=16, textures=("solid", "striped", "hollow"), max_objects=4, prompt_slots=20,
-                 plan_slots=36),
+    "gpu": World(image_size=64, patch=4, grid=4, object_size=14, textures=("solid", "striped", "hollow"),
+                 max_objects=4, prompt_slots=20, plan_slots=36),
 }
 
 
@@ -100,7 +100,8 @@ class Object(NamedTuple):
     colour: str
     shape: str
     texture: str
-    cell: int                # 0 to 8, in reading order
+    row: int                 # cell, from 0 at the top
+    column: int              # cell, from 0 at the left
     shift: tuple             # (down, right) in pixels within the cell
 
 
@@ -118,7 +119,7 @@ class Scene(NamedTuple):
 def _vocabulary():
     words = set("a and both shape in the colour of at row column ;".split()) | {"solid", "striped", "hollow"}
     words |= {*COLOURS, *SHAPES, *(s + "s" if s != "cross" else "crosses" for s in SHAPES), *NUMBERS}
-    words |= {str(i + 1) for i in range(GRID)}
+    words |= {"1", "2", "3", "4"}
     for phrases in (RELATIONS, *KNOWN_COLOURS.values(), *KNOWN_SHAPES.values()):
         words |= {w for phrase in phrases for w in phrase.split()}
     return ("<pad>", "<plan>", "<image>", "<end>", *sorted(words))
@@ -169,7 +170,7 @@ def _name(obj):
 
 def plan_text(objects):
     """Spell a scene out: each object with its attributes and its place."""
-    return " ; ".join(f"{_name(o)} at row {o.cell // GRID + 1} column {o.cell % GRID + 1}" for o in objects)
+    return " ; ".join(f"{_name(o)} at row {o.row + 1} column {o.column + 1}" for o in objects)
 
 
 # --- scenes -----------------------------------------------------------------------------------------------------------
@@ -183,10 +184,10 @@ def _pick(rng, options):
     return options[rng.randint(len(options))]
 
 
-def holds(relation, cell_a, cell_b):
-    """Say whether `a relation b` is true of two cells."""
-    (ya, xa), (yb, xb) = divmod(cell_a, GRID), divmod(cell_b, GRID)
-    return {"left of": xa < xb, "right of": xa > xb, "above": ya < yb, "below": ya > yb}[relation]
+def holds(relation, a, b):
+    """Say whether `a relation b` is true of two objects."""
+    return {"left of": a.column < b.column, "right of": a.column > b.column, "above": a.row < b.row,
+            "below": a.row > b.row}[relation]
 
 
 def _draw_kinds(world, category, rng):
@@ -215,11 +216,12 @@ def _draw_kinds(world, category, rng):
     return kinds
 
 
-def _draw_cells(n, relation, ordered, rng):
-    while True:
-        cells = [int(c) for c in rng.permutation(GRID * GRID)[:n]]
-        if not relation or holds(relation, *cells[:2]):
-            return sorted(cells) if ordered else cells
+def _place(world, kinds, rng):
+    """Put objects of these kinds into cells of their own, anywhere within them."""
+    room = world.cell - world.object_size + 1
+    cells = rng.permutation(world.grid ** 2)[:len(kinds)].tolist()
+    return tuple(Object(*kind, *divmod(cell, world.grid), (rng.randint(room), rng.randint(room)))
+                 for kind, cell in zip(kinds, cells))
 
 
 def _prompt(category, objects, relation, rng):
@@ -257,13 +259,13 @@ def make_scene(world, split, seed, index, category=None):
     """Make the index-th scene of a split. Categories take turns unless one is named. Pure: the same arguments, the same scene."""
     rng = _rng("scene", split, seed, index)
     category = category or world.categories[index % len(world.categories)]
-    room = world.image_size // GRID - world.object_size + 1
     while True:
         kinds = _draw_kinds(world, category, rng)
         relation = _pick(rng, RELATIONS) if category in ("spatial", "complex") else ""
-        cells = _draw_cells(len(kinds), relation, category == "numeracy", rng)
-        objects = tuple(Object(*kind, cell, (rng.randint(room), rng.randint(room))) for kind, cell in zip(kinds, cells))
-        if split_of(objects, relation) == split:
+        objects = _place(world, kinds, rng)
+        if category == "numeracy":
+            objects = tuple(sorted(objects, key=lambda o: (o.row, o.column)))
+        if split_of(objects, relation) == split and (not relation or holds(relation, *objects[:2])):
             return Scene(category, objects, relation, _prompt(category, objects, relation, rng), plan_text(objects),
                          rng.randint(2 ** 31))
 
@@ -271,11 +273,9 @@ def make_scene(world, split, seed, index, category=None):
 def random_scene(world, seed, index):
     """Make a crowded scene of any pairs, without prompt: what the tokenizer, which knows no text, is trained on."""
     rng = _rng("random", seed, index)
-    room = world.image_size // GRID - world.object_size + 1
-    cells = rng.permutation(GRID * GRID)[:rng.randint(1, 2 * GRID + 1)]
-    objects = tuple(Object(_pick(rng, tuple(COLOURS)), _pick(rng, SHAPES), _pick(rng, world.textures), int(cell),
-                           (rng.randint(room), rng.randint(room))) for cell in cells)
-    return Scene("random", objects, "", "", "", rng.randint(2 ** 31))
+    kinds = [(_pick(rng, tuple(COLOURS)), _pick(rng, SHAPES), _pick(rng, world.textures))
+             for _ in range(rng.randint(1, 2 * world.grid + 1))]
+    return Scene("random", _place(world, kinds, rng), "", "", "", rng.randint(2 ** 31))
 
 
 def _contradict(world, scene, rng):
@@ -294,7 +294,8 @@ def _contradict(world, scene, rng):
             del objects[i]
         elif fault == "places" and scene.relation:
             a, b = objects[:2]
-            objects[:2] = a._replace(cell=b.cell, shift=b.shift), b._replace(cell=a.cell, shift=a.shift)
+            objects[:2] = (a._replace(row=b.row, column=b.column, shift=b.shift),
+                           b._replace(row=a.row, column=a.column, shift=a.shift))
         wrong = tuple(objects)
         if wrong != scene.objects and not any((o.colour, o.shape) in UNSEEN for o in wrong):
             return scene._replace(objects=wrong, plan=plan_text(wrong))
@@ -336,8 +337,8 @@ def stamp(shape, texture, size):
     else:
         draw.polygon(polygons[shape], fill=255)
     if texture == "striped":
-        for top in range(0, n, n // 4):                         # four stripes and four gaps
-            draw.rectangle((0, top + n // 8, n, top + n // 4 - 1), fill=0)
+        for i in range(3):                                      # three stripes and three gaps
+            draw.rectangle((0, (2 * i + 1) * n // 6, n, (2 * i + 2) * n // 6 - 1), fill=0)
     if texture == "hollow":
         inner = np.asarray(image.resize((n // 2, n // 2)))
         whole = np.array(image)
@@ -363,8 +364,7 @@ def ground(world, seed):
 def render(world, scene):
     """Draw a scene. Returns (h, w, 3) uint8."""
     image = Image.fromarray(ground(world, scene.ground_seed).astype(np.uint8))
-    cell = world.image_size // GRID
     for o in scene.objects:
-        top, left = o.cell // GRID * cell + o.shift[0], o.cell % GRID * cell + o.shift[1]
+        top, left = o.row * world.cell + o.shift[0], o.column * world.cell + o.shift[1]
         image.paste(COLOURS[o.colour], (left, top), stamp(o.shape, o.texture, world.object_size))
     return np.asarray(image)

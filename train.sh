@@ -26,11 +26,11 @@ if [ "${1:-}" = test ]; then
   exec "$python" -m pytest "${@:2}"
 fi
 
-preset=() method=()
-usage="usage: bash train.sh [--preset smoke|cpu|gpu] [--method NAME] [--seed N] | bash train.sh test"
+common=() method=()
+usage="usage: bash train.sh [--preset smoke|cpu|gpu] [--method NAME] [--seed N] [--out DIR] | bash train.sh test"
 while [ $# -gt 0 ]; do
   case $1 in
-    --preset) preset=(--preset "${2:?$usage}") ;;
+    --preset | --out) common+=("$1" "${2:?$usage}") ;;
     --method | --seed) method+=("$1" "${2:?$usage}") ;;
     -h | --help) echo "$usage"; exit 0 ;;
     *) echo "error: unknown argument $1; $usage" >&2; exit 2 ;;
@@ -38,7 +38,7 @@ while [ $# -gt 0 ]; do
   shift 2
 done
 
-"$python" -m tiny_vq.train ${preset[@]+"${preset[@]}"}
-"$python" pretrain.py ${preset[@]+"${preset[@]}"}
-"$python" eggrpo.py ${preset[@]+"${preset[@]}"} ${method[@]+"${method[@]}"}
-"$python" evaluate.py ${preset[@]+"${preset[@]}"}
+"$python" -m tiny_vq.train ${common[@]+"${common[@]}"}
+"$python" pretrain.py ${common[@]+"${common[@]}"}
+"$python" eggrpo.py ${common[@]+"${common[@]}"} ${method[@]+"${method[@]}"}
+"$python" evaluate.py ${common[@]+"${common[@]}"}

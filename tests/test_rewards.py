@@ -53,23 +53,23 @@ def test_each_single_corruption_scores_less_and_in_the_right_components(preset, 
     a, b = scene.objects
     other_colour = next(c for c in COLOURS if c not in (a.colour, b.colour))
     other_shape = next(s for s in SHAPES if s not in (a.shape, b.shape))
-    free = next(c for c in range(9) if c not in (a.cell, b.cell))
+    free = next(c for c in ((0, 0), (1, 1), (2, 2)) if c not in ((a.row, a.column), (b.row, b.column)))
+    move = lambda o, to: o._replace(row=to[0], column=to[1])
     lower(world, scene, swap(scene, colour=other_colour), {"objects", "attributes", "relation"})
     lower(world, scene, swap(scene, shape=other_shape), {"objects", "attributes", "relation"})
     lower(world, scene, scene._replace(objects=(b,)), {"objects", "attributes", "count", "relation"})
-    exchanged = (a._replace(cell=b.cell, shift=b.shift), b._replace(cell=a.cell, shift=a.shift))
+    exchanged = (move(a, (b.row, b.column)), move(b, (a.row, a.column)))
     lower(world, scene, scene._replace(objects=exchanged), {"relation"})
-    surplus = (*scene.objects, a._replace(cell=free, colour=other_colour))
+    surplus = (*scene.objects, move(a, free)._replace(colour=other_colour))
     lower(world, scene, scene._replace(objects=surplus), {"objects", "attributes", "count"})
-    duplicate = (*scene.objects, a._replace(cell=free))
+    duplicate = (*scene.objects, move(a, free))
     lower(world, scene, scene._replace(objects=duplicate), {"objects", "attributes", "count"},
           maybe={"relation"})                # which of the two then stands for the object is a tie
     if len(world.textures) > 1:
         lower(world, scene, swap(scene, texture="striped"), {"objects", "attributes", "relation"})
     smeared = pictures(world, [scene])
-    cell = world.image_size // 3
-    y, x = free // 3 * cell + cell // 2, free % 3 * cell
-    smeared[0, :, y:y + 3, x:x + cell] = torch.tensor(COLOURS["white"])[:, None, None] / 255
+    y, x = free[0] * world.cell + world.cell // 2, free[1] * world.cell
+    smeared[0, :, y:y + 3, x:x + world.cell] = torch.tensor(COLOURS["white"])[:, None, None] / 255
     lower(world, scene, scene, {"cleanliness"}, smeared)
 
 
@@ -91,7 +91,8 @@ def test_known_cheats_score_low(preset):
     want, size = make_want(world, scenes), world.image_size
     flat = lambda rgb: (torch.tensor(rgb) / 255)[None, :, None, None].expand(n, 3, size, size)
     tile = make_scene(world, "train", 0, 0)._replace(objects=tuple(
-        scenes[0].objects[0]._replace(cell=c, colour=colour, shift=(0, 0)) for c, colour in zip(range(9), [*COLOURS] * 2)))
+        scenes[0].objects[0]._replace(row=i // world.grid, column=i % world.grid, colour=list(COLOURS)[i % 6], shift=(0, 0))
+        for i in range(world.grid ** 2)))
     cheats = {"noise": torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0)), "nothing": flat((40, 44, 50)),
               **{colour: flat(rgb) for colour, rgb in COLOURS.items()}, "tiling": pictures(world, [tile] * n)}
     for name, images in cheats.items():

@@ -28,7 +28,7 @@ class Config:
     out: str = "out"
     seed: int = 0
     pictures: int = 12000         # rendered once, seen several times
-    steps: int = 700
+    steps: int = 500
     batch: int = 64
     lr: float = 2e-3              # after a warm-up of 50 steps, linearly to 0
     width: int = 96               # channels

@@ -1,0 +1,110 @@
+"""Checkpoints, seeds, flags, log: what is finished is never lost, and what is wrong is said in one line."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import runtime
+from runtime import UserError, generator, load, load_finished, parse, resume, save
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = ""
+    device: str = "auto"
+    out: str = "out"
+    seed: int = 0
+    rate: float = 0.5
+
+    def check(self):
+        if self.rate > 1:
+            raise UserError("--rate must be at most 1")
+
+
+PRESETS = {"smoke": dict(rate=0.1), "cpu": {}, "gpu": {}}
+
+
+def record(**change):
+    return dict(kind="base", settings=runtime.settings(Config(preset="cpu")), step=2, steps=2, x=torch.arange(1000)) | change
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    save(tmp_path / "deep" / "a.pt", record())
+    back = load(tmp_path / "deep" / "a.pt", "make it")
+    assert torch.equal(back["x"], torch.arange(1000)) and back["kind"] == "base"
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.pt"]          # no temporary file is left
+
+
+def test_damaged_foreign_and_missing_checkpoints_are_named_with_the_remedy(tmp_path):
+    path = tmp_path / "a.pt"
+    save(path, record())
+    whole = path.read_bytes()
+    for i in range(60):
+        place = torch.randint(len(whole), (), generator=generator("damage", i)).item()
+        flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:]
+        for damaged in (whole[:place], flipped):
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match=r"a\.pt.*remove it and run `make it`"):
+                load(path, "make it")
+    torch.save({"x": 1}, path)
+    with pytest.raises(UserError, match="not a checkpoint of this version"):
+        load(path, "make it")
+    with pytest.raises(UserError, match="not there: make it with `make it`"):
+        load(tmp_path / "none.pt", "make it")
+
+
+def test_unfinished_and_wrong_stages_are_refused(tmp_path):
+    path = tmp_path / "a.pt"
+    save(path, record(step=1))
+    with pytest.raises(UserError, match="unfinished .step 1 of 2."):
+        load_finished(path, "make it", "base", "cpu")
+    save(path, record())
+    for kind, preset in (("policy", "cpu"), ("base", "gpu")):
+        with pytest.raises(UserError, match=f"is a cpu base, not a {preset} {kind}"):
+            load_finished(path, "make it", kind, preset)
+
+
+def test_resuming_with_other_settings_is_refused_and_with_another_device_is_not(tmp_path):
+    path = tmp_path / "a.pt"
+    assert resume(path, Config(preset="cpu"), "make it") is None
+    save(path, record())
+    assert resume(path, Config(preset="cpu", device="cuda", out="elsewhere"), "make it")["step"] == 2
+    with pytest.raises(UserError, match="made with rate 0.5, now 0.6"):
+        resume(path, Config(preset="cpu", rate=0.6), "make it")
+
+
+def test_streams_depend_on_their_key_alone():
+    draw = lambda *key: torch.rand(4, generator=generator(*key))
+    assert torch.equal(draw(0, "rollout", 3), draw(0, "rollout", 3))
+    others = [draw(0, "rollout", 4), draw(1, "rollout", 3), draw(0, "deck", 3)]
+    assert not any(torch.equal(draw(0, "rollout", 3), o) for o in others)
+
+
+def test_flags_override_presets_override_defaults():
+    assert parse(Config, PRESETS, "", ["--preset", "smoke"]).rate == 0.1
+    assert parse(Config, PRESETS, "", ["--preset", "smoke", "--rate", "0.7"]).rate == 0.7
+    assert parse(Config, PRESETS, "", ["--preset", "cpu"]).rate == 0.5
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--preset", "big"], "no preset 'big': choose one of smoke, cpu, gpu"), (["--speed", "3"], "unrecognized arguments: --speed 3"),
+    (["--rate", "much"], "argument --rate: invalid float value"), (["--rate", "2"], "--rate must be at most 1")])
+def test_bad_flags_are_one_line(argv, words):
+    with pytest.raises(UserError) as error:
+        parse(Config, PRESETS, "", argv)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_resumed_log_drops_torn_lines_and_steps_to_come(tmp_path):
+    path, device = tmp_path / "log.jsonl", torch.device("cpu")
+    log = runtime.Log(path, Config(), device)
+    for step in range(5):
+        log(step=step, x=step / 3)
+    with open(path, "a") as file:
+        file.write('{"step": 5, "x"')
+    runtime.Log(path, Config(), device, first_step=3)(step=3, x=1.0)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [r.get("step", "head") for r in records] == ["head", 0, 1, 2, 3]
+    assert {"commit", "device", "settings", "torch"} <= set(records[0])
