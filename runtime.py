@@ -39,11 +39,14 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def parse(config_class, presets, description, argv=None):
-    """Turn the command line into a config: the fields' defaults, then the preset's values, then the flags.
+def parse(config_class, presets, description, argv=None, methods=None):
+    """Turn the command line into a config: the fields' defaults, then the preset's, then the method's values, then the flags.
 
-    config_class: a frozen dataclass with fields preset and device and a check() that raises UserError.
+    config_class: a frozen dataclass with a field preset and a check() that raises UserError. methods: {name: {field: value}}, where
+    there is a field method.
     """
+    if methods:
+        description += "\nmethods:\n" + "\n".join(f"  {name:16} {values or ''}" for name, values in methods.items())
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for field in dataclasses.fields(config_class):
         shown = {p: presets[p][field.name] for p in presets if field.name in presets[p]}
@@ -57,7 +60,13 @@ def parse(config_class, presets, description, argv=None):
     preset = given.get("preset") or default_preset()
     if preset not in presets:
         raise UserError(f"no preset {preset!r}: choose one of {', '.join(presets)}")
-    config = config_class(**{**presets[preset], **given, "preset": preset})
+    of_method = {}
+    if methods:
+        method = given.get("method", config_class.method)
+        if method not in methods:
+            raise UserError(f"no method {method!r}: choose one of {', '.join(methods)}")
+        of_method = methods[method]
+    config = config_class(**{**presets[preset], **of_method, **given, "preset": preset})
     config.check()
     return config
 

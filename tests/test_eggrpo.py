@@ -256,7 +256,7 @@ class Gradients:
 
 def gradients(policy, reference, rollout, config):
     optimizer = Gradients(policy)
-    return update(policy, reference, optimizer, rollout, config, torch.device("cpu")), optimizer.kept
+    return update(policy, reference, optimizer, rollout, config, 0, torch.device("cpu")), optimizer.kept
 
 
 def test_rollouts_are_the_learners_own_and_the_first_ratio_is_one(step):
@@ -289,7 +289,7 @@ def test_plan_and_image_are_shaped_apart(step):
     """Entropies of one modality must not move the thresholds of the other."""
     policy, _, rollout, config = step
     advantage = torch.randn(8)
-    _, entropy = score_tokens(policy, rollout, torch.device("cpu"))
+    entropy = score_tokens(policy, rollout, config, torch.device("cpu"))[1].detach()
     before = shape_by_modality(advantage, entropy, rollout.valid, policy.C, config)
     entropy[:, :policy.C] = entropy[:, :policy.C] / 100
     after = shape_by_modality(advantage, entropy, rollout.valid, policy.C, config)
@@ -298,7 +298,7 @@ def test_plan_and_image_are_shaped_apart(step):
 
 def test_entropy_statistics_go_over_valid_tokens_only():
     h = torch.tensor([[0.2, 0.4, 9.0, 0.5, 0.7]])
-    stats = entropy_stats(h, torch.tensor([[True, True, False, True, True]]), 3, 1.0)
+    stats = entropy_stats(h, torch.tensor([[True, True, False, True, True]]), 3)
     assert math.isclose(stats["plan_entropy"], 0.3, rel_tol=1e-5) and math.isclose(stats["plan_entropy_std"], 0.1, rel_tol=1e-5)
     assert math.isclose(stats["image_entropy"], 0.6, rel_tol=1e-5)
 
@@ -320,5 +320,175 @@ def test_a_policy_overfits_one_reward(world, eye):
         rollout, _ = make_rollout(policy, eye, scenes, config, step)
         reward = (rollout.codes == 5).float().mean(1).view(2, 8)
         share.append(reward.mean().item())
-        update(policy, reference, optimizer, rollout._replace(rewards=reward), config, torch.device("cpu"))
+        update(policy, reference, optimizer, rollout._replace(rewards=reward), config, step, torch.device("cpu"))
     assert sum(share[-5:]) > 3 * sum(share[:5])
+
+
+# --- methods and switches ---------------------------------------------------------------------------------------------
+
+def shaped_by(method, **change):
+    """Shape the same random batch, plan of 12 and image of 20 tokens, by a method."""
+    a, h, valid = random_batch(t=32)
+    config = eggrpo.Config(**{**METHODS[method], **change})
+    return a, h, valid, shape_by_modality(a, h, valid, 12, config), config
+
+
+WHAT_DIFFERS = {
+    "eggrpo": lambda a, h, v, s: (s[v] == 0).any() and ((s - a[:, None])[v] > 0).any(),
+    "eggrpo-text": lambda a, h, v, s: (s[:, :12] != a[:, None])[v[:, :12]].any() and (s[:, 12:] == a[:, None]).all(),
+    "eggrpo-image": lambda a, h, v, s: (s[:, 12:] != a[:, None])[v[:, 12:]].any() and (s[:, :12] == a[:, None]).all(),
+    "bonus": lambda a, h, v, s: (s != 0).all() and ((s - a[:, None])[v] > 0).any(),
+    "exclude": lambda a, h, v, s: (s[v] == 0).any() and ((s == 0) | (s == a[:, None])).all(),
+    "top-entropy": lambda a, h, v, s: ((s != 0) & v).sum() <= 0.25 * v.sum() and ((s == 0) | (s == a[:, None])).all(),
+    "released": lambda a, h, v, s: (s[v] == 0).any() and ((s - a[:, None])[v] > 0).any(),
+}
+
+
+@pytest.mark.parametrize("method", list(WHAT_DIFFERS))
+def test_what_a_method_does_to_advantages(method):
+    a, h, valid, shaped, _ = shaped_by(method)
+    assert WHAT_DIFFERS[method](a, h, valid, shaped)
+    assert not torch.equal(shaped, shaped_by("grpo")[3])
+    if method == "released":
+        assert not torch.equal(shaped, shaped_by("eggrpo")[3])
+
+
+@pytest.mark.parametrize("method", ["grpo", "dr-grpo", "dapo", "entropy-coef"])
+def test_methods_that_leave_advantages_as_they_are(method):
+    a, _, _, shaped, _ = shaped_by(method)
+    assert torch.equal(shaped, a[:, None].expand(6, 32))
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_makes_two_updates_and_all_but_grpo_differ_from_it(step, method):
+    """dapo differs where a group is constant, and in its clip, which one update a batch never reaches."""
+    policy, reference, rollout, config = step
+    rewards = rollout.rewards.clone()
+    if method == "dapo":
+        rewards[1] = 0.5
+    rollout = rollout._replace(rewards=rewards)
+    ours, grpo = (replace(config, method=m, **METHODS[m]) for m in (method, "grpo"))
+    (stats, got), (_, base) = gradients(policy, reference, rollout, ours), gradients(policy, reference, rollout, grpo)
+    assert all(math.isfinite(v) for v in stats.values())
+    assert all(torch.equal(a, b) for a, b in zip(got, base)) == (method == "grpo")
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-3)
+    for i in range(2):
+        stats = update(policy, reference, optimizer, rollout, ours, i, torch.device("cpu"))
+    assert math.isfinite(stats["grad_norm"]) and stats["kl"] > 0
+
+
+def test_the_released_rule_counts_287_and_115_and_masks_nothing_where_entropies_tie():
+    valid = torch.ones(1, 576, dtype=torch.bool)
+    low, high = entropy_masks(torch.rand(1, 576), valid, rule="released")
+    assert (low.sum().item(), high.sum().item()) == (115, 287)
+    low, high = entropy_masks(torch.zeros(1, 576), valid, rule="released")
+    assert not low.any() and not high.any()
+
+
+def test_dr_grpo_divides_neither_by_the_std_nor_by_the_valid_tokens(step):
+    policy, _, rollout, config = step
+    assert torch.equal(group_advantages(torch.tensor([[1.0, 3.0]]), divide_by_std=False), torch.tensor([[-1.0, 1.0]]))
+    _, counted = eggrpo.token_weights(rollout, policy.C, replace(config, **METHODS["dr-grpo"]))
+    assert counted.sum() == rollout.valid.numel() > rollout.valid.sum()
+
+
+def test_dapo_drops_constant_groups_from_numerator_and_denominator(step):
+    policy, _, rollout, config = step
+    rollout = rollout._replace(rewards=torch.tensor([[0.5] * 4, [0.0, 1.0, 0.5, 0.2]]))
+    weights, counted = eggrpo.token_weights(rollout, policy.C, replace(config, **METHODS["dapo"]))
+    assert not weights[:4].any() and torch.equal(weights[4:] > 0, rollout.valid[4:]) and counted.sum() == rollout.valid[4:].sum()
+
+
+def test_dapo_clips_higher_than_grpo():
+    """At a ratio of 1.25 and A > 0 GRPO's gradient is clipped away and DAPO's is not; below 0.8 both clip alike."""
+    old, valid = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
+
+    def slope(ratio, a, method):
+        config = Config(**METHODS[method])
+        leaf = torch.full((1, 1), math.log(ratio), requires_grad=True)
+        policy_loss(leaf, old, None, torch.tensor([[a]]), valid, 0.0, config.clip_low, config.clip_high)[0].backward()
+        return leaf.grad.item()
+
+    assert slope(1.25, 1.0, "grpo") == 0 != slope(1.25, 1.0, "dapo")
+    assert slope(1.3, 1.0, "dapo") == 0 == slope(0.7, -1.0, "dapo") == slope(0.7, -1.0, "grpo")
+
+
+@pytest.mark.parametrize("method", ["eggrpo-gradient", "entropy-coef"])
+def test_the_entropy_gradient_raises_entropy(step, method):
+    """With all rewards equal and no KL only the entropy term is left: descending the loss must raise entropy."""
+    policy, reference, rollout, config = step
+    config = replace(config, beta=0.0, method=method, **METHODS[method])
+    rollout = rollout._replace(rewards=torch.full((2, 4), 0.5))
+    mean = lambda: score_tokens(policy, rollout, config, torch.device("cpu"))[1][rollout.valid].mean().item()
+    before = mean()
+    optimizer = torch.optim.SGD(policy.parameters(), 0.1)
+    for i in range(5):
+        update(policy, reference, optimizer, rollout, config, i, torch.device("cpu"))
+    assert mean() > before + 1e-5
+
+
+def test_the_additive_bonus_alone_moves_nothing_where_all_rewards_are_equal(step):
+    policy, reference, rollout, config = step
+    _, got = gradients(policy, reference, rollout._replace(rewards=torch.full((2, 4), 1.1)), replace(config, beta=0.0))
+    assert all((g == 0).all() for g in got)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_guidance_in_rl_is_part_of_the_policy(eye, world, guidance):
+    """What is sampled is what is scored; the released mismatch, guided sampling and unguided scoring, hides behind a gap of 0."""
+    policy = tiny_policy(world)
+    scenes = [make_scene(world, "train", 0, i) for i in range(2)]
+    config = Config(prompts=2, group=2, guidance=guidance)
+    rollout, _ = make_rollout(policy, eye, scenes, config, 0)
+    honest = score_tokens(policy, rollout, config, torch.device("cpu"))[0]
+    assert (honest - rollout.logp).abs().max() < 1e-4
+    released, _ = make_rollout(policy, eye, scenes, replace(config, score_guidance=1.0), 0)
+    assert torch.equal(released.codes, rollout.codes)
+    difference = (released.logp - rollout.logp).abs().max()
+    assert difference > 0.1 if guidance > 1 else difference < 1e-4
+
+
+def test_pictures_of_a_plan_share_the_plan_and_all_are_one_group(eye, world, policy):
+    scenes = [make_scene(world, "train", 0, i) for i in range(2)]
+    rollout, _ = make_rollout(policy, eye, scenes, Config(prompts=2, group=3, images_per_plan=2), 0)
+    assert rollout.rewards.shape == (2, 6) and torch.equal(rollout.plan[::2], rollout.plan[1::2])
+    assert not torch.equal(rollout.codes[::2], rollout.codes[1::2]) and len({tuple(p.tolist()) for p in rollout.plan}) > 2
+
+
+def test_several_updates_a_batch_move_the_ratio_and_each_sequence_is_used_once_an_epoch(step):
+    policy, reference, rollout, config = step
+    config = replace(config, inner_epochs=2, minibatches=4, lr=1e-2)
+    seen = []
+    original, eggrpo.take = eggrpo.take, lambda r, rows: seen.append(rows.tolist()) or original(r, rows)
+    try:
+        stats = update(policy, reference, torch.optim.AdamW(policy.parameters(), 1e-2), rollout, config, 0, torch.device("cpu"))
+    finally:
+        eggrpo.take = original
+    assert len(seen) == 8 and sorted(sum(seen[:4], [])) == sorted(sum(seen[4:], [])) == list(range(8)) and seen[:4] != seen[4:]
+    assert stats["gap"] < 1e-4 and stats["ratio_max"] > 1.01 and stats["clipped"] > 0
+
+
+def test_text_weight_weighs_plan_tokens_and_one_is_the_pooled_mean(step):
+    policy, _, rollout, config = step
+    weights, counted = eggrpo.token_weights(rollout, policy.C, replace(config, text_weight=2.5))
+    assert torch.equal(weights[:, :policy.C], 2.5 * rollout.valid[:, :policy.C].float()) and counted is weights
+    assert torch.equal(eggrpo.token_weights(rollout, policy.C, config)[0], rollout.valid.float())
+
+
+def test_the_reference_is_frozen_apart_and_idle_where_beta_is_zero(step, monkeypatch):
+    policy, reference, rollout, config = step
+    reference.requires_grad_(False)
+    before = [p.clone() for p in reference.parameters()]
+    update(policy, reference, torch.optim.AdamW(policy.parameters(), 1e-2), rollout, config, 0, torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(before, reference.parameters()))
+    monkeypatch.setattr(reference, "forward", None)                            # calling it would raise
+    update(policy, reference, Gradients(policy), rollout, replace(config, beta=0.0), 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("field, value", [
+    ("low_frac", 1.2), ("high_frac", -0.1), ("low_frac", 0.7), ("inner_epochs", 0), ("minibatches", 7), ("group", 1),
+    ("images_per_plan", 0), ("lr", -1.0), ("beta", float("nan")), ("shaped", "words"), ("threshold", "median"), ("micro_batch", 0)])
+def test_bad_values_are_refused_in_one_line(field, value):
+    with pytest.raises(eggrpo.runtime.UserError, match=f"--{field.replace('_', '-')}") as error:
+        Config(**{field: value}).check()
+    assert "\n" not in str(error.value)
