@@ -53,7 +53,7 @@ def group_advantages(rewards, eps=1e-4, divide_by_std=True):
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (prompts, rollouts) with 2 rollouts or more, not {tuple(rewards.shape)}")
-    rewards = rewards.float()
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))    # float64 stays
     advantages = rewards - rewards.mean(1, keepdim=True)
     if divide_by_std:
         advantages = advantages / (rewards.std(1, keepdim=True) + eps)

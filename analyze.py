@@ -1,0 +1,215 @@
+"""What entropy has to do with it.
+
+    python analyze.py bonus       what each half of EG-GRPO adds to the gradient, exactly, on a policy small enough to enumerate
+
+With on-policy sampling a bonus that does not depend on the sampled token is a baseline: E_a[d * grad log pi(a)] = 0. So does the
+bonus of EG-GRPO explore? Here a policy over 3 ^ 10 sequences is enumerated in float64. Token t depends on the one before, so that
+entropy differs between contexts; rewards are random sums over tokens and pairs of neighbours. Every instance (seed) has its own
+policy and rewards. Three tables:
+
+1. the exact expected gradient that each part adds, and what one exact step along it does to entropy and to expected reward;
+2. the same with samples drawn under guidance and scored without (the released code);
+3. what groups of 8 and Adam make of it after many steps, by the very functions of eggrpo.py.
+"""
+
+import sys
+import time
+
+import torch
+
+import runtime
+from eggrpo import METHODS, Config, differentiable_entropy, entropy_masks, group_advantages, policy_loss, shape_advantages
+
+V, T = 3, 10          # vocabulary, tokens
+SEEDS, STEPS, GROUP, PROMPTS = 24, 200, 8, 4
+GUIDANCE = 2.0
+
+
+class Instance:
+    """A random tabular policy, its guide and its rewards. theta: (T, V + 1, V) logits of token t after token v, or after none."""
+
+    def __init__(self, seed):
+        noise = lambda name, *shape: torch.randn(*shape, generator=runtime.generator(seed, name), dtype=torch.float64)
+        self.theta = 1.5 * noise("theta", T, V + 1, V)
+        self.empty = 0.5 * self.theta + 0.5 * noise("empty", T, V + 1, V)          # the policy without its prompt
+        self.token_reward, self.pair_reward = noise("token", T, V), 0.5 * noise("pair", T, V + 1, V)
+
+    def rewards(self, tokens):
+        """(n, T) -> (n,)."""
+        before = previous(tokens)
+        t = torch.arange(T)
+        return (self.token_reward[t, tokens] + self.pair_reward[t, before, tokens]).sum(1)
+
+
+def previous(tokens):
+    """Shift sequences by one: the context of each token, V standing for the start. (n, T) -> (n, T)."""
+    return torch.cat([torch.full_like(tokens[:, :1], V), tokens[:, :-1]], 1)
+
+
+def every_sequence():
+    """(V ** T, T)."""
+    return torch.cartesian_prod(*[torch.arange(V)] * T)
+
+
+def look_up(theta, tokens):
+    """Return log-probs and entropies of sequences: (n, T) each."""
+    context, t = previous(tokens), torch.arange(T)
+    logp = theta.log_softmax(-1)[t, context, tokens]
+    return logp, differentiable_entropy(theta)[t, context]
+
+
+def guided(instance, theta, weight):
+    return instance.empty + weight * (theta - instance.empty)
+
+
+# --- exact ------------------------------------------------------------------------------------------------------------
+
+def parts_of_the_method(advantage, entropy):
+    """Name what the method adds to GRPO's weight A of each token's grad log pi. (n,), (n, T) -> {name: (n, T)}."""
+    a, valid = advantage[:, None], torch.ones_like(entropy, dtype=torch.bool)
+    low, high = entropy_masks(entropy, valid)
+    by_entropy, by_advantage = 0.3 * entropy, 0.3 * a.abs().expand_as(entropy)
+    return {
+        "GRPO: A": a.expand_as(entropy),
+        "0.3 H, every token": by_entropy,
+        "0.3 H, high tokens": by_entropy * high,
+        "0.3 |A|, high tokens": by_advantage * high,
+        "bonus: min of the two": torch.minimum(by_entropy, by_advantage) * high,
+        "exclusion: -A on low": -a * low,
+        "EG-GRPO: all of it": shape_advantages(advantage, entropy, valid),
+    }
+
+
+def exact_gradients(instance, guidance=1.0):
+    """Return {part: gradient}, its entropy gradient included, and the gradients of expected reward and of mean entropy.
+
+    Samples are drawn under `guidance` and scored without; the advantage is that of an infinite group.
+    """
+    tokens, theta = every_sequence(), instance.theta.clone().requires_grad_(True)
+    reward = instance.rewards(tokens)
+    logp, entropy = look_up(theta, tokens)
+    p = logp.sum(1).exp()                                                       # (n,) exact probabilities
+    with torch.no_grad():
+        drawn = look_up(guided(instance, theta, guidance), tokens)[0].sum(1).exp()
+        mean = (drawn * reward).sum()
+        advantage = (reward - mean) / (drawn * (reward - mean) ** 2).sum().sqrt()
+    gradient = lambda value: torch.autograd.grad(value, theta, retain_graph=True)[0]
+    gradients = {name: gradient((drawn[:, None] * weight * logp).sum() / T)
+                 for name, weight in parts_of_the_method(advantage, entropy.detach()).items()}
+    high = entropy_masks(entropy.detach(), torch.ones_like(entropy, dtype=torch.bool))[1]
+    gradients["entropy gradient: H on high"] = gradient((drawn[:, None] * high * entropy).sum() / T)
+    return gradients, gradient((p * reward).sum()), gradient((p[:, None] * entropy).sum() / T)
+
+
+def exact_table(seeds, guidance):
+    """Print, over instances, the median size of each part, its angle to GRPO, and what a small step along it does."""
+    rows = {}
+    for seed in range(seeds):
+        gradients, of_reward, of_entropy = exact_gradients(Instance(seed), guidance)
+        grpo = gradients["GRPO: A"]
+        for name, g in gradients.items():
+            size = g.norm() / grpo.norm()
+            cosine = (g * grpo).sum() / (g.norm() * grpo.norm() + 1e-300)
+            effects = [(g * of_reward).sum() / (grpo * of_reward).sum().abs(), (g * of_entropy).sum() / (grpo * of_reward).sum().abs()]
+            rows.setdefault(name, []).append(torch.stack([size, cosine, *effects]))
+    print(f"| part | size / GRPO's | cosine with GRPO | reward, per GRPO's | entropy, per GRPO's reward | entropy rises in |")
+    print("|---|---|---|---|---|---|")
+    for name, values in rows.items():
+        values = torch.stack(values)
+        size, cosine, reward, entropy = values.median(0).values.tolist()
+        if size < 1e-12:
+            print(f"| {name} | {size:.0e} | - | - | - | - |")
+        else:
+            print(f"| {name} | {size:.3f} | {cosine:+.2f} | {reward:+.3f} | {entropy:+.4f} | "
+                  f"{(values[:, 3] > 0).sum()} of {seeds} |")
+    return rows
+
+
+# --- sampled ----------------------------------------------------------------------------------------------------------
+
+def sample(theta, number, draw):
+    """Sample sequences from several policies at once. theta: (n, T, V + 1, V) -> (n, number, T)."""
+    tokens, context = [], torch.full((len(theta), number), V)
+    for t in range(T):
+        p = theta[:, t].softmax(-1).gather(1, context[..., None].expand(-1, -1, V))                   # (n, number, V)
+        context = torch.multinomial(p.flatten(0, 1), 1, generator=draw).view(len(theta), number)
+        tokens.append(context)
+    return torch.stack(tokens, 2)
+
+
+def train(instances, method, guidance, steps):
+    """Train every instance by a method, all in parallel. Returns exact expected reward gained and exact mean entropy: (n,) each."""
+    config = Config(**METHODS[method])
+    theta = torch.stack([i.theta for i in instances]).requires_grad_(True)                             # (n, T, V + 1, V)
+    empty, start = torch.stack([i.empty for i in instances]), theta.detach().clone()
+    optimizer, n, t = torch.optim.Adam([theta], 0.03), len(instances), torch.arange(T)
+    for step in range(steps):
+        draw = runtime.generator("bonus", step)
+        with torch.no_grad():
+            tokens = sample(empty + guidance * (theta - empty), PROMPTS * GROUP, draw)                 # (n, 32, T)
+            reward = torch.stack([i.rewards(x) for i, x in zip(instances, tokens)])
+        context = previous(tokens.flatten(0, 1)).view_as(tokens)
+        which = torch.arange(n)[:, None, None]
+        pick = lambda table: table[which, t, context]
+        logp = pick(theta.log_softmax(-1)).gather(-1, tokens[..., None])[..., 0].flatten(0, 1)         # (n * 32, T)
+        ref = pick(start.log_softmax(-1)).gather(-1, tokens[..., None])[..., 0].flatten(0, 1)
+        entropy = pick(differentiable_entropy(theta)).flatten(0, 1)
+        valid = torch.ones_like(logp, dtype=torch.bool)
+        advantage = group_advantages(reward.view(-1, GROUP)).flatten()
+        knobs = (config.low_frac, config.high_frac)
+        shaped = shape_advantages(advantage, entropy.detach(), valid, *knobs, config.bonus_coef, config.bonus_cap)
+        loss, _ = policy_loss(logp, logp.detach(), ref, shaped, valid, beta=0.01, denominator=logp.numel() / n)
+        if config.entropy_coef:
+            high = entropy_masks(entropy.detach(), valid, *knobs)[1]
+            loss = loss - config.entropy_coef * (entropy * high).sum() / (logp.numel() / n)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    tokens = every_sequence()
+    with torch.no_grad():
+        results = []
+        for instance, new in zip(instances, theta):
+            reward = instance.rewards(tokens)
+            p_old, (logp, entropy) = look_up(instance.theta, tokens)[0].sum(1).exp(), look_up(new, tokens)
+            p = logp.sum(1).exp()
+            spread = (p_old * (reward - (p_old * reward).sum()) ** 2).sum().sqrt()
+            results.append(torch.stack([((p - p_old) * reward).sum() / spread, (p[:, None] * entropy).sum() / T]))
+    return torch.stack(results).unbind(1)
+
+
+def sampled_table(seeds, steps, guidance):
+    """Print what groups of 8 and Adam make of each method: mean over seeds and 95 % half-width, paired with GRPO."""
+    instances = [Instance(s) for s in range(seeds)]
+    print("| method | reward gained, in std of the start | minus GRPO's | entropy at the end | minus GRPO's |")
+    print("|---|---|---|---|---|")
+    base, results = None, {}
+    for method in ("grpo", "eggrpo", "bonus", "exclude", "eggrpo-gradient", "entropy-coef"):
+        results[method] = train(instances, method, guidance, steps)
+        base = base or results[method]
+        show = lambda x: f"{x.mean():+.3f} ± {1.96 * x.std() / len(x) ** 0.5:.3f}"
+        (reward, entropy), (reward0, entropy0) = results[method], base
+        print(f"| {method} | {show(reward)} | {show(reward - reward0)} | {show(entropy)} | {show(entropy - entropy0)} |")
+    return results
+
+
+def bonus():
+    started = time.time()
+    torch.set_default_dtype(torch.float64)
+    for title, guidance in (("on-policy", 1.0), (f"drawn under guidance {GUIDANCE:g}, scored without", GUIDANCE)):
+        print(f"\nExact expected gradients, {title}; medians over {SEEDS} instances\n")
+        exact_table(SEEDS, guidance)
+        print(f"\nGroups of {GROUP}, {PROMPTS} groups a step, Adam, {STEPS} steps, {title}; {SEEDS} instances\n")
+        sampled_table(SEEDS, STEPS, guidance)
+    print(f"\n{time.time() - started:.0f} s")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"bonus": bonus}
+    if len(argv) != 1 or argv[0] not in commands:
+        raise runtime.UserError(f"usage: python analyze.py {'|'.join(commands)}")
+    commands[argv[0]]()
+
+
+if __name__ == "__main__":
+    runtime.run(main)
