@@ -1,15 +1,17 @@
 """What entropy has to do with it.
 
-    python analyze.py bonus       what each half of EG-GRPO adds to the gradient, exactly, on a policy small enough to enumerate
+    python analyze.py bonus     what each half of EG-GRPO adds to the gradient, exactly
 
-With on-policy sampling a bonus that does not depend on the sampled token is a baseline: E_a[d * grad log pi(a)] = 0. So does the
-bonus of EG-GRPO explore? Here a policy over 3 ^ 10 sequences is enumerated in float64. Token t depends on the one before, so that
-entropy differs between contexts; rewards are random sums over tokens and pairs of neighbours. Every instance (seed) has its own
+With on-policy sampling a bonus that does not depend on the sampled token is a baseline: E_a[d *
+grad log pi(a)] = 0. So does the bonus of EG-GRPO explore? Here a policy over 3 ^ 10 sequences is
+enumerated in float64. Token t depends on the one before, so that entropy differs between contexts;
+rewards are random sums over tokens and pairs of neighbours. Every instance (seed) has its own
 policy and rewards. Three tables:
 
-1. the exact expected gradient that each part adds, and what one exact step along it does to entropy and to expected reward;
-2. the same with samples drawn under guidance and scored without (the released code);
-3. what groups of 8 and Adam make of it after many steps, by the very functions of eggrpo.py.
+1. the exact expected gradient that each part adds, and what one exact step along it does to entropy
+and to expected reward; 2. the same with samples drawn under guidance and scored without (the
+released code); 3. what groups of 8 and Adam make of it after many steps, by the very functions of
+eggrpo.py.
 """
 
 import sys
@@ -18,7 +20,8 @@ import time
 import torch
 
 import runtime
-from eggrpo import METHODS, Config, differentiable_entropy, entropy_masks, group_advantages, policy_loss, shape_advantages
+from eggrpo import (METHODS, Config, differentiable_entropy, entropy_masks, group_advantages,
+                    policy_loss, shape_advantages)
 
 V, T = 3, 10          # vocabulary, tokens
 SEEDS, STEPS, GROUP, PROMPTS = 24, 200, 8, 4
@@ -26,12 +29,15 @@ GUIDANCE = 2.0
 
 
 class Instance:
-    """A random tabular policy, its guide and its rewards. theta: (T, V + 1, V) logits of token t after token v, or after none."""
+    """A random tabular policy, its guide and its rewards. theta: (T, V + 1, V) logits of token t
+    after token v, or after none."""
 
     def __init__(self, seed):
-        noise = lambda name, *shape: torch.randn(*shape, generator=runtime.generator(seed, name), dtype=torch.float64)
+        noise = lambda name, *shape: torch.randn(
+            *shape, generator=runtime.generator(seed, name), dtype=torch.float64)
         self.theta = 1.5 * noise("theta", T, V + 1, V)
-        self.empty = 0.5 * self.theta + 0.5 * noise("empty", T, V + 1, V)          # the policy without its prompt
+        # the policy without its prompt
+        self.empty = 0.5 * self.theta + 0.5 * noise("empty", T, V + 1, V)
         self.token_reward, self.pair_reward = noise("token", T, V), 0.5 * noise("pair", T, V + 1, V)
 
     def rewards(self, tokens):
@@ -42,7 +48,8 @@ class Instance:
 
 
 def previous(tokens):
-    """Shift sequences by one: the context of each token, V standing for the start. (n, T) -> (n, T)."""
+    """Shift sequences by one: the context of each token, V standing for the start. (n, T) -> (n,
+    T)."""
     return torch.cat([torch.full_like(tokens[:, :1], V), tokens[:, :-1]], 1)
 
 
@@ -62,10 +69,11 @@ def guided(instance, theta, weight):
     return instance.empty + weight * (theta - instance.empty)
 
 
-# --- exact ------------------------------------------------------------------------------------------------------------
+# --- exact ----------------------------------------------------------------------------------------
 
 def parts_of_the_method(advantage, entropy):
-    """Name what the method adds to GRPO's weight A of each token's grad log pi. (n,), (n, T) -> {name: (n, T)}."""
+    """Name what the method adds to GRPO's weight A of each token's grad log pi. (n,), (n, T) ->
+    {name: (n, T)}."""
     a, valid = advantage[:, None], torch.ones_like(entropy, dtype=torch.bool)
     low, high = entropy_masks(entropy, valid)
     by_entropy, by_advantage = 0.3 * entropy, 0.3 * a.abs().expand_as(entropy)
@@ -81,14 +89,16 @@ def parts_of_the_method(advantage, entropy):
 
 
 def exact_gradients(instance, guidance=1.0):
-    """Return {part: gradient}, its entropy gradient included, and the gradients of expected reward and of mean entropy.
+    """Return {part: gradient}, its entropy gradient included, and the gradients of expected reward
+    and of mean entropy.
 
-    Samples are drawn under `guidance` and scored without; the advantage is that of an infinite group.
+    Samples are drawn under `guidance` and scored without; the advantage is that of an infinite
+    group.
     """
     tokens, theta = every_sequence(), instance.theta.clone().requires_grad_(True)
     reward = instance.rewards(tokens)
     logp, entropy = look_up(theta, tokens)
-    p = logp.sum(1).exp()                                                       # (n,) exact probabilities
+    p = logp.sum(1).exp()                                                 # (n,) exact probabilities
     with torch.no_grad():
         drawn = look_up(guided(instance, theta, guidance), tokens)[0].sum(1).exp()
         mean = (drawn * reward).sum()
@@ -102,7 +112,8 @@ def exact_gradients(instance, guidance=1.0):
 
 
 def exact_table(seeds, guidance):
-    """Print, over instances, the median size of each part, its angle to GRPO, and what a small step along it does."""
+    """Print, over instances, the median size of each part, its angle to GRPO, and what a small step
+    along it does."""
     rows = {}
     for seed in range(seeds):
         gradients, of_reward, of_entropy = exact_gradients(Instance(seed), guidance)
@@ -110,9 +121,13 @@ def exact_table(seeds, guidance):
         for name, g in gradients.items():
             size = g.norm() / grpo.norm()
             cosine = (g * grpo).sum() / (g.norm() * grpo.norm() + 1e-300)
-            effects = [(g * of_reward).sum() / (grpo * of_reward).sum().abs(), (g * of_entropy).sum() / (grpo * of_reward).sum().abs()]
+            effects = [(g * of_reward).sum() / (grpo * of_reward).sum().abs(),
+                       (g * of_entropy).sum() / (grpo * of_reward).sum().abs()]
             rows.setdefault(name, []).append(torch.stack([size, cosine, *effects]))
-    print(f"| part | size / GRPO's | cosine with GRPO | reward, per GRPO's | entropy, per GRPO's reward | entropy rises in |")
+    print(
+        "| part | size / GRPO's | cosine with GRPO | reward, per GRPO's "
+        "| entropy, per GRPO's reward | entropy rises in |"
+    )
     print("|---|---|---|---|---|---|")
     for name, values in rows.items():
         values = torch.stack(values)
@@ -125,40 +140,50 @@ def exact_table(seeds, guidance):
     return rows
 
 
-# --- sampled ----------------------------------------------------------------------------------------------------------
+# --- sampled --------------------------------------------------------------------------------------
 
 def sample(theta, number, draw):
     """Sample sequences from several policies at once. theta: (n, T, V + 1, V) -> (n, number, T)."""
     tokens, context = [], torch.full((len(theta), number), V)
     for t in range(T):
-        p = theta[:, t].softmax(-1).gather(1, context[..., None].expand(-1, -1, V))                   # (n, number, V)
+        # (n, number, V)
+        p = theta[:, t].softmax(-1).gather(1, context[..., None].expand(-1, -1, V))
         context = torch.multinomial(p.flatten(0, 1), 1, generator=draw).view(len(theta), number)
         tokens.append(context)
     return torch.stack(tokens, 2)
 
 
 def train(instances, method, guidance, steps):
-    """Train every instance by a method, all in parallel. Returns exact expected reward gained and exact mean entropy: (n,) each."""
+    """Train every instance by a method, all in parallel. Returns exact expected reward gained and
+    exact mean entropy: (n,) each."""
     config = Config(**METHODS[method])
-    theta = torch.stack([i.theta for i in instances]).requires_grad_(True)                             # (n, T, V + 1, V)
+    theta = torch.stack([i.theta for i in instances]).requires_grad_(True)        # (n, T, V + 1, V)
     empty, start = torch.stack([i.empty for i in instances]), theta.detach().clone()
     optimizer, n, t = torch.optim.Adam([theta], 0.03), len(instances), torch.arange(T)
     for step in range(steps):
         draw = runtime.generator("bonus", step)
         with torch.no_grad():
-            tokens = sample(empty + guidance * (theta - empty), PROMPTS * GROUP, draw)                 # (n, 32, T)
+            tokens = sample(empty + guidance * (theta - empty), PROMPTS * GROUP, draw)  # (n, 32, T)
             reward = torch.stack([i.rewards(x) for i, x in zip(instances, tokens)])
         context = previous(tokens.flatten(0, 1)).view_as(tokens)
         which = torch.arange(n)[:, None, None]
         pick = lambda table: table[which, t, context]
-        logp = pick(theta.log_softmax(-1)).gather(-1, tokens[..., None])[..., 0].flatten(0, 1)         # (n * 32, T)
+        # (n * 32, T)
+        logp = pick(theta.log_softmax(-1)).gather(-1, tokens[..., None])[..., 0].flatten(0, 1)
         ref = pick(start.log_softmax(-1)).gather(-1, tokens[..., None])[..., 0].flatten(0, 1)
         entropy = pick(differentiable_entropy(theta)).flatten(0, 1)
         valid = torch.ones_like(logp, dtype=torch.bool)
         advantage = group_advantages(reward.view(-1, GROUP)).flatten()
         knobs = (config.low_frac, config.high_frac)
-        shaped = shape_advantages(advantage, entropy.detach(), valid, *knobs, config.bonus_coef, config.bonus_cap)
-        loss, _ = policy_loss(logp, logp.detach(), ref, shaped, valid, beta=0.01, denominator=logp.numel() / n)
+        shaped = shape_advantages(advantage, entropy.detach(), valid, *knobs, config.bonus_coef,
+                                  config.bonus_cap)
+        loss, _ = policy_loss(logp,
+                              logp.detach(),
+                              ref,
+                              shaped,
+                              valid,
+                              beta=0.01,
+                              denominator=logp.numel() / n)
         if config.entropy_coef:
             high = entropy_masks(entropy.detach(), valid, *knobs)[1]
             loss = loss - config.entropy_coef * (entropy * high).sum() / (logp.numel() / n)
@@ -170,17 +195,24 @@ def train(instances, method, guidance, steps):
         results = []
         for instance, new in zip(instances, theta):
             reward = instance.rewards(tokens)
-            p_old, (logp, entropy) = look_up(instance.theta, tokens)[0].sum(1).exp(), look_up(new, tokens)
+            p_old, (logp, entropy) = look_up(instance.theta,
+                                             tokens)[0].sum(1).exp(), look_up(new, tokens)
             p = logp.sum(1).exp()
             spread = (p_old * (reward - (p_old * reward).sum()) ** 2).sum().sqrt()
-            results.append(torch.stack([((p - p_old) * reward).sum() / spread, (p[:, None] * entropy).sum() / T]))
+            results.append(
+                torch.stack([((p - p_old) * reward).sum() / spread,
+                             (p[:, None] * entropy).sum() / T]))
     return torch.stack(results).unbind(1)
 
 
 def sampled_table(seeds, steps, guidance):
-    """Print what groups of 8 and Adam make of each method: mean over seeds and 95 % half-width, paired with GRPO."""
+    """Print what groups of 8 and Adam make of each method: mean over seeds and 95 % half-width,
+    paired with GRPO."""
     instances = [Instance(s) for s in range(seeds)]
-    print("| method | reward gained, in std of the start | minus GRPO's | entropy at the end | minus GRPO's |")
+    print(
+        "| method | reward gained, in std of the start | minus GRPO's "
+        "| entropy at the end | minus GRPO's |"
+    )
     print("|---|---|---|---|---|")
     base, results = None, {}
     for method in ("grpo", "eggrpo", "bonus", "exclude", "eggrpo-gradient", "entropy-coef"):
@@ -188,17 +220,24 @@ def sampled_table(seeds, steps, guidance):
         base = base or results[method]
         show = lambda x: f"{x.mean():+.3f} ± {1.96 * x.std() / len(x) ** 0.5:.3f}"
         (reward, entropy), (reward0, entropy0) = results[method], base
-        print(f"| {method} | {show(reward)} | {show(reward - reward0)} | {show(entropy)} | {show(entropy - entropy0)} |")
+        print(
+            f"| {method} | {show(reward)} | {show(reward - reward0)} "
+            f"| {show(entropy)} | {show(entropy - entropy0)} |"
+        )
     return results
 
 
 def bonus():
     started = time.time()
     torch.set_default_dtype(torch.float64)
-    for title, guidance in (("on-policy", 1.0), (f"drawn under guidance {GUIDANCE:g}, scored without", GUIDANCE)):
+    mismatch = f"drawn under guidance {GUIDANCE:g}, scored without"
+    for title, guidance in (("on-policy", 1.0), (mismatch, GUIDANCE)):
         print(f"\nExact expected gradients, {title}; medians over {SEEDS} instances\n")
         exact_table(SEEDS, guidance)
-        print(f"\nGroups of {GROUP}, {PROMPTS} groups a step, Adam, {STEPS} steps, {title}; {SEEDS} instances\n")
+        print(
+            f"\nGroups of {GROUP}, {PROMPTS} groups a step, Adam, {STEPS} steps, {title}; "
+            f"{SEEDS} instances\n"
+        )
         sampled_table(SEEDS, STEPS, guidance)
     print(f"\n{time.time() - started:.0f} s")
 

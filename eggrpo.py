@@ -1,23 +1,29 @@
-"""Entropy-Guided Group Relative Policy Optimization (EG-GRPO, ICLR 2026, arXiv 2604.02355), from rewards to a gradient.
+"""Entropy-Guided Group Relative Policy Optimization (EG-GRPO, ICLR 2026, arXiv 2604.02355), from
+rewards to a gradient.
 
-    python eggrpo.py --preset cpu                           -> out/cpu/eggrpo-0/: policy.pt, log.jsonl, gallery-*.png, training.gif
+    python eggrpo.py --preset cpu                           -> out/cpu/eggrpo-0/
     python eggrpo.py --preset cpu --method grpo --seed 1    -> out/cpu/grpo-1/
 
-The file reads in the order of the data. First the mathematics: plain tensors in, plain tensors out, nothing of this project
-needed, so that it can be used in another trainer. Then one step of the loop: sample, score, advantages, shape, update. EG-GRPO
-is GRPO and one function, `shape_advantages`.
+Each holds policy.pt, log.jsonl, gallery-*.png and training.gif.
+
+The file reads in the order of the data. First the mathematics: plain tensors in, plain tensors out,
+nothing of this project needed, so that it can be used in another trainer. Then one step of the
+loop: sample, score, advantages, shape, update. EG-GRPO is GRPO and one function, shape_advantages.
 
 Differences from the paper and its released code:
-- Thresholds go by rank, so that the counts are exact where entropies tie; the released code compares strictly with the entropies
-  at sorted[int(.2 T)] and sorted[int(.5 T)] (of 576 image tokens 115 low and 287 high; by rank 115 and 288).
-- Plan statistics go over the valid tokens; the released code takes "entropy > 0" for valid, which padding passes.
-- Sampling and scoring are one policy: no top-k, and guidance, where used, on both sides. Rollout log-probs are held against
-  re-scored ones at every step.
+- Thresholds go by rank, so that the counts are exact where entropies tie; the released code
+  compares strictly with the entropies at sorted[int(.2 T)] and sorted[int(.5 T)] (of 576 image
+  tokens 115 low and 287 high; by rank 115 and 288).
+- Plan statistics go over the valid tokens; the released code takes "entropy > 0" for valid, which
+  padding passes.
+- Sampling and scoring are one policy: no top-k, and guidance, where used, on both sides. Rollout
+  log-probs are held against re-scored ones at every step.
 - Probabilities, entropies and ratios are float32, not bf16.
 - A group whose rewards are all equal gives advantages of exactly 0, and is counted in the log.
-- All weights are trained; the released code freezes the image head and the embeddings of its 7 B model.
+- All weights are trained; the released code freezes image head and embeddings of its 7 B model.
 
-Dimension letters: P prompts a step, G rollouts a prompt, B = P * G sequences, C plan slots, L image tokens, T = C + L, V vocabulary.
+Dimension letters: P prompts a step, G rollouts a prompt, B = P * G sequences, C plan slots, L image
+tokens, T = C + L, V vocabulary.
 """
 
 import math
@@ -27,7 +33,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,20 +44,24 @@ from pretrain import load_base, word_tensors
 from scenes import END, WORLDS, make_scene
 from tiny_vq.train import load_tokenizer
 
-# --- the mathematics --------------------------------------------------------------------------------------------------
+# --- the mathematics ------------------------------------------------------------------------------
 
 
 def group_advantages(rewards, eps=1e-4, divide_by_std=True):
-    """Compare each rollout with the others of its prompt: A = (R - mean) / (std + eps), std with ddof = 1.
+    """Compare each rollout with the others of its prompt: A = (R - mean) / (std + eps), std with
+    ddof = 1.
 
-    rewards: (P, G), one row a prompt. divide_by_std=False: A = R - mean (Dr. GRPO). Returns (P, G); a row of equal rewards gives
-    exactly 0, whatever rounding does to its mean. Raises ValueError for G = 1, where there is nobody to be compared with.
+    rewards: (P, G), one row a prompt. divide_by_std=False: A = R - mean (Dr. GRPO). Returns (P, G);
+    a row of equal rewards gives exactly 0, whatever rounding does to its mean. Raises ValueError
+    for G = 1, where there is nobody to be compared with.
 
     >>> group_advantages(torch.tensor([[0.0, 1.0]]), eps=0.0)
     tensor([[-0.7071,  0.7071]])
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"rewards must be (prompts, rollouts) with 2 rollouts or more, not {tuple(rewards.shape)}")
+        raise ValueError(
+            f"rewards must be (prompts, 2 rollouts or more), not {tuple(rewards.shape)}"
+        )
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))    # float64 stays
     advantages = rewards - rewards.mean(1, keepdim=True)
     if divide_by_std:
@@ -62,52 +71,59 @@ def group_advantages(rewards, eps=1e-4, divide_by_std=True):
 
 
 def differentiable_entropy(logits):
-    """Entropy of the full next-token distribution as a fraction of its maximum: H = -sum_v p(v) log p(v) / log V.
+    """Entropy of the full next-token distribution as a fraction of its maximum: H = -sum_v p(v) log
+    p(v) / log V.
 
     logits: (..., V). Returns (...) in [0, 1], in float32 or better.
     """
     logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    return -(logp.exp() * logp.clamp(min=-1e4)).sum(-1) / math.log(logits.shape[-1])     # 0 log 0 = 0
+    return -(logp.exp() * logp.clamp(min=-1e4)).sum(-1) / math.log(logits.shape[-1])   # 0 log 0 = 0
 
 
 @torch.no_grad()
 def token_entropy(logits):
-    """The same without gradient: EG-GRPO's masks and its bonus look at entropy, they do not push it."""
+    """The same without gradient: EG-GRPO's masks and its bonus look at entropy, they do not push
+    it."""
     return differentiable_entropy(logits)
 
 
 def entropy_masks(entropy, valid, low_frac=0.2, high_frac=0.5, rule="rank"):
     """Find each row's low-entropy and high-entropy tokens, by rank among its valid tokens.
 
-    entropy: (B, T), valid: (B, T) bool, one modality. Of a row's n valid tokens in ascending order (of two equal ones the earlier
-    ranks lower), low is the first floor(low_frac * n) and high the last floor(high_frac * n). rule="released" compares strictly
-    with thresholds as the released code does: low is H < sorted[int(low_frac * n)], high is H > sorted[int((1 - high_frac) * n)],
-    which masks nothing where entropies tie. Returns low, high: (B, T) bool.
-    Raises ValueError where the fractions leave [0, 1] or overlap.
+    entropy: (B, T), valid: (B, T) bool, one modality. Of a row's n valid tokens in ascending order
+    (of two equal ones the earlier ranks lower), low is the first floor(low_frac * n) and high the
+    last floor(high_frac * n). rule="released" compares strictly with thresholds as the released
+    code does: low is H < sorted[int(low_frac * n)], high is H > sorted[int((1 - high_frac) * n)],
+    which masks nothing where entropies tie. Returns low, high: (B, T) bool. Raises ValueError where
+    the fractions leave [0, 1] or overlap.
 
     >>> entropy = torch.tensor([[.30, .10, .80, .20, .60, .50, .70, .40]])
-    >>> low, high = entropy_masks(entropy, torch.ones(1, 8, dtype=torch.bool), low_frac=0.25, high_frac=0.5)
+    >>> valid = torch.ones(1, 8, dtype=torch.bool)
+    >>> low, high = entropy_masks(entropy, valid, low_frac=0.25, high_frac=0.5)
     >>> low.nonzero()[:, 1].tolist(), high.nonzero()[:, 1].tolist()
     ([1, 3], [2, 4, 5, 6])
     """
     if not (0 <= low_frac <= 1 and 0 <= high_frac <= 1 and low_frac + high_frac <= 1):
-        raise ValueError(f"low_frac {low_frac} and high_frac {high_frac} must lie in [0, 1] and add up to at most 1")
+        raise ValueError(
+            f"low_frac {low_frac}, high_frac {high_frac}: must lie in [0, 1], add up to at most 1"
+        )
     ascending, order = entropy.masked_fill(~valid, float("inf")).sort(dim=1, stable=True)
     n = valid.sum(1, keepdim=True)
-    count = lambda frac: torch.floor(frac * n + 1e-6).long()                   # 0.29 * 100 is 28.999... in binary
+    count = lambda frac: torch.floor(frac * n + 1e-6).long()     # 0.29 * 100 is 28.999... in binary
     if rule == "released":
         threshold = lambda frac: ascending.gather(1, torch.minimum(count(frac), n - 1).clamp(min=0))
         return valid & (entropy < threshold(low_frac)), valid & (entropy > threshold(1 - high_frac))
-    rank = order.argsort(dim=1)                                                # (B, T); invalid tokens rank last
+    rank = order.argsort(dim=1)                                   # (B, T); invalid tokens rank last
     return valid & (rank < count(low_frac)), valid & (rank >= n - count(high_frac))
 
 
-def shape_advantages(advantage, entropy, valid, low_frac=0.2, high_frac=0.5, bonus_coef=0.3, bonus_cap=0.3, rule="rank"):
+def shape_advantages(advantage, entropy, valid, low_frac=0.2, high_frac=0.5, bonus_coef=0.3,
+                     bonus_cap=0.3, rule="rank"):
     """Turn one advantage a rollout into one a token: the whole of EG-GRPO. One modality at a time.
 
     advantage: (B,), entropy: (B, T) in [0, 1], valid: (B, T) bool. Returns (B, T).
-        d_t   = min(bonus_cap * |A|, bonus_coef * H_t) on high tokens, 0 elsewhere     (never flips the sign of A)
-        A_t   = (A + d_t) * [t not in low]
+        d_t = min(bonus_cap * |A|, bonus_coef * H_t) on high tokens, 0 elsewhere
+        A_t = (A + d_t) * [t not in low]                    d_t never flips the sign of A
     """
     low, high = entropy_masks(entropy, valid, low_frac, high_frac, rule)
     a = advantage[:, None]                                                     # (B, 1)
@@ -115,46 +131,62 @@ def shape_advantages(advantage, entropy, valid, low_frac=0.2, high_frac=0.5, bon
     return (a + bonus) * ~low
 
 
-def policy_loss(logp, logp_old, logp_ref, advantage, valid, beta=0.01, clip_low=0.2, clip_high=0.2, denominator=None):
-    """The clipped objective of GRPO, a mean over valid tokens, with a KL term toward the reference on all of them.
+def policy_loss(logp, logp_old, logp_ref, advantage, valid, beta=0.01, clip_low=0.2, clip_high=0.2,
+                denominator=None):
+    """The clipped objective of GRPO, a mean over valid tokens, with a KL term toward the reference
+    on all of them.
 
-        loss = -sum_valid [ min(ratio_t A_t, clip(ratio_t) A_t) - beta KL_t ] / number of valid tokens
-        ratio_t = exp(logp - logp_old),   KL_t = exp(ref - logp) - (ref - logp) - 1       (k3 estimator, Schulman 2020)
+        loss    = -sum_valid [ min(ratio_t A_t, clip(ratio_t) A_t) - beta KL_t ] / number of valid
+        ratio_t = exp(logp - logp_old)
+        KL_t    = exp(ref - logp) - (ref - logp) - 1                   the k3 estimator
 
-    logp, logp_old, logp_ref, advantage: (B, T); valid: (B, T) bool, or weights of at least 0 where modalities count differently.
-    logp_ref may be None where beta is 0. denominator: the sum of `valid` over the whole batch, where this is a part of it. Returns
-    the loss, a scalar, and a dict of floats: kl and clipped (this part's share of the batch's mean), ratio_min, ratio_max.
+    logp, logp_old, logp_ref, advantage: (B, T); valid: (B, T) bool, or weights of at least 0 where
+    modalities count differently. logp_ref may be None where beta is 0. denominator: the sum of
+    `valid` over the whole batch, where this is a part of it. Returns the loss, a scalar, and a dict
+    of floats: kl and clipped (this part's share of the batch's mean), ratio_min, ratio_max.
     """
     denominator = valid.sum() if denominator is None else denominator
-    there = valid > 0                                                          # padding may hold anything, NaN too
+    there = valid > 0                                           # padding may hold anything, NaN too
     ratio = torch.where(there, logp - logp_old, 0.0).exp()
-    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+    surrogate = torch.minimum(ratio * advantage,
+                              ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
     kl = torch.zeros_like(ratio)
     if logp_ref is not None:
         gap = torch.where(there, logp_ref - logp, 0.0)
         kl = gap.exp() - gap - 1
     loss = -((surrogate - beta * kl) * valid).sum() / denominator
     clipped = (ratio < 1 - clip_low) & (advantage < 0) | (ratio > 1 + clip_high) & (advantage > 0)
-    stats = torch.stack([(kl * valid).sum() / denominator, (clipped * valid).sum() / denominator, ratio.min(), ratio.max()])
+    stats = torch.stack([(kl * valid).sum() / denominator, (clipped * valid).sum() / denominator,
+                         ratio.min(),
+                         ratio.max()])
     return loss, dict(zip(("kl", "clipped", "ratio_min", "ratio_max"), stats.tolist()))
 
 
-# --- configuration ----------------------------------------------------------------------------------------------------
+# --- configuration --------------------------------------------------------------------------------
 
-GRPO = dict(low_frac=0.0, bonus_coef=0.0)             # nothing masked, no bonus
-METHODS = {                                           # every method is some values of Config's fields: one loop, one loss
-    "grpo": GRPO,                                                       # one advantage for every token
-    "eggrpo": {},                                                       # the paper: exclusion and bonus, plan and image
-    "eggrpo-text": dict(shaped="plan"),                                 # the paper's ablations: one modality only
+GRPO = dict(low_frac=0.0, bonus_coef=0.0)           # nothing masked, no bonus
+METHODS = {         # every method is some values of Config's fields: one loop, one loss
+    # one advantage for every token
+    "grpo": GRPO,
+    # the paper: exclusion and bonus, on plan and image; and its two ablations, on one of them only
+    "eggrpo": {},
+    "eggrpo-text": dict(shaped="plan"),
     "eggrpo-image": dict(shaped="image"),
-    "bonus": dict(low_frac=0.0),                                        # one half of the method at a time
+    # one half of the method at a time
+    "bonus": dict(low_frac=0.0),
     "exclude": dict(bonus_coef=0.0),
-    "eggrpo-gradient": dict(bonus_coef=0.0, entropy_coef=0.01),         # for the bonus, a true entropy gradient on high tokens
-    "top-entropy": dict(low_frac=0.8, high_frac=0.2, bonus_coef=0.0),   # reward gradient on the 20 % highest only
-    "entropy-coef": dict(GRPO, high_frac=1.0, entropy_coef=0.01),       # GRPO and an entropy gradient on all tokens
-    "dr-grpo": dict(GRPO, no_std=True, constant_denominator=True),      # no division by the std, constant denominator
-    "dapo": dict(GRPO, clip_high=0.28, drop_constant=True),             # clip-higher, groups without variance dropped
-    "released": dict(threshold="released"),                             # the released code's strict thresholds
+    # in place of the bonus, a true entropy gradient on the high tokens
+    "eggrpo-gradient": dict(bonus_coef=0.0, entropy_coef=0.01),
+    # the 80/20 rule: reward gradient on the 20 % highest-entropy tokens only
+    "top-entropy": dict(low_frac=0.8, high_frac=0.2, bonus_coef=0.0),
+    # GRPO and an entropy gradient on all tokens
+    "entropy-coef": dict(GRPO, high_frac=1.0, entropy_coef=0.01),
+    # Dr. GRPO: no division by the std, constant denominator
+    "dr-grpo": dict(GRPO, no_std=True, constant_denominator=True),
+    # DAPO: clip-higher, groups without variance dropped from the loss
+    "dapo": dict(GRPO, clip_high=0.28, drop_constant=True),
+    # the released code's strict thresholds
+    "released": dict(threshold="released"),
 }
 
 
@@ -168,7 +200,7 @@ class Config:
     steps: int = 250              # batches of rollouts (paper: 1600)
     prompts: int = 8              # P (paper: 16)
     group: int = 8                # plans a prompt (paper: 8)
-    images_per_plan: int = 1      # pictures a plan; all pictures of a prompt are one group of G (paper: 1)
+    images_per_plan: int = 1      # pictures a plan; all of a prompt's are one group of G (paper: 1)
     lr: float = 3e-4              # constant after 10 steps (paper: 1e-6, for 7 B parameters)
     beta: float = 0.01            # weight of the KL term (paper: .01)
     low_frac: float = 0.2         # share of tokens without reward gradient (paper: .2)
@@ -177,15 +209,15 @@ class Config:
     bonus_cap: float = 0.3        # largest bonus as a share of |A| (paper: .3)
     shaped: str = "both"          # modality that is shaped: both, plan or image (paper: both)
     threshold: str = "rank"       # rank, or released: strict thresholds (paper: released)
-    entropy_coef: float = 0.0     # weight of a true entropy gradient on the high tokens (paper: none)
+    entropy_coef: float = 0.0     # weight of an entropy gradient on high tokens (paper: none)
     no_std: bool = False          # advantages without division by the std (paper: divided)
-    constant_denominator: bool = False  # divide the loss by all slots, not by the valid tokens (paper: valid tokens)
+    constant_denominator: bool = False  # divide by all slots, not by valid tokens (paper: valid)
     drop_constant: bool = False   # leave groups without variance out of the loss (paper: kept)
     clip_low: float = 0.2         # ratio clipping; without effect at one update a batch (paper: .2)
     clip_high: float = 0.2        # (paper: .2)
-    text_weight: float = 1.0      # what a plan token counts in the mean, an image token counting 1 (paper: 1)
-    guidance: float = 1.0         # classifier-free guidance of the policy that is sampled and scored (paper: 5, sampled only)
-    score_guidance: float = 0.0   # guidance in scoring alone, to study that mismatch; 0: as sampled (paper: 1)
+    text_weight: float = 1.0      # what a plan token counts, an image token counting 1 (paper: 1)
+    guidance: float = 1.0         # of the policy, sampled and scored (paper: 5, sampled only)
+    score_guidance: float = 0.0   # in scoring alone, for study; 0: as sampled (paper: 1)
     inner_epochs: int = 1         # times that a batch of rollouts is gone through (paper: 1)
     minibatches: int = 1          # updates each time (paper: 1)
     micro_batch: int = 64         # sequences a forward pass: memory, never results
@@ -194,24 +226,23 @@ class Config:
     save_every: int = 50
 
     def check(self):
-        if self.group < 2:
-            raise runtime.UserError(f"--group {self.group}: advantages compare rollouts of a prompt, so it must be at least 2")
-        if not (0 <= self.low_frac <= 1 and 0 <= self.high_frac <= 1 and self.low_frac + self.high_frac <= 1):
-            raise runtime.UserError(f"--low-frac {self.low_frac} and --high-frac {self.high_frac} must lie in [0, 1] and add up "
-                                    "to at most 1")
-        for name in ("steps", "prompts", "images_per_plan", "inner_epochs", "minibatches", "micro_batch", "eval_every",
-                     "eval_prompts", "save_every"):
-            if getattr(self, name) < 1:
-                raise runtime.UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        for name in ("lr", "beta", "bonus_coef", "bonus_cap", "clip_low", "clip_high", "text_weight", "entropy_coef",
-                     "score_guidance"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise runtime.UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more, and finite")
-        if self.sequences % self.minibatches:
-            raise runtime.UserError(f"--minibatches {self.minibatches} does not divide the batch of {self.sequences} sequences")
-        for name, choices in (("shaped", ("both", "plan", "image")), ("threshold", ("rank", "released"))):
-            if getattr(self, name) not in choices:
-                raise runtime.UserError(f"--{name} {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        flag = lambda name: f"--{name.replace('_', '-')} {getattr(self, name)}"
+        require = runtime.require
+        require(self.group >= 2, f"{flag('group')}: rollouts are compared, at least 2 are needed")
+        fractions = min(self.low_frac, self.high_frac) >= 0 and self.low_frac + self.high_frac <= 1
+        require(fractions, f"{flag('low_frac')} and {flag('high_frac')} must lie in [0, 1] and add "
+                "up to at most 1")
+        for name in ("steps", "prompts", "images_per_plan", "inner_epochs", "minibatches",
+                     "micro_batch", "eval_every", "eval_prompts", "save_every"):
+            require(getattr(self, name) >= 1, f"{flag(name)}: must be at least 1")
+        for name in ("lr", "beta", "bonus_coef", "bonus_cap", "clip_low", "clip_high",
+                     "text_weight", "entropy_coef", "score_guidance"):
+            require(0 <= getattr(self, name) < math.inf, f"{flag(name)}: must be 0 or more, finite")
+        require(self.sequences % self.minibatches == 0,
+                f"{flag('minibatches')} does not divide the {self.sequences} sequences of a batch")
+        for name, choices in (("shaped", ("both", "plan", "image")),
+                              ("threshold", ("rank", "released"))):
+            require(getattr(self, name) in choices, f"{flag(name)}: choose {' or '.join(choices)}")
 
     @property
     def sequences(self):
@@ -226,7 +257,7 @@ PRESETS = {
 }
 
 
-# --- one step ---------------------------------------------------------------------------------------------------------
+# --- one step -------------------------------------------------------------------------------------
 
 class Rollout(NamedTuple):
     prompt: Tensor     # (B, S) word ids, each prompt G times in a row
@@ -242,134 +273,164 @@ class Rollout(NamedTuple):
 
 @torch.no_grad()
 def make_rollout(policy, eye, scenes, config, step):
-    """Sample plans and pictures for each scene's prompt and score the pictures. Returns a Rollout and seconds."""
+    """Sample plans and pictures for each scene's prompt and score the pictures. Returns a Rollout
+    and seconds."""
     m, started = config.images_per_plan, time.time()
-    prompt = word_tensors(eye.world, scenes)[0].repeat_interleave(config.group * m, 0).to(eye.device)    # (B, S)
-    noise = torch.rand(len(prompt), policy.C + policy.L, generator=runtime.generator(config.seed, "rollout", step))
-    noise[:, :policy.C] = noise[::m, :policy.C].repeat_interleave(m, 0)        # the same noise writes the same plan
+    prompt, _ = word_tensors(eye.world, scenes)
+    prompt = prompt.repeat_interleave(config.group * m, 0).to(eye.device)                  # (B, S)
+    noise = torch.rand(len(prompt),
+                       policy.C + policy.L,
+                       generator=runtime.generator(config.seed, "rollout", step))
+    # the same noise writes the same plan
+    noise[:, :policy.C] = noise[::m, :policy.C].repeat_interleave(m, 0)
     with runtime.autocast(eye.device):
         draw = generate(policy, prompt, noise.to(eye.device), guidance=config.guidance)
-        images = eye.tokenizer.decode(draw.codes).float()                                                # (B, 3, h, w)
+        images = eye.tokenizer.decode(draw.codes).float()                             # (B, 3, h, w)
     sampled = time.time()
-    want = rewards.make_want(eye.world, [s for s in scenes for _ in range(config.group * m)], eye.device)
+    want = rewards.make_want(eye.world, [s for s in scenes for _ in range(config.group * m)],
+                             eye.device)
     reward, parts, exact = rewards.score(images, want, eye.world)
-    grouped = lambda x: x.view(len(scenes), config.group * m)                                            # (B,) -> (P, G)
+    grouped = lambda x: x.view(len(scenes), config.group * m)                       # (B,) -> (P, G)
     rollout = Rollout(prompt, draw.plan, draw.codes, draw.logp, draw.valid, images, grouped(reward),
                       {k: grouped(v) for k, v in parts.items()}, grouped(exact))
-    if config.score_guidance:                     # the released mismatch: old log-probs are not those that were sampled from
-        logp = torch.cat([score_tokens(policy, part, config, eye.device)[0] for part in split(rollout, config.micro_batch)])
+    # the released mismatch: old log-probs are not those that were sampled from
+    if config.score_guidance:
+        logp = torch.cat([
+            score_tokens(policy, part, config, eye.device)[0]
+            for part in split(rollout, config.micro_batch)
+        ])
         rollout = rollout._replace(logp=logp)
     return rollout, dict(seconds_rollout=sampled - started, seconds_reward=time.time() - sampled)
 
 
 def take(rollout, rows):
     """Pick sequences of a rollout; what belongs to whole groups stays as it is."""
-    return rollout._replace(**{k: getattr(rollout, k)[rows] for k in ("prompt", "plan", "codes", "logp", "valid")})
+    fields = ("prompt", "plan", "codes", "logp", "valid")
+    return rollout._replace(**{name: getattr(rollout, name)[rows] for name in fields})
 
 
 def split(rollout, size):
     """Cut a rollout into parts of at most `size` sequences."""
-    return [take(rollout, rows) for rows in torch.arange(len(rollout.plan), device=rollout.plan.device).split(size)]
+    everything = torch.arange(len(rollout.plan), device=rollout.plan.device)
+    return [take(rollout, rows) for rows in everything.split(size)]
 
 
 def score_tokens(policy, rollout, config, device):
-    """Score a rollout's tokens under a policy. Returns logp (B, T) and entropy (B, T), both with gradient."""
+    """Score a rollout's tokens under a policy. Returns logp (B, T) and entropy (B, T), both with
+    gradient."""
     with runtime.autocast(device):
         word_logits, code_logits = score(policy, rollout.prompt, rollout.plan, rollout.codes,
                                          config.score_guidance or config.guidance)
     logp = token_logp(word_logits, code_logits, rollout.plan, rollout.codes)
-    return logp, torch.cat([differentiable_entropy(word_logits), differentiable_entropy(code_logits)], 1)
+    entropies = [differentiable_entropy(word_logits), differentiable_entropy(code_logits)]
+    return logp, torch.cat(entropies, 1)
 
 
 def shape_by_modality(advantage, entropy, valid, plan_slots, config):
-    """Apply shape_advantages to the plan and to the image, each by itself. (B,), (B, T), (B, T) -> (B, T)."""
+    """Apply shape_advantages to the plan and to the image, each by itself. (B,), (B, T), (B, T) ->
+    (B, T)."""
     shaped = []
     for name, part in (("plan", slice(None, plan_slots)), ("image", slice(plan_slots, None))):
         if config.shaped in ("both", name):
-            shaped.append(shape_advantages(advantage, entropy[:, part], valid[:, part], config.low_frac, config.high_frac,
-                                           config.bonus_coef, config.bonus_cap, config.threshold))
+            shaped.append(
+                shape_advantages(advantage, entropy[:, part], valid[:, part], config.low_frac,
+                                 config.high_frac, config.bonus_coef, config.bonus_cap,
+                                 config.threshold))
         else:
             shaped.append(advantage[:, None].expand(-1, entropy[:, part].shape[1]))
     return torch.cat(shaped, 1)
 
 
 def token_weights(rollout, plan_slots, config):
-    """Say what each token counts in the mean of the loss, (B, T), and what the sum is divided by, before it is cut into parts."""
+    """Say what each token counts in the mean of the loss, (B, T), and what the sum is divided by,
+    before it is cut into parts."""
     weights = rollout.valid.float()
     weights[:, :plan_slots] *= config.text_weight
     if config.drop_constant:
-        varied = (rollout.rewards.amax(1) > rollout.rewards.amin(1)).repeat_interleave(rollout.rewards.shape[1])
-        weights = weights * varied[:, None]
+        varied = rollout.rewards.amax(1) > rollout.rewards.amin(1)                         # (P,)
+        weights = weights * varied.repeat_interleave(rollout.rewards.shape[1])[:, None]
     return weights, torch.full_like(weights, 1.0) if config.constant_denominator else weights
 
 
 def part_loss(policy, reference, tokens, advantage, weights, denominator, config, device):
-    """Compute the loss of a part of a batch. Returns it with what is logged, as floats: two dicts, of which the first's values
-    are this part's share of the batch's mean and the second's are means of this part."""
-    logp, entropy = score_tokens(policy, tokens, config, device)                                         # (B, T) each
+    """Compute the loss of a part of a batch. Returns it with what is logged, as floats: two dicts,
+    of which the first's values are this part's share of the batch's mean and the second's are means
+    of this part."""
+    logp, entropy = score_tokens(policy, tokens, config, device)                       # (B, T) each
     logp_ref = None
     if config.beta:
         with torch.no_grad():
             logp_ref, _ = score_tokens(reference, tokens, config, device)
     seen = entropy.detach()
-    shaped = shape_by_modality(advantage, seen, tokens.valid, policy.C, config)                          # (B, T)
-    loss, stats = policy_loss(logp, tokens.logp, logp_ref, shaped, weights, config.beta, config.clip_low, config.clip_high,
-                              denominator)
+    shaped = shape_by_modality(advantage, seen, tokens.valid, policy.C, config)             # (B, T)
+    loss, stats = policy_loss(logp, tokens.logp, logp_ref, shaped, weights, config.beta,
+                              config.clip_low, config.clip_high, denominator)
     if config.entropy_coef:
         high = high_tokens(seen, tokens.valid, policy.C, config)
         loss = loss - config.entropy_coef * (entropy * high * weights).sum() / denominator
     stats["gap"] = ((logp - tokens.logp).abs() * tokens.valid).max().item()
-    return loss, stats, entropy_stats(seen, tokens.valid, policy.C) | mask_stats(shaped, advantage, tokens.valid)
+    return loss, stats, entropy_stats(seen, tokens.valid, policy.C) | mask_stats(
+        shaped, advantage, tokens.valid)
 
 
 def update(policy, reference, optimizer, rollout, config, step, device):
-    """Update the policy on a batch of rollouts. Returns what is logged of it, as floats, averaged over the whole step."""
-    advantage = group_advantages(rollout.rewards, divide_by_std=not config.no_std).flatten()             # (B,)
-    weights, counted = token_weights(rollout, policy.C, config)                                          # (B, T) each
+    """Update the policy on a batch of rollouts. Returns what is logged of it, as floats, averaged
+    over the whole step."""
+    advantage = group_advantages(rollout.rewards, divide_by_std=not config.no_std).flatten()  # (B,)
+    weights, counted = token_weights(rollout, policy.C, config)                        # (B, T) each
     updates = []
     for epoch in range(config.inner_epochs):
         rows = torch.arange(len(advantage))
         if config.minibatches > 1:
-            rows = torch.randperm(len(advantage), generator=runtime.generator(config.seed, "minibatch", step, epoch))
+            deal = runtime.generator(config.seed, "minibatch", step, epoch)
+            rows = torch.randperm(len(advantage), generator=deal)
         updates += rows.to(device).chunk(config.minibatches)
 
     logged = []
     for number, rows in enumerate(updates):
-        denominator = counted[rows].sum().clamp(min=1)                         # of the whole update, not of a part of it
+        denominator = counted[rows].sum().clamp(min=1)    # of the whole update, not of a part of it
         for part in rows.split(config.micro_batch):
-            loss, stats, means = part_loss(policy, reference, take(rollout, part), advantage[part], weights[part], denominator,
-                                           config, device)
+            loss, stats, means = part_loss(policy, reference, take(rollout, part), advantage[part],
+                                           weights[part], denominator, config, device)
             loss.backward()
             if number:
-                stats["gap"] = 0.0                                             # the learner has moved on from the sampler
+                stats["gap"] = 0.0                       # the learner has moved on from the sampler
             share = len(part) / len(advantage) / config.inner_epochs
-            logged.append({**stats, "kl": stats["kl"] / len(updates), "clipped": stats["clipped"] / len(updates), "grad_norm": 0.0,
-                           **{k: v * share for k, v in means.items()}})
-        logged[-1]["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item() / len(updates)
+            stats |= {k: stats[k] / len(updates) for k in ("kl", "clipped")}
+            logged.append(stats | {k: v * share for k, v in means.items()} | dict(grad_norm=0.0))
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        logged[-1]["grad_norm"] = norm.item() / len(updates)
         optimizer.step()
         optimizer.zero_grad()
-    merge = {"ratio_min": min, "ratio_max": max, "gap": max}                   # the rest are shares of a mean: add them up
+    # the rest are shares of a mean: add them up
+    merge = {"ratio_min": min, "ratio_max": max, "gap": max}
     return {k: merge.get(k, sum)(record[k] for record in logged) for k in logged[0]}
 
 
 def high_tokens(entropy, valid, plan_slots, config):
     """Mark the high-entropy tokens of plan and image, (B, T) bool."""
-    return torch.cat([entropy_masks(entropy[:, part], valid[:, part], config.low_frac, config.high_frac, config.threshold)[1]
-                      for part in (slice(None, plan_slots), slice(plan_slots, None))], 1)
+    return torch.cat([
+        entropy_masks(entropy[:, part], valid[:, part], config.low_frac, config.high_frac,
+                      config.threshold)[1]
+        for part in (slice(None, plan_slots), slice(plan_slots, None))
+    ], 1)
 
 
 def mask_stats(shaped, advantage, valid):
-    """Tell what shaping did to a rollout's valid tokens, averaged over rollouts: the share that lost its reward gradient, the
-    share that got a bonus, the mean bonus. A rollout whose advantage is 0 had no gradient to lose and counts 0."""
+    """Tell what shaping did to a rollout's valid tokens, averaged over rollouts: the share that
+    lost its reward gradient, the share that got a bonus, the mean bonus. A rollout whose advantage
+    is 0 had no gradient to lose and counts 0."""
     a, n = advantage[:, None], valid.sum(1)
     low = valid & (shaped == 0) & (a != 0)
     bonus = torch.where(valid & ~low, shaped - a, 0.0)
-    return dict(low_share=(low.sum(1) / n).mean().item(), high_share=((bonus > 0).sum(1) / n).mean().item(),
+    return dict(low_share=(low.sum(1) / n).mean().item(),
+                high_share=((bonus > 0).sum(1) / n).mean().item(),
                 bonus=(bonus.sum(1) / n).mean().item())
 
 
 def entropy_stats(entropy, valid, plan_slots):
-    """Mean and std of entropy over a rollout's valid tokens, averaged over rollouts, for plan and image."""
+    """Mean and std of entropy over a rollout's valid tokens, averaged over rollouts, for plan and
+    image."""
     stats = {}
     for name, h, v in (("plan", entropy[:, :plan_slots], valid[:, :plan_slots]),
                        ("image", entropy[:, plan_slots:], valid[:, plan_slots:])):
@@ -383,89 +444,103 @@ def entropy_stats(entropy, valid, plan_slots):
 def rollout_stats(rollout):
     """What is logged of a batch of rollouts, as floats."""
     plan, r = rollout.valid[:, :rollout.plan.shape[1]], rollout.rewards
-    return dict(reward=r.mean().item(), exact=rollout.exact.mean().item(),
-                **{name: part.nanmean().item() for name, part in rollout.parts.items()},
-                group_std=r.std(1).mean().item(), constant_groups=(r.amax(1) == r.amin(1)).float().mean().item(),
+    return dict(reward=r.mean().item(),
+                exact=rollout.exact.mean().item(),
+                **{name: part.nanmean().item()
+                   for name, part in rollout.parts.items()},
+                group_std=r.std(1).mean().item(),
+                constant_groups=(r.amax(1) == r.amin(1)).float().mean().item(),
                 plan_length=plan.sum(1).float().mean().item(),
                 unstopped=(rollout.plan != END).all(1).float().mean().item())
 
 
-# --- the loop ---------------------------------------------------------------------------------------------------------
+# --- the loop -------------------------------------------------------------------------------------
 
 def check_gap(gap, step, device):
-    """Hold the sampler against the learner: before an update, the rollout's log-probs are the re-scored ones.
+    """Hold the sampler against the learner: before an update, the rollout's log-probs are the
+    re-scored ones.
 
-    This is how silent bugs in rollouts are caught. bf16 rounds a sequence differently from a step, hence its wider bound.
+    This is how silent bugs in rollouts are caught. bf16 rounds a sequence differently from a step,
+    hence its wider bound.
     """
     bound = 1e-4 if device.type != "cuda" else 0.5
     if not gap < bound:
-        raise RuntimeError(f"step {step}: log-probs of sampler and learner differ by {gap:.2e}, more than {bound:.0e}: they are not "
-                           "the same policy")
-
-
-def look(eye, policy, config, folder, step):
-    """Evaluate on held-out prompts and draw the gallery. Returns what is logged."""
-    result = evaluate.summary(evaluate.evaluate(eye, policy, "eval", config.eval_prompts))
-    images, exact, _ = evaluate.gallery_row(eye, policy)
-    prompts = [s.prompt for s in evaluate.gallery_scenes(eye.world)]
-    sheet = evaluate.gallery([images], prompts, [f"step {step}"], [exact])
-    evaluate.save_image(sheet, folder / f"gallery-{step:05d}.png")
-    return dict(eval_reward=result["reward"], eval_exact=result["exact"])
-
-
-def animate(folder):
-    """Join the galleries to training.gif, the last one held."""
-    frames = [Image.open(p).convert("P", palette=Image.ADAPTIVE) for p in sorted(folder.glob("gallery-*.png"))]
-    evaluate.save_image(frames[0], folder / "training.gif", save_all=True, append_images=frames[1:],
-                        duration=[700] * (len(frames) - 1) + [3000], loop=0)
+        raise RuntimeError(
+            f"step {step}: log-probs of sampler and learner differ by {gap:.2e}, "
+            f"more than {bound:.0e}: they are not the same policy")
 
 
 def main(argv=None):
     config = runtime.parse(Config, PRESETS, __doc__, argv, METHODS)
     folder = Path(config.out) / config.preset / f"{config.method}-{config.seed}"
-    maker = f"python eggrpo.py --preset {config.preset} --method {config.method} --seed {config.seed}"
+    maker = (f"python eggrpo.py --preset {config.preset} --method {config.method} "
+             f"--seed {config.seed}")
     path = folder / "policy.pt"
     record = runtime.resume(path, config, maker)
     if record and record["step"] == config.steps:
         return print(f"{config.method}: finished earlier, {path}")
     device = runtime.pick_device(config.device)
-    eye = evaluate.Eye(load_tokenizer(config.preset, config.out, device), WORLDS[config.preset], device)
+    eye = evaluate.Eye(load_tokenizer(config.preset, config.out, device), WORLDS[config.preset],
+                       device)
     reference = load_base(config.preset, config.out, device)
     policy = load_base(config.preset, config.out, device).requires_grad_(True)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(),
+                                  lr=config.lr,
+                                  betas=(0.9, 0.95),
+                                  weight_decay=0.0)
     if record:
         policy.load_state_dict(record["model"])
         optimizer.load_state_dict(record["optimizer"])
     first, started = (record["step"] if record else 0), time.time()
     log = runtime.Log(folder / "log.jsonl", config, device, first)
     if not first:
-        log(step=-1, **look(eye, policy, config, folder, 0))
+        log(step=-1, **evaluate.look(eye, policy, config.eval_prompts, folder, 0))
 
     with runtime.Interruptible() as stop:
-        for step in (bar := tqdm(range(first, config.steps), config.method, initial=first, total=config.steps)):
-            scenes = [make_scene(eye.world, "train", 1000 + config.seed, step * config.prompts + i) for i in range(config.prompts)]
+        bar = tqdm(range(first, config.steps), config.method, initial=first, total=config.steps)
+        for step in bar:
+            scenes = [
+                make_scene(eye.world, "train", 1000 + config.seed, step * config.prompts + i)
+                for i in range(config.prompts)
+            ]
             rollout, seconds = make_rollout(policy, eye, scenes, config, step)
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * min(1, (step + 1) / 10)
             tick = time.time()
             stats = update(policy, reference, optimizer, rollout, config, step, device)
             check_gap(stats["gap"], step, device)
-            stats = dict(rollout_stats(rollout), **stats, **seconds, seconds_update=time.time() - tick)
-            bar.set_postfix(reward=f"{stats['reward']:.2f}", exact=f"{stats['exact']:.2f}", kl=f"{stats['kl']:.3f}")
+            stats = dict(rollout_stats(rollout),
+                         **stats,
+                         **seconds,
+                         seconds_update=time.time() - tick)
+            bar.set_postfix(reward=f"{stats['reward']:.2f}",
+                            exact=f"{stats['exact']:.2f}",
+                            kl=f"{stats['kl']:.3f}")
             ended = step + 1 == config.steps
             if ended or (step + 1) % config.eval_every == 0:
-                stats |= look(eye, policy, config, folder, step + 1)
-                tqdm.write(f"step {step + 1}: held-out reward {stats['eval_reward']:.3f}, exact {stats['eval_exact']:.3f}")
+                stats |= evaluate.look(eye, policy, config.eval_prompts, folder, step + 1)
+                tqdm.write(
+                    f"step {step + 1}: held-out reward {stats['eval_reward']:.3f}, "
+                    f"exact {stats['eval_exact']:.3f}"
+                )
             log(step=step, **stats)
             if ended or stop.signal or (step + 1) % config.save_every == 0:
-                runtime.save(path, dict(kind="policy", settings=runtime.settings(config), step=step + 1, steps=config.steps,
-                                        model_config=policy.config, model=policy.state_dict(),
-                                        optimizer={} if ended else optimizer.state_dict()))
+                runtime.save(
+                    path,
+                    dict(kind="policy",
+                         settings=runtime.settings(config),
+                         step=step + 1,
+                         steps=config.steps,
+                         model_config=policy.config,
+                         model=policy.state_dict(),
+                         optimizer={} if ended else optimizer.state_dict()))
                 if stop.signal and not ended:
                     stop.leave(path, maker)
-    animate(folder)
-    print(f"{config.method}: held-out reward {stats['eval_reward']:.3f}, exact {stats['eval_exact']:.3f} after {config.steps} steps, "
-          f"{time.time() - started:.0f} s; pictures in {folder}")
+    evaluate.animate(folder)
+    print(
+        f"{config.method}: held-out reward {stats['eval_reward']:.3f}, "
+        f"exact {stats['eval_exact']:.3f} after {config.steps} steps, "
+        f"{time.time() - started:.0f} s; pictures in {folder}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Score policies on held-out prompts, print the table, draw the galleries.
 
-    python evaluate.py --preset cpu       scores the base policy (directly and with plan) and every finished run in out/cpu
+    python evaluate.py --preset cpu     the base policy (directly, with plan), every finished run
 
     -> out/cpu/results.json, results.md (the printed table), before-after.png
 
-`eval` prompts never occur in training, not even as paraphrases; every `unseen` prompt has a colour-shape pair that no training
-prompt or picture has. All policies answer the same prompts with the same noise.
+`eval` prompts never occur in training, not even as paraphrases; every `unseen` prompt has a
+colour-shape pair that no training prompt or picture has. All policies answer the same prompts with
+the same noise.
 """
 
 import json
@@ -61,7 +62,8 @@ class Eye(NamedTuple):
 
 @torch.no_grad()
 def draw(eye, policy, scenes, noise, **how):
-    """Draw one picture a scene. noise: a generator. how: as for generate. Returns the Draw and pictures (B, 3, h, w)."""
+    """Draw one picture a scene. noise: a generator. how: as for generate. Returns the Draw and
+    pictures (B, 3, h, w)."""
     prompt, _ = word_tensors(eye.world, scenes)
     uniforms = torch.rand(len(scenes), policy.C + policy.L, generator=noise)
     with runtime.autocast(eye.device):
@@ -70,16 +72,22 @@ def draw(eye, policy, scenes, noise, **how):
 
 
 def evaluate(eye, policy, split, prompts, batch=128, seed=0, title=None, **how):
-    """Score a policy on the first `prompts` scenes of a split, one picture each, the same noise for every policy."""
+    """Score a policy on the first `prompts` scenes of a split, one picture each, the same noise for
+    every policy."""
     scenes = [make_scene(eye.world, split, seed, i) for i in range(prompts)]
     found = []
     for start in tqdm(range(0, prompts, batch), title, disable=title is None, leave=False):
         part = scenes[start:start + batch]
-        _, images = draw(eye, policy, part, runtime.generator(seed, "evaluate", split, start), **how)
-        found.append(rewards.score(images.float(), rewards.make_want(eye.world, part, eye.device), eye.world))
+        _, images = draw(eye, policy, part, runtime.generator(seed, "evaluate", split, start),
+                         **how)
+        found.append(
+            rewards.score(images.float(), rewards.make_want(eye.world, part, eye.device),
+                          eye.world))
     reward, parts, exact = zip(*found)
     parts = {name: torch.cat([p[name] for p in parts]).cpu() for name in parts[0]}
-    return Scores([s.category for s in scenes], torch.cat(reward).cpu(), parts, torch.cat(exact).cpu())
+    return Scores([s.category for s in scenes],
+                  torch.cat(reward).cpu(), parts,
+                  torch.cat(exact).cpu())
 
 
 def interval(values):
@@ -89,33 +97,55 @@ def interval(values):
 
 
 def summary(scores):
-    """Reduce Scores to plain numbers: reward and exact with intervals, every component, every category."""
+    """Reduce Scores to plain numbers: reward and exact with intervals, every component, every
+    category."""
     reward, reward_half = interval(scores.rewards)
     exact, exact_half = interval(scores.exact)
     of = lambda category: torch.tensor([c == category for c in scores.categories])
-    by_category = {c: dict(n=int(of(c).sum()), reward=scores.rewards[of(c)].mean().item(),
-                           exact=scores.exact[of(c)].mean().item()) for c in dict.fromkeys(scores.categories)}
-    return dict(n=len(scores.rewards), reward=reward, reward_half=reward_half, exact=exact, exact_half=exact_half,
-                **{name: values.nanmean().item() for name, values in scores.parts.items()}, categories=by_category)
+    by_category = {
+        c:
+        dict(n=int(of(c).sum()),
+             reward=scores.rewards[of(c)].mean().item(),
+             exact=scores.exact[of(c)].mean().item())
+        for c in dict.fromkeys(scores.categories)
+    }
+    return dict(n=len(scores.rewards),
+                reward=reward,
+                reward_half=reward_half,
+                exact=exact,
+                exact_half=exact_half,
+                **{name: values.nanmean().item()
+                   for name, values in scores.parts.items()},
+                categories=by_category)
 
 
 def table(results):
     """Lay results {policy: {"eval": summary, "unseen": summary}} out as two Markdown tables."""
-    lines = ["| held-out prompts | reward | exact | " + " | ".join(rewards.REWARDS) + " |", "|---" * (len(rewards.REWARDS) + 3) + "|"]
+    lines = [
+        "| held-out prompts | reward | exact | " + " | ".join(rewards.REWARDS) + " |",
+        "|---" * (len(rewards.REWARDS) + 3) + "|"
+    ]
     for name, splits in results.items():
         for split, s in splits.items():
             label = name if split == "eval" else f"{name}, unseen pairs"
-            lines.append(f"| {label} (n = {s['n']}) | {s['reward']:.3f} ± {s['reward_half']:.3f} | {s['exact']:.3f} ± "
-                         f"{s['exact_half']:.3f} | " + " | ".join(f"{s[r]:.3f}" for r in rewards.REWARDS) + " |")
+            lines.append(
+                f"| {label} (n = {s['n']}) | {s['reward']:.3f} ± {s['reward_half']:.3f} "
+                f"| {s['exact']:.3f} ± "
+                f"{s['exact_half']:.3f} | " + " | ".join(f"{s[r]:.3f}"
+                                                         for r in rewards.REWARDS) + " |")
     categories = list(next(iter(results.values()))["eval"]["categories"])
-    lines += ["", "| exact, by category | " + " | ".join(categories) + " |", "|---" * (len(categories) + 1) + "|"]
+    lines += [
+        "", "| exact, by category | " + " | ".join(categories) + " |",
+        "|---" * (len(categories) + 1) + "|"
+    ]
     for name, splits in results.items():
         by = splits["eval"]["categories"]
-        lines.append(f"| {name} | " + " | ".join(f"{by[c]['exact']:.2f}" for c in categories) + " |")
+        lines.append(f"| {name} | " + " | ".join(f"{by[c]['exact']:.2f}"
+                                                 for c in categories) + " |")
     return "\n".join(lines)
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 def _wrap(text, width):
     lines, line = [], ""
@@ -129,11 +159,13 @@ def _wrap(text, width):
 def gallery(rows, prompts, titles=None, exact=None, size=144):
     """Lay pictures out in a grid, a prompt above each column.
 
-    rows: list of (n, 3, h, w) in [0, 1]; titles: a name for each row; exact: list of (n,), a green frame where 1, red where 0.
-    Returns a PIL image.
+    rows: list of (n, 3, h, w) in [0, 1]; titles: a name for each row; exact: list of (n,), a green
+    frame where 1, red where 0. Returns a PIL image.
     """
     pad, head, side = 6, 62, 96 if titles else 0
-    sheet = Image.new("RGB", (side + len(prompts) * (size + pad) + pad, head + len(rows) * (size + pad)), "white")
+    sheet = Image.new("RGB",
+                      (side + len(prompts) * (size + pad) + pad, head + len(rows) * (size + pad)),
+                      "white")
     pen = ImageDraw.Draw(sheet)
     for column, prompt in enumerate(prompts):
         for i, line in enumerate(_wrap(prompt, 24)[:4]):
@@ -153,15 +185,18 @@ def gallery(rows, prompts, titles=None, exact=None, size=144):
 
 
 def gallery_scenes(world, number=8):
-    """The fixed prompts of every gallery: the first evaluation scenes after those of a seed kept for this."""
+    """The fixed prompts of every gallery: the first evaluation scenes after those of a seed kept
+    for this."""
     return [make_scene(world, "eval", 777, i) for i in range(number)]
 
 
 def gallery_row(eye, policy, **how):
-    """Draw the gallery's prompts with the gallery's noise. Returns pictures (n, 3, h, w), exact (n,) and plans."""
+    """Draw the gallery's prompts with the gallery's noise. Returns pictures (n, 3, h, w), exact
+    (n,) and plans."""
     scenes = gallery_scenes(eye.world)
     drawn, images = draw(eye, policy, scenes, runtime.generator("gallery"), **how)
-    _, _, exact = rewards.score(images.float(), rewards.make_want(eye.world, scenes, eye.device), eye.world)
+    _, _, exact = rewards.score(images.float(), rewards.make_want(eye.world, scenes, eye.device),
+                                eye.world)
     return images, exact.cpu(), [decode_words(p) for p in drawn.plan]
 
 
@@ -172,7 +207,25 @@ def save_image(image, path, **options):
     temporary.replace(path)
 
 
-# --- command ----------------------------------------------------------------------------------------------------------
+def look(eye, policy, prompts, folder, step):
+    """Evaluate in the midst of training and draw the gallery of a step. Returns what is logged."""
+    result = summary(evaluate(eye, policy, "eval", prompts))
+    images, exact, _ = gallery_row(eye, policy)
+    titles = [s.prompt for s in gallery_scenes(eye.world)]
+    sheet = gallery([images], titles, [f"step {step}"], [exact])
+    save_image(sheet, folder / f"gallery-{step:05d}.png")
+    return dict(eval_reward=result["reward"], eval_exact=result["exact"])
+
+
+def animate(folder):
+    """Join the galleries to training.gif, the last one held."""
+    paths = sorted(folder.glob("gallery-*.png"))
+    frames = [Image.open(p).convert("P", palette=Image.ADAPTIVE) for p in paths]
+    save_image(frames[0], folder / "training.gif", save_all=True, append_images=frames[1:],
+               duration=[700] * (len(frames) - 1) + [3000], loop=0)
+
+
+# --- command --------------------------------------------------------------------------------------
 
 def finished_runs(folder):
     """List the (name, path) of the finished reinforcement-learning runs in a folder."""
@@ -189,15 +242,21 @@ def main(argv=None):
     base = load_base(config.preset, config.out, device)
     policies = {"base, direct": (base, dict(direct=True)), "base + plan": (base, {})}
     for name, path in finished_runs(folder):
-        policies[name] = (load_policy(path, "python eggrpo.py", "policy", config.preset, device), {})
+        policies[name] = (load_policy(path, "python eggrpo.py", "policy", config.preset,
+                                      device), {})
     if len(policies) == 2:
         print(f"no finished run in {folder}: only the base policy is scored (make one with "
               f"`python eggrpo.py --preset {config.preset}`)")
 
     results, rows, marks = {}, [], []
     for name, (policy, how) in policies.items():
-        results[name] = {split: summary(evaluate(eye, policy, split, n, config.batch, config.seed, f"{name}, {split}", **how))
-                         for split, n in (("eval", config.prompts), ("unseen", max(config.prompts // 3, 1)))}
+        results[name] = {
+            split:
+            summary(
+                evaluate(eye, policy, split, n, config.batch, config.seed, f"{name}, {split}",
+                         **how))
+            for split, n in (("eval", config.prompts), ("unseen", max(config.prompts // 3, 1)))
+        }
         images, exact, _ = gallery_row(eye, policy, **how)
         rows.append(images)
         marks.append(exact)
@@ -206,7 +265,10 @@ def main(argv=None):
     runtime.write(folder / "results.json", json.dumps(results, indent=1).encode())
     runtime.write(folder / "results.md", (table(results) + "\n").encode())
     print(table(results))
-    print(f"evaluated in {time.time() - started:.0f} s; pictures in {folder / 'before-after.png'} (green frame: exact)")
+    print(
+        f"evaluated in {time.time() - started:.0f} s; pictures in {folder / 'before-after.png'} "
+        "(green frame: exact)"
+    )
 
 
 if __name__ == "__main__":

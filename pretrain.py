@@ -2,9 +2,10 @@
 
     python pretrain.py --preset cpu               -> out/cpu/base.pt, the base policy
 
-The corpus lies in a stated share of its captions and plans (scenes.corpus_item), so the base policy has seen how pictures look and
-what words mean, and errs. A share of the sequences drops the plan, so that the policy can draw directly (the paper's base
-setting); a share drops the prompt, so that guidance has an empty prompt to compare with.
+The corpus lies in a stated share of its captions and plans (scenes.corpus_item), so the base policy
+has seen how pictures look and what words mean, and errs. A share of the sequences drops the plan,
+so that the policy can draw directly (the paper's base setting); a share drops the prompt, so that
+guidance has an empty prompt to compare with.
 """
 
 import time
@@ -39,17 +40,27 @@ class Config:
 
     def check(self):
         if min(self.items, self.steps, self.batch, self.layers, self.heads) < 1:
-            raise runtime.UserError("--items, --steps, --batch, --layers and --heads must be at least 1")
+            raise runtime.UserError(
+                "--items, --steps, --batch, --layers and --heads must be at least 1")
         if self.width % self.heads:
-            raise runtime.UserError(f"--width {self.width} must be a multiple of --heads {self.heads}")
+            raise runtime.UserError(
+                f"--width {self.width} must be a multiple of --heads {self.heads}")
         if not (0 <= self.drop_plan < 1 and 0 <= self.drop_prompt < 1):
             raise runtime.UserError("--drop-plan and --drop-prompt must lie in [0, 1)")
 
 
 PRESETS = {
-    "smoke": dict(items=300, steps=20, batch=32, width=64, layers=2),
-    "cpu": dict(),
-    "gpu": dict(items=200000, steps=12000, batch=128, lr=6e-4, width=512, layers=8, heads=8, save_every=2000),
+    "smoke":
+    dict(items=300, steps=20, batch=32, width=64, layers=2), "cpu":
+    dict(), "gpu":
+    dict(items=200000,
+         steps=12000,
+         batch=128,
+         lr=6e-4,
+         width=512,
+         layers=8,
+         heads=8,
+         save_every=2000),
 }
 
 
@@ -61,18 +72,21 @@ def word_tensors(world, scenes):
 
 
 def make_corpus(config, world, tokenizer, device):
-    """Draw and encode the corpus. Returns prompts (n, S), plans (n, C), codes (n, L) as small integers."""
+    """Draw and encode the corpus. Returns prompts (n, S), plans (n, C), codes (n, L) as small
+    integers."""
     parts = []
     for start in tqdm(range(0, config.items, 500), "corpus", leave=False):
-        scenes = [corpus_item(world, config.seed, i) for i in range(start, min(start + 500, config.items))]
+        scenes = [
+            corpus_item(world, config.seed, i) for i in range(start, min(start + 500, config.items))
+        ]
         images = as_images([render(world, s) for s in scenes]).to(device) / 255
         parts.append((*word_tensors(world, scenes), tokenizer.encode(images).cpu()))
     return [torch.cat(column).to(torch.int16) for column in zip(*parts)]
 
 
 def make_policy(config, world, codes):
-    return Policy(len(WORDS), codes, world.prompt_slots, world.plan_slots, world.image_tokens, config.width, config.layers,
-                  config.heads)
+    return Policy(len(WORDS), codes, world.prompt_slots, world.plan_slots, world.image_tokens,
+                  config.width, config.layers, config.heads)
 
 
 def load_policy(path, maker, kind, preset, device="cpu"):
@@ -84,12 +98,14 @@ def load_policy(path, maker, kind, preset, device="cpu"):
 
 
 def load_base(preset, out="out", device="cpu"):
-    return load_policy(f"{out}/{preset}/base.pt", f"python pretrain.py --preset {preset}", "base", preset, device)
+    return load_policy(f"{out}/{preset}/base.pt", f"python pretrain.py --preset {preset}", "base",
+                       preset, device)
 
 
 def main(argv=None):
     config = runtime.parse(Config, PRESETS, __doc__, argv)
-    path, maker = f"{config.out}/{config.preset}/base.pt", f"python pretrain.py --preset {config.preset}"
+    path = f"{config.out}/{config.preset}/base.pt"
+    maker = f"python pretrain.py --preset {config.preset}"
     record = runtime.resume(path, config, maker)
     if record and record["step"] == config.steps:
         return print(f"base policy: finished earlier, {path}")
@@ -99,24 +115,36 @@ def main(argv=None):
 
     torch.manual_seed(config.seed)
     policy = make_policy(config, world, tokenizer.codes)
-    print(f"policy: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, {policy.slots} slots")
+    print(
+        f"policy: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, "
+        f"{policy.slots} slots"
+    )
     if record:
         policy.load_state_dict(record["model"])
     policy.to(device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(policy.parameters(),
+                                  lr=config.lr,
+                                  betas=(0.9, 0.95),
+                                  weight_decay=0.05)
     if record:
         optimizer.load_state_dict(record["optimizer"])
     first = record["step"] if record else 0
     log = runtime.Log(f"{config.out}/{config.preset}/base.jsonl", config, device, first)
 
     with runtime.Interruptible() as stop:
-        for step in (bar := tqdm(range(first, config.steps), "base policy", initial=first, total=config.steps)):
+        bar = tqdm(range(first, config.steps), "base policy", initial=first, total=config.steps)
+        for step in bar:
             # A stretch of a shuffled deck, reshuffled each time round
-            turn, place = divmod(step * config.batch, config.items // config.batch * config.batch or 1)
-            deck = torch.randperm(config.items, generator=runtime.generator(config.seed, "deck", turn))
+            turn, place = divmod(step * config.batch, config.items // config.batch * config.batch
+                                 or 1)
+            deck = torch.randperm(config.items,
+                                  generator=runtime.generator(config.seed, "deck", turn))
             chosen = deck[place:place + config.batch]
             prompt, plan, codes = (column[chosen].long().to(device) for column in corpus)
-            drop = torch.rand(2, len(chosen), 1, generator=runtime.generator(config.seed, "drop", step)).to(device)
+            drop = torch.rand(2,
+                              len(chosen),
+                              1,
+                              generator=runtime.generator(config.seed, "drop", step)).to(device)
             prompt = prompt.masked_fill(drop[0] < config.drop_prompt, PAD)
             plan = plan.masked_fill(drop[1] < config.drop_plan, PAD)
 
@@ -126,8 +154,9 @@ def main(argv=None):
             with runtime.autocast(device):
                 word_logits, code_logits = score(policy, prompt, plan, codes)
             logp = token_logp(word_logits, code_logits, plan, codes)
-            words, image = -logp[:, :policy.C].sum() / (plan != PAD).sum().clamp(min=1), -logp[:, policy.C:].mean()
-            (words + image).backward()                       # each modality's mean: plans are short and must not drown
+            words, image = -logp[:, :policy.C].sum() / (plan != PAD).sum().clamp(
+                min=1), -logp[:, policy.C:].mean()
+            (words + image).backward()    # each modality's mean: plans are short and must not drown
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -136,12 +165,21 @@ def main(argv=None):
                 bar.set_postfix(plan=f"{words.item():.2f}", image=f"{image.item():.2f}")
             ended = step + 1 == config.steps
             if ended or stop.signal or (step + 1) % config.save_every == 0:
-                runtime.save(path, dict(kind="base", settings=runtime.settings(config), step=step + 1, steps=config.steps,
-                                        model_config=policy.config, model=policy.state_dict(),
-                                        optimizer={} if ended else optimizer.state_dict()))
+                runtime.save(
+                    path,
+                    dict(kind="base",
+                         settings=runtime.settings(config),
+                         step=step + 1,
+                         steps=config.steps,
+                         model_config=policy.config,
+                         model=policy.state_dict(),
+                         optimizer={} if ended else optimizer.state_dict()))
                 if stop.signal and not ended:
                     stop.leave(path, maker)
-    print(f"base policy: plan {words.item():.2f}, image {image.item():.2f} nats a token, {time.time() - started:.0f} s")
+    print(
+        f"base policy: plan {words.item():.2f}, image {image.item():.2f} nats a token, "
+        f"{time.time() - started:.0f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -1,22 +1,26 @@
-"""A picture becomes numbers: find the objects in the pixels, compare them with what the prompt asks for.
+"""A picture becomes numbers: find the objects in the pixels, compare them with what the prompt asks
+for.
 
     want = make_want(world, scenes, device)           what the prompts ask for
     found = detect(images, world)                     what the pictures show
     rewards, parts, exact = score(images, want, world)
 
-Everything is batched tensor code on the device of the pictures. Detection: paint each pixel in its palette colour (`ink`),
-match every shape and texture against each colour's ink by convolution, keep the local maxima. Sizes are known, so nothing is
-learned and nothing can be fooled by a drifting model; what a reward cannot see (the ground) it does not judge.
+Everything is batched tensor code on the device of the pictures. Detection: paint each pixel in its
+palette colour (`ink`), match every shape and texture against each colour's ink by convolution, keep
+the local maxima. Sizes are known, so nothing is learned and nothing can be fooled by a drifting
+model; what a reward cannot see (the ground) it does not judge.
 
-The reward is the unweighted mean of the functions in REWARDS, each (B,) in [0, 1], over those that apply to the prompt (NaN
-means: does not apply; only `relation` uses it). Your own reward is one more function in that dict:
+The reward is the unweighted mean of the functions in REWARDS, each (B,) in [0, 1], over those that
+apply to the prompt (NaN means: does not apply; only `relation` uses it). Your own reward is one
+more function in that dict:
 
     rewards.REWARDS["red"] = lambda images, found, want: images[:, 0].mean(dim=(1, 2))
 
-`exact` is strict: the right objects, nothing else, the relation true, the picture clean. It is measured, never optimised.
+`exact` is strict: the right objects, nothing else, the relation true, the picture clean. It is
+measured, never optimised.
 
-Dimension letters: B pictures, C colours, K kinds (colour x texture x shape, in that order), M objects at most,
-h x w pixels.
+Dimension letters: B pictures, C colours, K kinds (colour x texture x shape, in that order), M
+objects at most, h x w pixels.
 """
 
 from functools import lru_cache
@@ -43,7 +47,7 @@ class Want(NamedTuple):
 
 class Found(NamedTuple):
     kinds: Tensor      # (B, K) how many of each kind
-    kind: Tensor       # (B, M) kind of each object, the best match first; -1 where there are no more
+    kind: Tensor      # (B, M) kind of each object, the best match first; -1 where there are no more
     row: Tensor        # (B, M) centre of each object, in pixels
     column: Tensor     # (B, M)
     ink: Tensor        # (B,) pixels of palette colour, in pixels
@@ -72,27 +76,31 @@ def make_want(world, scenes, device="cpu"):
                 torch.from_numpy(pair).to(device))
 
 
-# --- what the picture shows -------------------------------------------------------------------------------------------
+# --- what the picture shows -----------------------------------------------------------------------
 
 def ink(images):
-    """Say how much of each pixel is paint of each palette colour. (B, 3, h, w) in [0, 1] -> (B, C, h, w) in [0, 1].
+    """Say how much of each pixel is paint of each palette colour. (B, 3, h, w) in [0, 1] -> (B, C,
+    h, w) in [0, 1].
 
-    A pixel is ground + a * (colour - ground) with coverage a; it belongs to the colour that leaves the least residue.
+    A pixel is ground + a * (colour - ground) with coverage a; it belongs to the colour that leaves
+    the least residue.
     """
     ground = torch.tensor(GROUND, device=images.device) / 255
-    axes = torch.tensor(list(COLOURS.values()), device=images.device) / 255 - ground          # (C, 3)
+    axes = torch.tensor(list(COLOURS.values()), device=images.device) / 255 - ground        # (C, 3)
     offset = images.float() - ground[:, None, None]
-    square = (axes ** 2).sum(1)[:, None, None]                                                # (C, 1, 1)
+    square = (axes ** 2).sum(1)[:, None, None]                                           # (C, 1, 1)
     dot = torch.einsum("bkhw,ck->bchw", offset, axes)
     cover = (dot / square).clamp(0, 1)
-    residue = cover ** 2 * square - 2 * cover * dot        # |offset - a axis|^2 less |offset|^2, the same for all colours
+    # |offset - a axis|^2 less |offset|^2, the same for all colours
+    residue = cover ** 2 * square - 2 * cover * dot
     mine = residue == residue.amin(1, keepdim=True)
     return (cover * mine - INK_FLOOR).clamp(min=0) / (1 - INK_FLOOR)
 
 
 @lru_cache(maxsize=8)
 def _templates(world, device):
-    """Draw every texture x shape as ink, with a margin of one pixel that must be empty. (textures * shapes, n, n)."""
+    """Draw every texture x shape as ink, with a margin of one pixel that must be empty. (textures *
+    shapes, n, n)."""
     stamps = [np.asarray(stamp(s, t, world.object_size)) for t in world.textures for s in SHAPES]
     cover = F.pad(torch.from_numpy(np.stack(stamps)).float() / 255, (1, 1, 1, 1))
     return ((cover - INK_FLOOR).clamp(min=0) / (1 - INK_FLOOR)).to(device)
@@ -102,35 +110,39 @@ def detect(images, world):
     """Find the objects in pictures. images: (B, 3, h, w) in [0, 1]."""
     b, _, h, w = images.shape
     c, t, s = len(COLOURS), len(world.textures), len(SHAPES)
-    templates = _templates(world, str(images.device))                                         # (t*s, n, n)
+    templates = _templates(world, str(images.device))                                  # (t*s, n, n)
     n = templates.shape[-1]
-    before, after = (n - 1) // 2, n // 2                       # pads so that a match stands at its object's centre
-    paint = F.pad(ink(images), (before, after, before, after)).reshape(b * c, 1, h + n - 1, w + n - 1)
-    overlap = F.conv2d(paint, templates[:, None])                                             # (B*C, t*s, h, w)
-    energy = F.avg_pool2d(F.avg_pool2d(paint ** 2, (n, 1), 1), (1, n), 1) * n * n             # (B*C, 1, h, w)
+    before, after = (n - 1) // 2, n // 2        # pads so that a match stands at its object's centre
+    paint = F.pad(ink(images),
+                  (before, after, before, after)).reshape(b * c, 1, h + n - 1, w + n - 1)
+    overlap = F.conv2d(paint, templates[:, None])                                 # (B*C, t*s, h, w)
+    energy = F.avg_pool2d(F.avg_pool2d(paint ** 2, (n, 1), 1), (1, n), 1) * n * n   # (B*C, 1, h, w)
     dice = 2 * overlap / (energy + (templates ** 2).sum((1, 2))[:, None, None])
-    dice = dice.view(b, c * t * s, h, w)                                                      # (B, K, h, w)
+    dice = dice.view(b, c * t * s, h, w)                                              # (B, K, h, w)
 
-    best, radius = dice.amax(1), world.object_size // 2                                       # (B, h, w)
+    best, radius = dice.amax(1), world.object_size // 2                                  # (B, h, w)
     summit = F.max_pool2d(best[:, None], 2 * radius + 1, stride=1, padding=radius)[:, 0]
-    height, place = (best * (best == summit)).flatten(1).topk(MOST)                           # (B, M)
-    kind = dice.flatten(2).gather(2, place[:, None].expand(-1, c * t * s, -1)).argmax(1)      # (B, M)
+    height, place = (best * (best == summit)).flatten(1).topk(MOST)                         # (B, M)
+    kind = dice.flatten(2).gather(2, place[:, None].expand(-1, c * t * s, -1)).argmax(1)    # (B, M)
     there = height > MATCH
     kinds = torch.zeros(b, c * t * s, device=images.device).scatter_add_(1, kind, there.float())
 
-    # What the objects explain: stamp each one's template, one pixel wider, into the ink of its colour.
-    cover = F.max_pool2d((templates > 0).float()[:, None], 3, stride=1, padding=1)[:, 0]      # (t*s, n, n)
-    stamps = cover[kind % (t * s)] * there[:, :, None, None]                                  # (B, M, n, n)
+    # What the objects explain: stamp each one's template, one pixel wider, into the ink of its
+    # colour.
+    cover = F.max_pool2d((templates > 0).float()[:, None], 3, stride=1, padding=1)[:,
+                                                                                   0]  # (t*s, n, n)
+    stamps = cover[kind % (t * s)] * there[:, :, None, None]                          # (B, M, n, n)
     side = torch.arange(n, device=images.device)
-    y, x = place // w, place % w                               # centres; in the padded picture, the stamps' corners
-    rows = (kind // (t * s) * (h + n - 1) + y)[:, :, None, None] + side[:, None]              # (B, M, n, 1)
-    index = rows * (w + n - 1) + x[:, :, None, None] + side                                   # (B, M, n, n)
+    y, x = place // w, place % w               # centres; in the padded picture, the stamps' corners
+    rows = (kind // (t * s) * (h + n - 1) + y)[:, :, None, None] + side[:, None]      # (B, M, n, 1)
+    index = rows * (w + n - 1) + x[:, :, None, None] + side                           # (B, M, n, n)
     paint = paint.view(b, -1)
     mine = torch.zeros_like(paint).scatter_add_(1, index.flatten(1), stamps.flatten(1)).clamp(max=1)
-    return Found(kinds, kind.masked_fill(~there, -1), y, x, paint.sum(1), (paint * mine).sum(1), (c, t, s), radius)
+    return Found(kinds, kind.masked_fill(~there, -1), y, x, paint.sum(1), (paint * mine).sum(1),
+                 (c, t, s), radius)
 
 
-# --- the components of the reward -------------------------------------------------------------------------------------
+# --- the components of the reward -----------------------------------------------------------------
 
 def _overlap(found, want):
     """Compare two histograms: the common part over the larger whole, 0 for two empty ones."""
@@ -139,14 +151,16 @@ def _overlap(found, want):
 
 
 def objects(images, found, want):
-    """Right objects over all objects, wanted or drawn: a missing, surplus or duplicate one costs."""
+    """Right objects over all objects, wanted or drawn: a missing, surplus or duplicate one
+    costs."""
     return _overlap(found.kinds, want.kinds)
 
 
 def attributes(images, found, want):
-    """The same for each attribute by itself (colours, shapes, textures), averaged: credit for half-right objects."""
-    f, w = (k.reshape(-1, *found.shape) for k in (found.kinds, want.kinds))                   # (B, t, c, s)
-    sums = [(1, 2), (1, 3)] + [(2, 3)] * (found.shape[0] > 1)                                 # shapes, colours, textures
+    """The same for each attribute by itself (colours, shapes, textures), averaged: credit for
+    half-right objects."""
+    f, w = (k.reshape(-1, *found.shape) for k in (found.kinds, want.kinds))           # (B, t, c, s)
+    sums = [(1, 2), (1, 3)] + [(2, 3)] * (found.shape[0] > 1)            # shapes, colours, textures
     return torch.stack([_overlap(f.sum(dims), w.sum(dims)) for dims in sums]).mean(0)
 
 
@@ -156,29 +170,37 @@ def count(images, found, want):
 
 
 def relation(images, found, want):
-    """1 where both objects are there and stand as the prompt says, else 0; NaN where it names no relation."""
-    at = (found.kind[:, None] == want.pair[:, :, None]).float()                               # (B, 2, M)
-    here, first = at.max(2)                                                                   # (B, 2) best match of each
+    """1 where both objects are there and stand as the prompt says, else 0; NaN where it names no
+    relation."""
+    at = (found.kind[:, None] == want.pair[:, :, None]).float()                          # (B, 2, M)
+    here, first = at.max(2)                                              # (B, 2) best match of each
     dy, dx = found.row.gather(1, first).diff(dim=1), found.column.gather(1, first).diff(dim=1)
-    offsets = torch.cat([dx, -dx, dy, -dy], 1)                 # in the order of RELATIONS: left of, right of, above, below
+    # in the order of RELATIONS: left of, right of, above, below
+    offsets = torch.cat([dx, -dx, dy, -dy], 1)
     offset = offsets.gather(1, want.relation.clamp(min=0)[:, None])[:, 0]
     true = ((here > 0).all(1) & (offset > found.reach)).float()
     return true.masked_fill(want.relation < 0, float("nan"))
 
 
 def cleanliness(images, found, want):
-    """Share of the paint that lies on found objects: smears and fragments cost, and so does a picture with no paint."""
+    """Share of the paint that lies on found objects: smears and fragments cost, and so does a
+    picture with no paint."""
     return found.explained / found.ink.clamp(min=1)
 
 
-REWARDS = {"objects": objects, "attributes": attributes, "count": count, "relation": relation, "cleanliness": cleanliness}
+REWARDS = {
+    "objects": objects, "attributes": attributes, "count": count, "relation": relation,
+    "cleanliness": cleanliness
+}
 
 
 def score(images, want, world):
-    """Score pictures. images (B, 3, h, w) in [0, 1] -> rewards (B,), parts {name: (B,)}, exact (B,)."""
+    """Score pictures. images (B, 3, h, w) in [0, 1] -> rewards (B,), parts {name: (B,)}, exact
+    (B,)."""
     found = detect(images, world)
     parts = {name: function(images, found, want) for name, function in REWARDS.items()}
     rewards = torch.stack(list(parts.values())).nanmean(0)
     related = relation(images, found, want).nan_to_num(1.0) == 1
-    exact = (found.kinds == want.kinds).all(1) & related & (cleanliness(images, found, want) >= CLEAN)
+    exact = (found.kinds == want.kinds).all(1) & related & (cleanliness(images, found, want)
+                                                            >= CLEAN)
     return rewards, parts, exact.float()

@@ -32,7 +32,13 @@ def run(main):
         sys.exit(2)
 
 
-# --- flags and device -------------------------------------------------------------------------------------------------
+def require(truth, message):
+    """Raise UserError with this message unless something is so."""
+    if not truth:
+        raise UserError(message)
+
+
+# --- flags and device -----------------------------------------------------------------------------
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -40,22 +46,32 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(config_class, presets, description, argv=None, methods=None):
-    """Turn the command line into a config: the fields' defaults, then the preset's, then the method's values, then the flags.
+    """Turn the command line into a config: the fields' defaults, then the preset's, then the
+    method's values, then the flags.
 
-    config_class: a frozen dataclass with a field preset and a check() that raises UserError. methods: {name: {field: value}}, where
-    there is a field method.
+    config_class: a frozen dataclass with a field preset and a check() that raises UserError.
+    methods: {name: {field: value}}, where there is a field method.
     """
     if methods:
-        description += "\nmethods:\n" + "\n".join(f"  {name:16} {values or ''}" for name, values in methods.items())
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        description += "\nmethods:\n" + "\n".join(f"  {name:16} {values or ''}"
+                                                  for name, values in methods.items())
+    parser = _Parser(description=description,
+                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                     allow_abbrev=False)
     for field in dataclasses.fields(config_class):
         shown = {p: presets[p][field.name] for p in presets if field.name in presets[p]}
         help = f"default {field.default!r}" + "".join(f", {p} {v}" for p, v in shown.items())
         kind = type(field.default)
         if kind is bool:
-            parser.add_argument("--" + field.name.replace("_", "-"), action="store_true", default=None, help=help)
+            parser.add_argument("--" + field.name.replace("_", "-"),
+                                action="store_true",
+                                default=None,
+                                help=help)
         else:
-            parser.add_argument("--" + field.name.replace("_", "-"), type=kind, help=help, metavar=kind.__name__)
+            parser.add_argument("--" + field.name.replace("_", "-"),
+                                type=kind,
+                                help=help,
+                                metavar=kind.__name__)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     preset = given.get("preset") or default_preset()
     if preset not in presets:
@@ -88,7 +104,9 @@ def pick_device(name="auto"):
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}): try --device cpu") from None
+        raise UserError(
+            f"device {name!r} cannot be used ({str(error).splitlines()[0]}): try --device cpu"
+        ) from None
     print(f"device: {device} ({why}), torch {torch.__version__}, {torch.get_num_threads()} threads")
     return device
 
@@ -99,12 +117,13 @@ def autocast(device):
 
 
 def generator(*key):
-    """Return a CPU generator for a key such as (seed, "rollout", step): no stream depends on what ran before it."""
+    """Return a CPU generator for a key such as (seed, "rollout", step): no stream depends on what
+    ran before it."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 def write(path, data):
     """Write bytes to a temporary name, then rename: a file is whole or is not there."""
@@ -119,7 +138,8 @@ def write(path, data):
 
 
 def save(path, record):
-    """Write a checkpoint: a header, the SHA-256 of what follows, and tensors and plain values by torch.save."""
+    """Write a checkpoint: a header, the SHA-256 of what follows, and tensors and plain values by
+    torch.save."""
     buffer = io.BytesIO()
     torch.save(record, buffer)
     data = buffer.getvalue()
@@ -127,7 +147,8 @@ def save(path, record):
 
 
 def load(path, maker):
-    """Read a checkpoint. maker: the command that makes it, named where it is missing or unusable. Raises UserError."""
+    """Read a checkpoint. maker: the command that makes it, named where it is missing or unusable.
+    Raises UserError."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is not there: make it with `{maker}`")
@@ -150,58 +171,85 @@ def resume(path, config, maker):
         return None
     record = load(path, maker)
     now = settings(config)
-    changed = [f"{k} {record['settings'].get(k)!r}, now {v!r}" for k, v in now.items() if record["settings"].get(k) != v]
+    changed = [
+        f"{k} {record['settings'].get(k)!r}, now {v!r}" for k, v in now.items()
+        if record["settings"].get(k) != v
+    ]
     if changed:
-        raise UserError(f"{path} was made with {'; '.join(changed)}: use the old settings, another --out, or remove it")
+        raise UserError(
+            f"{path} was made with {'; '.join(changed)}: use the old settings, another --out, or "
+            "remove it"
+        )
     return record
 
 
 def load_finished(path, maker, kind, preset):
-    """Read the checkpoint of a stage that later stages build on. Raises UserError where it is not one, or not finished."""
+    """Read the checkpoint of a stage that later stages build on. Raises UserError where it is not
+    one, or not finished."""
     record = load(path, maker)
     if record.get("kind") != kind or record["settings"]["preset"] != preset:
-        raise UserError(f"{path} is a {record['settings']['preset']} {record.get('kind')}, not a {preset} {kind}: remove it "
-                        f"and run `{maker}`")
+        raise UserError(
+            f"{path} is a {record['settings']['preset']} {record.get('kind')}, not a {preset} "
+            f"{kind}: remove it and run `{maker}`")
     if record["step"] < record["steps"]:
-        raise UserError(f"{path} is unfinished (step {record['step']} of {record['steps']}): go on with `{maker}`")
+        raise UserError(
+            f"{path} is unfinished (step {record['step']} of {record['steps']}): go on with "
+            f"`{maker}`"
+        )
     return record
 
 
 def settings(config):
-    """The part of a config that decides results: everything but where it runs and where it writes."""
+    """The part of a config that decides results: everything but where it runs and where it
+    writes."""
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in ("device", "out")}
 
 
 class Log:
-    """JSON lines, one a step; the first says what ran where. On resuming, records of steps not kept are dropped."""
+    """JSON lines, one a step; the first says what ran where. On resuming, records of steps not kept
+    are dropped."""
 
     def __init__(self, path, config, device, first_step=0):
         self.path = Path(path)
         lines = []
         if first_step:
-            lines = [line for line in self.path.read_text().splitlines() if _step_of(line) < first_step]
+            lines = [
+                line for line in self.path.read_text().splitlines() if _step_of(line) < first_step
+            ]
         else:
             here = Path(__file__).parent
-            commit = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
-            lines.append(json.dumps(dict(commit=commit.stdout.strip() or "unknown", device=str(device), settings=settings(config),
-                                         torch=torch.__version__, numpy=numpy.__version__,
-                                         python=platform.python_version())))
+            commit = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"],
+                                    capture_output=True,
+                                    text=True)
+            lines.append(
+                json.dumps(
+                    dict(commit=commit.stdout.strip() or "unknown",
+                         device=str(device),
+                         settings=settings(config),
+                         torch=torch.__version__,
+                         numpy=numpy.__version__,
+                         python=platform.python_version())))
         write(self.path, "".join(line + "\n" for line in lines).encode())
 
     def __call__(self, **record):
         with open(self.path, "a") as file:
-            file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+            file.write(
+                json.dumps({
+                    k: float(f"{v:.6g}") if isinstance(v, float) else v
+                    for k, v in record.items()
+                }) + "\n")
 
 
 def _step_of(line):
     try:
         return json.loads(line).get("step", -1)
-    except json.JSONDecodeError:                       # a line torn by a kill: its step is run again
+    except json.JSONDecodeError:                      # a line torn by a kill: its step is run again
         return float("inf")
 
 
 class Interruptible:
-    """Within it, Ctrl-C and SIGTERM are noted, and the loop ends after the step in hand; a second Ctrl-C ends at once."""
+    """Within it, Ctrl-C and SIGTERM are noted, and the loop ends after the step in hand; a second
+    Ctrl-C ends at once."""
 
     def __enter__(self):
         self.signal = 0

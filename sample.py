@@ -27,7 +27,7 @@ class Config:
     device: str = "auto"
     out: str = "out"
     seed: int = 0
-    policy: str = ""              # a policy.pt, or "base"; default: <out>/<preset>/eggrpo-0/policy.pt
+    policy: str = ""            # a policy.pt, or "base"; default: <out>/<preset>/eggrpo-0/policy.pt
     number: int = 4               # plans and pictures
     guidance: float = 1.0         # classifier-free guidance weight; 1 is none
     temperature: float = 1.0
@@ -55,11 +55,18 @@ def main(argv=None):
         policy = load_base(config.preset, config.out, device)
     else:
         path = config.policy or f"{config.out}/{config.preset}/eggrpo-0/policy.pt"
-        policy = load_policy(path, f"python eggrpo.py --preset {config.preset}", "policy", config.preset, device)
+        policy = load_policy(path, f"python eggrpo.py --preset {config.preset}", "policy",
+                             config.preset, device)
 
-    noise = torch.rand(config.number, policy.C + policy.L, generator=runtime.generator(config.seed, "sample"))
+    noise = torch.rand(config.number,
+                       policy.C + policy.L,
+                       generator=runtime.generator(config.seed, "sample"))
     with torch.no_grad(), runtime.autocast(device):
-        drawn = generate(policy, words.to(device), noise.to(device), config.direct, guidance=config.guidance,
+        drawn = generate(policy,
+                         words.to(device),
+                         noise.to(device),
+                         config.direct,
+                         guidance=config.guidance,
                          temperature=config.temperature)
         images = tokenizer.decode(drawn.codes)
     plans = [decode_words(p) or "(no plan)" for p in drawn.plan]

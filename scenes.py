@@ -1,31 +1,37 @@
 """The world: a prompt is a scene is a picture.
 
-Everything the project knows to be true is decided here. A `Scene` holds a few coloured shapes on a grid of cells,
-the prompt that asks for them, the plan (the chain of thought) that spells them out, and the seed of its ground. `render`
-draws it. Rewards, tokenizer and policy all take their truth from this file, and it imports nothing of theirs.
+Everything the project knows to be true is decided here. A `Scene` holds a few coloured shapes on a
+grid of cells, the prompt that asks for them, the plan (the chain of thought) that spells them out,
+and the seed of its ground. `render` draws it. Rewards, tokenizer and policy all take their truth
+from this file, and it imports nothing of theirs.
 
-    scene = make_scene(WORLDS["cpu"], "train", seed=0, index=7)      # the same arguments, the same scene, for ever
+    # the same arguments, the same scene, for ever
+    scene = make_scene(WORLDS["cpu"], "train", seed=0, index=7)
     scene.prompt    "a red circle left of a blue square"
     scene.plan      "red circle at row 1 column 1 ; blue square at row 3 column 2"
     render(world, scene)                                             # (h, w, 3) uint8
 
 Prompt categories follow the benchmarks of the paper (T2I-CompBench and WISE):
 
-    colour     a red circle and a blue square                shape      a circle and a square both red
-    texture    a striped red circle and a blue square        numeracy   three red circles
-    spatial    a red circle left of a blue square            complex    a red circle above a blue square and a green cross
+    colour     a red circle and a blue square
+    shape      a circle and a square both red
+    texture    a striped red circle and a blue square
+    numeracy   three red circles
+    spatial    a red circle left of a blue square
+    complex    a red circle above a blue square and a green cross
     knowledge  a shape with three sides in the colour of grass
 
-The ground is dark, with a grain, a wave and a light that differ from scene to scene and are not in the prompt. They give
-image tokens the uncertainty of real pictures; `World.grain` is the dial, and without it entropy-guided training has no
-entropy to be guided by.
+The ground is dark, with a grain, a wave and a light that differ from scene to scene and are not in
+the prompt. They give image tokens the uncertainty of real pictures; `World.grain` is the dial, and
+without it entropy-guided training has no entropy to be guided by.
 
-Splits. `train` and `eval` never share a meaning: a scene belongs to one of them by a hash of what it asks for, so that a
-paraphrase of a training prompt is never an evaluation prompt. The three colour-shape pairs of UNSEEN never occur in
-`train` or `eval`, and every scene of `unseen` has one.
+Splits. `train` and `eval` never share a meaning: a scene belongs to one of them by a hash of what
+it asks for, so that a paraphrase of a training prompt is never an evaluation prompt. The three
+colour-shape pairs of UNSEEN never occur in `train` or `eval`, and every scene of `unseen` has one.
 
-The corpus is web-like on purpose: `corpus_item` contradicts its picture in a stated share of captions and of plans. That is
-why a policy that imitates it errs, and why reinforcement learning has something to mend.
+The corpus is web-like on purpose: `corpus_item` contradicts its picture in a stated share of
+captions and of plans. That is why a policy that imitates it errs, and why reinforcement learning
+has something to mend.
 """
 
 import difflib
@@ -51,8 +57,9 @@ KNOWN_COLOURS = {
     "yellow": ("lemons", "bananas"), "purple": ("violets", "plums"), "white": ("snow", "milk"),
 }
 KNOWN_SHAPES = {
-    "circle": ("with no corners", "like a wheel"), "square": ("with four equal sides", "like a chessboard"),
-    "triangle": ("with three sides", "like a pyramid"), "diamond": ("like a kite", "like a square on its tip"),
+    "circle": ("with no corners", "like a wheel"), "square":
+    ("with four equal sides", "like a chessboard"), "triangle":
+    ("with three sides", "like a pyramid"), "diamond": ("like a kite", "like a square on its tip"),
     "cross": ("like a plus sign", "with four arms"),
 }
 CATEGORIES = ("colour", "shape", "texture", "numeracy", "spatial", "complex", "knowledge")
@@ -89,10 +96,17 @@ class World:
 
 
 WORLDS = {
-    "smoke": World(),
-    "cpu": World(),
-    "gpu": World(image_size=64, patch=4, grid=4, object_size=14, textures=("solid", "striped", "hollow"),
-                 max_objects=4, prompt_slots=20, plan_slots=36),
+    "smoke":
+    World(), "cpu":
+    World(), "gpu":
+    World(image_size=64,
+          patch=4,
+          grid=4,
+          object_size=14,
+          textures=("solid", "striped", "hollow"),
+          max_objects=4,
+          prompt_slots=20,
+          plan_slots=36),
 }
 
 
@@ -114,11 +128,15 @@ class Scene(NamedTuple):
     ground_seed: int
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
+# --- words ----------------------------------------------------------------------------------------
 
 def _vocabulary():
-    words = set("a and both shape in the colour of at row column ;".split()) | {"solid", "striped", "hollow"}
-    words |= {*COLOURS, *SHAPES, *(s + "s" if s != "cross" else "crosses" for s in SHAPES), *NUMBERS}
+    words = set("a and both shape in the colour of at row column ;".split()) | {
+        "solid", "striped", "hollow"
+    }
+    words |= {
+        *COLOURS, *SHAPES, *(s + "s" if s != "cross" else "crosses" for s in SHAPES), *NUMBERS
+    }
     words |= {"1", "2", "3", "4"}
     for phrases in (RELATIONS, *KNOWN_COLOURS.values(), *KNOWN_SHAPES.values()):
         words |= {w for phrase in phrases for w in phrase.split()}
@@ -128,22 +146,25 @@ def _vocabulary():
 WORDS = _vocabulary()                            # one vocabulary for every preset
 WORD_ID = {word: i for i, word in enumerate(WORDS)}
 PAD, PLAN, IMAGE, END = range(4)                 # the first three are placed, never sampled
-GRAMMAR = 'grammar: "a red circle [left of|right of|above|below|and] a blue square [and a green cross]", "three red circles", ' \
-          '"a circle and a square both red", "a shape with three sides in the colour of grass"'
+GRAMMAR = ('grammar: "a red circle [left of|right of|above|below|and] a blue square [and a green '
+           'cross]", "three red circles", "a circle and a square both red", "a shape with three '
+           'sides in the colour of grass"')
 
 
 def encode_words(text, slots, end=False):
     """Turn text into a list of `slots` word ids, padded with PAD.
 
-    end: add the stop token. Raises ValueError for an empty text, an unknown word (naming the nearest known ones) and a text
-    that does not fit.
+    end: add the stop token. Raises ValueError for an empty text, an unknown word (naming the
+    nearest known ones) and a text that does not fit.
     """
     words = text.lower().split()
     if not words:
         raise ValueError(f"the prompt is empty; {GRAMMAR}")
     for word in words:
         if word not in WORD_ID or word.startswith("<"):
-            near = difflib.get_close_matches(word[:40], [w for w in WORDS if w[0] != "<"], n=3, cutoff=0.4)
+            near = difflib.get_close_matches(word[:40], [w for w in WORDS if w[0] != "<"],
+                                             n=3,
+                                             cutoff=0.4)
             hint = f"nearest known: {', '.join(near)}" if near else "nothing like it is known"
             raise ValueError(f"unknown word {word[:40]!r} ({hint}); {GRAMMAR}")
     ids = [WORD_ID[word] for word in words] + [END] * end
@@ -165,7 +186,8 @@ def _plural(shape, number):
 
 def _name(obj):
     """Name an object as prompts and plans do; solid goes without saying."""
-    return f"{obj.colour} {obj.shape}" if obj.texture == "solid" else f"{obj.texture} {obj.colour} {obj.shape}"
+    name = f"{obj.colour} {obj.shape}"
+    return name if obj.texture == "solid" else f"{obj.texture} {name}"
 
 
 def plan_text(objects):
@@ -173,11 +195,12 @@ def plan_text(objects):
     return " ; ".join(f"{_name(o)} at row {o.row + 1} column {o.column + 1}" for o in objects)
 
 
-# --- scenes -----------------------------------------------------------------------------------------------------------
+# --- scenes ---------------------------------------------------------------------------------------
 
 def _rng(*key):
     """A generator whose stream NumPy has frozen: RandomState never changes between versions."""
-    return np.random.RandomState([zlib.crc32(str(k).encode()) if isinstance(k, str) else int(k) for k in key])
+    return np.random.RandomState(
+        [zlib.crc32(str(k).encode()) if isinstance(k, str) else int(k) for k in key])
 
 
 def _pick(rng, options):
@@ -196,7 +219,8 @@ def _draw_kinds(world, category, rng):
     kind = lambda: (_pick(rng, colours), _pick(rng, SHAPES), "solid")
     if category == "colour":
         first, second = rng.permutation(len(colours))[:2]
-        return [(colours[first], _pick(rng, SHAPES), "solid"), (colours[second], _pick(rng, SHAPES), "solid")]
+        return [(colours[first], _pick(rng, SHAPES), "solid"),
+                (colours[second], _pick(rng, SHAPES), "solid")]
     if category == "shape":
         colour = _pick(rng, colours)
         return [(colour, SHAPES[i], "solid") for i in rng.permutation(len(SHAPES))[:2]]
@@ -234,7 +258,8 @@ def _prompt(category, objects, relation, rng):
         return f"{NUMBERS[n - 1]} {objects[0].colour} {_plural(objects[0].shape, n)}"
     if category == "knowledge":
         o = objects[0]
-        return f"a shape {_pick(rng, KNOWN_SHAPES[o.shape])} in the colour of {_pick(rng, KNOWN_COLOURS[o.colour])}"
+        like, colour = _pick(rng, KNOWN_SHAPES[o.shape]), _pick(rng, KNOWN_COLOURS[o.colour])
+        return f"a shape {like} in the colour of {colour}"
     if relation:
         return f"{names[0]} {relation} " + " and ".join(names[1:])
     return " and ".join(names)
@@ -245,7 +270,8 @@ def meaning(objects, relation):
     names = [_name(o) for o in objects]
     if relation in ("right of", "below"):                       # "a right of b" is "b left of a"
         return f"{names[1]} {OPPOSITE[relation]} {names[0]} / {sorted(names[2:])}"
-    return f"{names[0]} {relation} {names[1]} / {sorted(names[2:])}" if relation else str(sorted(names))
+    return f"{names[0]} {relation} {names[1]} / {sorted(names[2:])}" if relation else str(
+        sorted(names))
 
 
 def split_of(objects, relation):
@@ -256,7 +282,8 @@ def split_of(objects, relation):
 
 
 def make_scene(world, split, seed, index, category=None):
-    """Make the index-th scene of a split. Categories take turns unless one is named. Pure: the same arguments, the same scene."""
+    """Make the index-th scene of a split. Categories take turns unless one is named. Pure: the same
+    arguments, the same scene."""
     rng = _rng("scene", split, seed, index)
     category = category or world.categories[index % len(world.categories)]
     while True:
@@ -266,12 +293,13 @@ def make_scene(world, split, seed, index, category=None):
         if category == "numeracy":
             objects = tuple(sorted(objects, key=lambda o: (o.row, o.column)))
         if split_of(objects, relation) == split and (not relation or holds(relation, *objects[:2])):
-            return Scene(category, objects, relation, _prompt(category, objects, relation, rng), plan_text(objects),
-                         rng.randint(2 ** 31))
+            return Scene(category, objects, relation, _prompt(category, objects, relation, rng),
+                         plan_text(objects), rng.randint(2 ** 31))
 
 
 def random_scene(world, seed, index):
-    """Make a crowded scene of any pairs, without prompt: what the tokenizer, which knows no text, is trained on."""
+    """Make a crowded scene of any pairs, without prompt: what the tokenizer, which knows no text,
+    is trained on."""
     rng = _rng("random", seed, index)
     kinds = [(_pick(rng, tuple(COLOURS)), _pick(rng, SHAPES), _pick(rng, world.textures))
              for _ in range(rng.randint(1, 2 * world.grid + 1))]
@@ -279,7 +307,8 @@ def random_scene(world, seed, index):
 
 
 def _contradict(world, scene, rng):
-    """Swap an attribute, lose an object or exchange two places: a scene that its caption does not tell the truth about."""
+    """Swap an attribute, lose an object or exchange two places: a scene that its caption does not
+    tell the truth about."""
     while True:
         objects = list(scene.objects)
         i = rng.randint(len(objects))
@@ -302,10 +331,11 @@ def _contradict(world, scene, rng):
 
 
 def corpus_item(world, seed, index):
-    """Make one item of the web-like pretraining corpus: a scene whose prompt or plan may contradict its picture.
+    """Make one item of the web-like pretraining corpus: a scene whose prompt or plan may contradict
+    its picture.
 
-    CAPTION_FAULTS of the items draw (and plan) something other than the prompt says; PLAN_FAULTS of the rest draw what the
-    prompt says under a plan that says something else.
+    CAPTION_FAULTS of the items draw (and plan) something other than the prompt says; PLAN_FAULTS of
+    the rest draw what the prompt says under a plan that says something else.
     """
     scene = make_scene(world, "train", seed, index)
     rng = _rng("fault", seed, index)
@@ -316,12 +346,13 @@ def corpus_item(world, seed, index):
     return scene
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 @lru_cache(maxsize=None)
 def stamp(shape, texture, size):
-    """Draw one shape's coverage, antialiased: a PIL image of mode L, size x size, 255 where the object is."""
-    n, u = 8 * size, size                                       # eight times too large, then shrunk; u is an eighth
+    """Draw one shape's coverage, antialiased: a PIL image of mode L, size x size, 255 where the
+    object is."""
+    n, u = 8 * size, size                       # eight times too large, then shrunk; u is an eighth
     image = Image.new("L", (n, n))
     draw = ImageDraw.Draw(image)
     polygons = {
@@ -342,20 +373,24 @@ def stamp(shape, texture, size):
     if texture == "hollow":
         inner = np.asarray(image.resize((n // 2, n // 2)))
         whole = np.array(image)
-        drop = {"triangle": 5 * n // 16}.get(shape, n // 4)     # a triangle's middle lies lower than its box's
+        # a triangle's middle lies lower than its box's
+        drop = {"triangle": 5 * n // 16}.get(shape, n // 4)
         whole[drop:drop + n // 2, n // 4:n // 4 + n // 2][inner > 127] = 0
         image = Image.fromarray(whole)
     return image.resize((size, size), Image.BOX)
 
 
 def ground(world, seed):
-    """Draw a dark ground: a wave and a slanting light that cross the picture, and grain. (h, w, 3) float, 0 to 255."""
+    """Draw a dark ground: a wave and a slanting light that cross the picture, and grain. (h, w, 3)
+    float, 0 to 255."""
     rng = np.random.RandomState(seed)
     n = world.image_size
     y, x = np.mgrid[0:n, 0:n] / n - 0.5
     turn, lean = rng.uniform(0, 2 * np.pi, 2)
     light = 12 * rng.uniform(0.3, 1) * (x * np.cos(turn) + y * np.sin(turn))
-    wave = 9 * rng.uniform(0.2, 1) * np.sin(2 * np.pi * rng.uniform(1, 3) * (x * np.cos(lean) + y * np.sin(lean)) + rng.uniform(0, 6))
+    wave = 9 * rng.uniform(0.2,
+                           1) * np.sin(2 * np.pi * rng.uniform(1, 3) *
+                                       (x * np.cos(lean) + y * np.sin(lean)) + rng.uniform(0, 6))
     tint = rng.uniform(-4, 4, 3)
     grey = light + wave + world.grain * rng.standard_normal((n, n))
     return np.clip(np.array(GROUND) + tint + grey[:, :, None], 0, 90)

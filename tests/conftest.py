@@ -1,4 +1,5 @@
-"""Small things that many tests share: a tiny random policy and tokenizer, no weights and no network."""
+"""Small things that many tests share: a tiny random policy and tokenizer, no weights and no
+network."""
 
 import pytest
 import torch

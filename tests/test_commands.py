@@ -1,4 +1,5 @@
-"""Every command as a person runs it, in the smoke preset: outputs, skipping, going on, bad input."""
+"""Every command as a person runs it, in the smoke preset: outputs, skipping, going on, bad
+input."""
 
 import json
 import os
@@ -21,7 +22,11 @@ ROOT = Path(__file__).parent.parent
 
 def run(*command, status=0):
     """Run a command in the repository; return what it printed (both streams)."""
-    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+    done = subprocess.run([*map(str, command)],
+                          cwd=ROOT,
+                          capture_output=True,
+                          text=True,
+                          env={**os.environ, "PYTHON": sys.executable})
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
@@ -44,7 +49,7 @@ def test_train_sh_runs_all_stages_and_writes_all_outputs(out):
         assert (smoke / name).stat().st_size > 0, name
     assert Image.open(smoke / "eggrpo-0" / "training.gif").n_frames == 3          # steps 0, 2 and 4
     assert "| base + plan (n = 24) |" in printed and "| eggrpo-0 (n = 24) |" in printed
-    assert seconds < 120                                                         # under 60 on an idle laptop
+    assert seconds < 120                                                # under 60 on an idle laptop
 
 
 def test_finished_stages_are_skipped_with_a_line_that_says_so(out):
@@ -57,18 +62,29 @@ def test_finished_stages_are_skipped_with_a_line_that_says_so(out):
 
 def test_the_log_has_every_key_of_the_table(out):
     """The README documents each logged key, and nothing that is not logged."""
-    records = [json.loads(line) for line in (out[0] / "smoke" / "eggrpo-0" / "log.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (out[0] / "smoke" / "eggrpo-0" / "log.jsonl").read_text().splitlines()
+    ]
     logged = {key for r in records[2:] for key in r}
     readme = (ROOT / "README.md").read_text()
     table = readme[readme.index("| key |"):].split("\n\n")[0]
-    documented = {key for row in table.splitlines()[2:] for key in re.findall(r"`(\w+)`", row.split("|")[1])}
+    documented = {
+        key
+        for row in table.splitlines()[2:]
+        for key in re.findall(r"`(\w+)`",
+                              row.split("|")[1])
+    }
     assert logged == documented
 
 
 def test_sample_draws_what_is_typed(out):
-    printed = run(sys.executable, "sample.py", "a red circle left of a blue square", "--preset", "smoke", "--out", out[0], "--guidance", 2)
-    assert (out[0] / "smoke" / "samples" / "a-red-circle-left-of-a-blue-square.png").exists() and "picture:" in printed
-    run(sys.executable, "sample.py", "three green crosses", "--preset", "smoke", "--out", out[0], "--policy", "base", "--direct")
+    printed = run(sys.executable, "sample.py", "a red circle left of a blue square", "--preset",
+                  "smoke", "--out", out[0], "--guidance", 2)
+    assert (out[0] / "smoke" / "samples" /
+            "a-red-circle-left-of-a-blue-square.png").exists() and "picture:" in printed
+    run(sys.executable, "sample.py", "three green crosses", "--preset", "smoke", "--out", out[0],
+        "--policy", "base", "--direct")
 
 
 @pytest.mark.parametrize("command, words", [
@@ -92,7 +108,14 @@ def test_a_missing_stage_names_the_command_that_makes_it(tmp_path):
     for script, maker in (("pretrain.py", "python -m tiny_vq.train --preset smoke"), ("evaluate.py", "python -m tiny_vq.train"),
                           ("eggrpo.py", "python -m tiny_vq.train"), ("sample.py", "python -m tiny_vq.train")):
         arguments = ["a red circle and a blue square"] if script == "sample.py" else []
-        assert maker in run(sys.executable, script, *arguments, "--preset", "smoke", "--out", tmp_path, status=2)
+        assert maker in run(sys.executable,
+                            script,
+                            *arguments,
+                            "--preset",
+                            "smoke",
+                            "--out",
+                            tmp_path,
+                            status=2)
 
 
 def test_train_sh_refuses_what_it_does_not_know():
@@ -114,21 +137,26 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_is_the_uninterrupted
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, printed = process.communicate()
-    if process.returncode != 0:                                # 0: it had finished before the signal came
+    if process.returncode != 0:                          # 0: it had finished before the signal came
         assert process.returncode == 130 and "go on with `python eggrpo.py" in printed
         run(*command)
-    strip = lambda path: [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in path.read_text().splitlines()]
+    strip = lambda path: [{k: v
+                           for k, v in json.loads(line).items() if "seconds" not in k}
+                          for line in path.read_text().splitlines()]
     assert strip(log)[1:] == strip(out[0] / "smoke" / "eggrpo-0" / "log.jsonl")[1:]
-    ours, theirs = (runtime.load(folder / "smoke" / "eggrpo-0" / "policy.pt", "")["model"] for folder in (tmp_path, out[0]))
+    ours, theirs = (runtime.load(folder / "smoke" / "eggrpo-0" / "policy.pt", "")["model"]
+                    for folder in (tmp_path, out[0]))
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
 def test_the_gpu_preset_runs_two_steps_of_every_stage_on_the_cpu(tmp_path):
-    """Nothing in it is untried: its picture size, textures, layers and slots; only steps, batches and width are cut."""
+    """Nothing in it is untried: its picture size, textures, layers and slots; only steps, batches
+    and width are cut."""
     small = ["--preset", "gpu", "--out", tmp_path, "--device", "cpu"]
     run(sys.executable, "-m", "tiny_vq.train", *small, "--pictures", 8, "--steps", 2, "--batch", 4)
     run(sys.executable, "pretrain.py", *small, "--items", 8, "--steps", 2, "--batch", 4)
-    run(sys.executable, "eggrpo.py", *small, "--steps", 2, "--prompts", 1, "--group", 2, "--eval-prompts", 2)
+    run(sys.executable, "eggrpo.py", *small, "--steps", 2, "--prompts", 1, "--group", 2,
+        "--eval-prompts", 2)
     run(sys.executable, "evaluate.py", *small, "--prompts", 7, "--batch", 7)
 
 
@@ -137,4 +165,5 @@ def test_the_gpu_preset_is_of_the_size_it_claims():
     config = pretrain.Config(**pretrain.PRESETS["gpu"])
     policy = pretrain.make_policy(config, WORLDS["gpu"], tiny_vq_train.PRESETS["gpu"]["codes"])
     assert 20e6 < sum(p.numel() for p in policy.parameters()) < 60e6
-    assert WORLDS["gpu"].image_tokens == 256 and WORLDS["gpu"].image_size == 64 and tiny_vq_train.PRESETS["gpu"]["codes"] >= 512
+    assert WORLDS["gpu"].image_tokens == 256 and WORLDS[
+        "gpu"].image_size == 64 and tiny_vq_train.PRESETS["gpu"]["codes"] >= 512

@@ -1,4 +1,5 @@
-"""The method: hand-worked pins, laws, equivalences, gradients. The guards name the bugs of other GRPO codes that they catch."""
+"""The method: hand-worked pins, laws, equivalences, gradients. The guards name the bugs of other
+GRPO codes that they catch."""
 
 import doctest
 import math
@@ -9,8 +10,9 @@ import torch
 
 import eggrpo
 from conftest import tiny_policy
-from eggrpo import (Config, METHODS, check_gap, entropy_masks, entropy_stats, group_advantages, make_rollout, policy_loss,
-                    score_tokens, shape_advantages, shape_by_modality, token_entropy, update)
+from eggrpo import (Config, METHODS, check_gap, entropy_masks, entropy_stats, group_advantages,
+                    make_rollout, policy_loss, score_tokens, shape_advantages, shape_by_modality,
+                    token_entropy, update)
 from scenes import make_scene
 
 
@@ -24,10 +26,11 @@ def test_docstrings_are_true():
     assert doctest.testmod(eggrpo).failed == 0 and doctest.testmod(eggrpo).attempted >= 4
 
 
-# --- advantages -------------------------------------------------------------------------------------------------------
+# --- advantages -----------------------------------------------------------------------------------
 
 def test_advantages_by_hand():
-    """Rewards 0, 1, 2, 5: mean 2, squared deviations 4 + 1 + 0 + 9 = 14, std with ddof 1 is sqrt(14 / 3)."""
+    """Rewards 0, 1, 2, 5: mean 2, squared deviations 4 + 1 + 0 + 9 = 14, std with ddof 1 is sqrt(14
+    / 3)."""
     a = group_advantages(torch.tensor([[0.0, 1.0, 2.0, 5.0]]), eps=0.0)
     assert torch.allclose(a, torch.tensor([[-2.0, -1.0, 0.0, 3.0]]) / math.sqrt(14 / 3))
 
@@ -37,7 +40,9 @@ def test_each_group_is_normalised_by_itself():
     r = torch.tensor([[0.0, 1.0, 2.0], [10.0, 11.0, 12.0]])
     a = group_advantages(r)
     assert torch.allclose(a[0], a[1]) and torch.allclose(a.sum(1), torch.zeros(2), atol=1e-6)
-    assert torch.allclose(group_advantages(3 * r + 7, eps=0.0), group_advantages(r, eps=0.0), atol=1e-5)
+    assert torch.allclose(group_advantages(3 * r + 7, eps=0.0),
+                          group_advantages(r, eps=0.0),
+                          atol=1e-5)
 
 
 @pytest.mark.parametrize("eps", [1e-4, 1e-8])
@@ -52,16 +57,18 @@ def test_a_group_of_one_is_refused():
         group_advantages(torch.ones(4, 1))
 
 
-# --- entropy and masks ------------------------------------------------------------------------------------------------
+# --- entropy and masks ----------------------------------------------------------------------------
 
 def test_entropy_is_that_of_the_full_distribution_as_a_fraction():
     assert torch.allclose(token_entropy(torch.zeros(3, 512)), torch.ones(3))
-    assert torch.allclose(token_entropy(torch.tensor([[0.0, 0.0, -1e9, -1e9]])), torch.tensor([0.5]))
+    assert torch.allclose(token_entropy(torch.tensor([[0.0, 0.0, -1e9, -1e9]])),
+                          torch.tensor([0.5]))
     assert token_entropy(torch.tensor([[0.0, -float("inf")]])).item() == 0
     logits = torch.randn(4, 7, requires_grad=True)
     p = logits.softmax(-1)
     assert torch.allclose(token_entropy(logits), -(p * p.log()).sum(-1) / math.log(7), atol=1e-6)
-    assert not token_entropy(logits).requires_grad and token_entropy(logits.bfloat16()).dtype == torch.float32
+    assert not token_entropy(logits).requires_grad and token_entropy(
+        logits.bfloat16()).dtype == torch.float32
 
 
 def test_masks_of_eight_entropies():
@@ -75,7 +82,8 @@ def test_masks_of_eight_entropies():
 def masks_by_loop(entropy, valid, low_frac, high_frac):
     low, high = torch.zeros_like(valid), torch.zeros_like(valid)
     for row in range(len(entropy)):
-        places = sorted((entropy[row, t].item(), t) for t in range(entropy.shape[1]) if valid[row, t])
+        places = sorted(
+            (entropy[row, t].item(), t) for t in range(entropy.shape[1]) if valid[row, t])
         n = len(places)
         for _, t in places[:math.floor(low_frac * n + 1e-6)]:
             low[row, t] = True
@@ -90,7 +98,8 @@ def test_masks_equal_the_loop_ties_included(low_frac, high_frac):
     for seed in range(20):
         _, entropy, valid = random_batch(seed=seed)
         for h in (entropy, (entropy * 4).round() / 4, torch.zeros_like(entropy)):
-            got, expected = entropy_masks(h, valid, low_frac, high_frac), masks_by_loop(h, valid, low_frac, high_frac)
+            got, expected = entropy_masks(h, valid, low_frac,
+                                          high_frac), masks_by_loop(h, valid, low_frac, high_frac)
             assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
             assert not (got[0] & got[1]).any()
 
@@ -103,7 +112,8 @@ def test_counts_for_the_papers_576_image_tokens():
 def test_masks_do_not_change_when_padding_is_added():
     """Guard: thresholds that depend on the longest plan of the batch."""
     _, entropy, valid = random_batch()
-    wide = torch.cat([entropy, torch.full((6, 9), -1.0)], 1), torch.cat([valid, torch.zeros(6, 9, dtype=torch.bool)], 1)
+    wide = torch.cat([entropy, torch.full((6, 9), -1.0)],
+                     1), torch.cat([valid, torch.zeros(6, 9, dtype=torch.bool)], 1)
     for got, expected in zip(entropy_masks(*wide), entropy_masks(entropy, valid)):
         assert torch.equal(got[:, :20], expected) and not got[:, 20:].any()
 
@@ -114,15 +124,16 @@ def test_fractions_that_overlap_or_leave_the_range_are_refused(fractions):
         entropy_masks(torch.rand(1, 4), torch.ones(1, 4, dtype=torch.bool), *fractions)
 
 
-# --- shaping ----------------------------------------------------------------------------------------------------------
+# --- shaping --------------------------------------------------------------------------------------
 
 def test_shaping_by_hand():
-    """A = -1, low .2, high .5 of five tokens: one is excluded, the top two get min(.3 * 1, .3 * H) = .3 H."""
+    """A = -1, low .2, high .5 of five tokens: one is excluded, the top two get min(.3 * 1, .3 * H)
+    = .3 H."""
     h = torch.tensor([[0.9, 0.1, 0.5, 0.7, 0.3]])
     out = shape_advantages(torch.tensor([-1.0]), h, torch.ones(1, 5, dtype=torch.bool))
     assert torch.allclose(out, torch.tensor([[-1 + 0.27, 0.0, -1.0, -1 + 0.21, -1.0]]))
     capped = shape_advantages(torch.tensor([0.5]), h, torch.ones(1, 5, dtype=torch.bool))
-    assert torch.allclose(capped, torch.tensor([[0.65, 0.0, 0.5, 0.65, 0.5]]))        # .3 * .5 < .3 * .7
+    assert torch.allclose(capped, torch.tensor([[0.65, 0.0, 0.5, 0.65, 0.5]]))   # .3 * .5 < .3 * .7
 
 
 def test_shaping_equals_the_loop():
@@ -131,7 +142,10 @@ def test_shaping_equals_the_loop():
     out = shape_advantages(a, h, valid)
     for b, t in zip(*valid.nonzero(as_tuple=True)):
         bonus = min(0.3 * abs(a[b].item()), 0.3 * h[b, t].item()) if high[b, t] else 0.0
-        assert math.isclose(out[b, t].item(), 0.0 if low[b, t] else a[b].item() + bonus, rel_tol=1e-5, abs_tol=1e-7)
+        assert math.isclose(out[b, t].item(),
+                            0.0 if low[b, t] else a[b].item() + bonus,
+                            rel_tol=1e-5,
+                            abs_tol=1e-7)
 
 
 def test_the_bonus_never_flips_a_sign_and_a_zero_advantage_stays_zero():
@@ -143,15 +157,17 @@ def test_the_bonus_never_flips_a_sign_and_a_zero_advantage_stays_zero():
 
 def test_nothing_masked_and_no_bonus_is_grpo_bit_for_bit():
     a, h, valid = random_batch()
-    assert torch.equal(shape_advantages(a, h, valid, low_frac=0.0, bonus_coef=0.0), a[:, None].expand(6, 20))
+    assert torch.equal(shape_advantages(a, h, valid, low_frac=0.0, bonus_coef=0.0),
+                       a[:, None].expand(6, 20))
 
 
-# --- loss -------------------------------------------------------------------------------------------------------------
+# --- loss -----------------------------------------------------------------------------------------
 
 def random_logps(seed=0, b=6, t=20, spread=0.1):
     g = torch.Generator().manual_seed(seed)
     logp = -torch.rand(b, t, generator=g) * 3
-    return logp, logp + spread * torch.randn(b, t, generator=g), logp + spread * torch.randn(b, t, generator=g)
+    return logp, logp + spread * torch.randn(b, t, generator=g), logp + spread * torch.randn(
+        b, t, generator=g)
 
 
 def test_the_loss_equals_the_loop():
@@ -167,11 +183,13 @@ def test_the_loss_equals_the_loop():
     n = valid.sum().item()
     loss, stats = policy_loss(logp, old, ref, a[:, None].expand(6, 20), valid, 0.05, 0.2, 0.28)
     assert math.isclose(loss.item(), -total / n, rel_tol=1e-5)
-    assert math.isclose(stats["kl"], kl_total / n, rel_tol=1e-4) and math.isclose(stats["clipped"], clipped / n, rel_tol=1e-5)
+    assert math.isclose(stats["kl"], kl_total / n, rel_tol=1e-4) and math.isclose(
+        stats["clipped"], clipped / n, rel_tol=1e-5)
 
 
 def test_the_first_updates_gradient_is_reinforce():
-    """With ratio 1 the gradient with respect to log-probs is -A / n, though the loss itself is -mean(A): why "loss is 0" is right."""
+    """With ratio 1 the gradient with respect to log-probs is -A / n, though the loss itself is
+    -mean(A): why "loss is 0" is right."""
     logp, _, _ = random_logps()
     a, _, valid = random_batch()
     leaf = logp.clone().requires_grad_(True)
@@ -182,7 +200,8 @@ def test_the_first_updates_gradient_is_reinforce():
 
 
 def test_low_tokens_get_the_gradient_of_the_kl_term_alone():
-    """Guard: masked tokens that still get reward gradient. KL holds on all valid tokens, low ones too."""
+    """Guard: masked tokens that still get reward gradient. KL holds on all valid tokens, low ones
+    too."""
     logp, _, ref = random_logps()
     a, h, valid = random_batch()
     low, _ = entropy_masks(h, valid)
@@ -213,9 +232,11 @@ def test_padding_reaches_neither_loss_nor_gradient():
 
 
 def test_expected_gradient_equals_the_exact_one_on_an_enumerable_policy():
-    """One token of three, reward known: the mean over many groups of GRPO's gradient (no std, no clip) is the gradient of E[R]."""
+    """One token of three, reward known: the mean over many groups of GRPO's gradient (no std, no
+    clip) is the gradient of E[R]."""
     torch.manual_seed(0)
-    logits, reward = torch.tensor([0.2, -0.5, 0.8], requires_grad=True), torch.tensor([1.0, 0.0, 0.3])
+    logits, reward = torch.tensor([0.2, -0.5, 0.8],
+                                  requires_grad=True), torch.tensor([1.0, 0.0, 0.3])
     (exact,) = torch.autograd.grad((logits.softmax(0) * reward).sum(), logits)
     p, g = 40000, 4
     tokens = torch.multinomial(logits.softmax(0).detach(), p * g, replacement=True)
@@ -223,12 +244,17 @@ def test_expected_gradient_equals_the_exact_one_on_an_enumerable_policy():
     # the group mean includes the sample itself, which shrinks the gradient by (G - 1) / G
     advantage = ((r - r.mean(1, keepdim=True)) * g / (g - 1)).view(-1, 1)
     logp = logits.log_softmax(0)[tokens][:, None]
-    loss, _ = policy_loss(logp, logp.detach(), None, advantage, torch.ones(p * g, 1, dtype=torch.bool), beta=0.0)
+    loss, _ = policy_loss(logp,
+                          logp.detach(),
+                          None,
+                          advantage,
+                          torch.ones(p * g, 1, dtype=torch.bool),
+                          beta=0.0)
     (estimate,) = torch.autograd.grad(loss, logits)
     assert torch.allclose(-estimate, exact, atol=0.01)
 
 
-# --- the step ---------------------------------------------------------------------------------------------------------
+# --- the step -------------------------------------------------------------------------------------
 
 @pytest.fixture
 def step(eye, world):
@@ -237,7 +263,8 @@ def step(eye, world):
     config = Config(preset="cpu", prompts=2, group=4)
     scenes = [make_scene(world, "train", 0, i) for i in range(2)]
     rollout, _ = make_rollout(policy, eye, scenes, config, 0)
-    varied = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))     # an untrained tokenizer earns 0 every time
+    # an untrained tokenizer earns 0 every time
+    varied = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
     return policy, reference, rollout._replace(rewards=varied), config
 
 
@@ -256,13 +283,15 @@ class Gradients:
 
 def gradients(policy, reference, rollout, config):
     optimizer = Gradients(policy)
-    return update(policy, reference, optimizer, rollout, config, 0, torch.device("cpu")), optimizer.kept
+    return update(policy, reference, optimizer, rollout, config, 0,
+                  torch.device("cpu")), optimizer.kept
 
 
 def test_rollouts_are_the_learners_own_and_the_first_ratio_is_one(step):
     """Guard: a sampler that differs from the learner."""
     stats, _ = gradients(*step)
-    assert stats["gap"] < 1e-4 and abs(stats["ratio_min"] - 1) < 1e-4 and abs(stats["ratio_max"] - 1) < 1e-4
+    assert stats["gap"] < 1e-4 and abs(stats["ratio_min"] - 1) < 1e-4 and abs(stats["ratio_max"] -
+                                                                              1) < 1e-4
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])
@@ -279,7 +308,8 @@ def test_method_grpo_is_eggrpo_with_nothing_masked_and_no_bonus(step):
     """Guard: a baseline that differs from the method by more than the method."""
     policy, reference, rollout, config = step
     _, grpo = gradients(policy, reference, rollout, replace(config, **METHODS["grpo"]))
-    _, off = gradients(policy, reference, rollout, replace(config, method="eggrpo", low_frac=0.0, bonus_coef=0.0))
+    _, off = gradients(policy, reference, rollout,
+                       replace(config, method="eggrpo", low_frac=0.0, bonus_coef=0.0))
     _, eg = gradients(policy, reference, rollout, replace(config, **METHODS["eggrpo"]))
     assert all(torch.equal(a, b) for a, b in zip(grpo, off))
     assert any(not torch.equal(a, b) for a, b in zip(grpo, eg))
@@ -299,7 +329,8 @@ def test_plan_and_image_are_shaped_apart(step):
 def test_entropy_statistics_go_over_valid_tokens_only():
     h = torch.tensor([[0.2, 0.4, 9.0, 0.5, 0.7]])
     stats = entropy_stats(h, torch.tensor([[True, True, False, True, True]]), 3)
-    assert math.isclose(stats["plan_entropy"], 0.3, rel_tol=1e-5) and math.isclose(stats["plan_entropy_std"], 0.1, rel_tol=1e-5)
+    assert math.isclose(stats["plan_entropy"], 0.3, rel_tol=1e-5) and math.isclose(
+        stats["plan_entropy_std"], 0.1, rel_tol=1e-5)
     assert math.isclose(stats["image_entropy"], 0.6, rel_tol=1e-5)
 
 
@@ -311,7 +342,8 @@ def test_a_sampler_that_is_not_the_learner_stops_the_run():
 
 
 def test_a_policy_overfits_one_reward(world, eye):
-    """Reward the use of one code: forty updates must raise its share several times, or nothing above means anything."""
+    """Reward the use of one code: forty updates must raise its share several times, or nothing
+    above means anything."""
     policy, reference = tiny_policy(world, scale=2.0), tiny_policy(world, scale=2.0)
     config = Config(preset="cpu", prompts=2, group=8, beta=0.0)
     optimizer = torch.optim.AdamW(policy.parameters(), 3e-3, weight_decay=0.0)
@@ -320,11 +352,12 @@ def test_a_policy_overfits_one_reward(world, eye):
         rollout, _ = make_rollout(policy, eye, scenes, config, step)
         reward = (rollout.codes == 5).float().mean(1).view(2, 8)
         share.append(reward.mean().item())
-        update(policy, reference, optimizer, rollout._replace(rewards=reward), config, step, torch.device("cpu"))
+        update(policy, reference, optimizer, rollout._replace(rewards=reward), config, step,
+               torch.device("cpu"))
     assert sum(share[-5:]) > 3 * sum(share[:5])
 
 
-# --- methods and switches ---------------------------------------------------------------------------------------------
+# --- methods and switches -------------------------------------------------------------------------
 
 def shaped_by(method, **change):
     """Shape the same random batch, plan of 12 and image of 20 tokens, by a method."""
@@ -334,13 +367,17 @@ def shaped_by(method, **change):
 
 
 WHAT_DIFFERS = {
-    "eggrpo": lambda a, h, v, s: (s[v] == 0).any() and ((s - a[:, None])[v] > 0).any(),
-    "eggrpo-text": lambda a, h, v, s: (s[:, :12] != a[:, None])[v[:, :12]].any() and (s[:, 12:] == a[:, None]).all(),
-    "eggrpo-image": lambda a, h, v, s: (s[:, 12:] != a[:, None])[v[:, 12:]].any() and (s[:, :12] == a[:, None]).all(),
-    "bonus": lambda a, h, v, s: (s != 0).all() and ((s - a[:, None])[v] > 0).any(),
-    "exclude": lambda a, h, v, s: (s[v] == 0).any() and ((s == 0) | (s == a[:, None])).all(),
-    "top-entropy": lambda a, h, v, s: ((s != 0) & v).sum() <= 0.25 * v.sum() and ((s == 0) | (s == a[:, None])).all(),
-    "released": lambda a, h, v, s: (s[v] == 0).any() and ((s - a[:, None])[v] > 0).any(),
+    "eggrpo":
+    lambda a, h, v, s: (s[v] == 0).any() and ((s - a[:, None])[v] > 0).any(), "eggrpo-text":
+    lambda a, h, v, s:
+    (s[:, :12] != a[:, None])[v[:, :12]].any() and (s[:, 12:] == a[:, None]).all(), "eggrpo-image":
+    lambda a, h, v, s:
+    (s[:, 12:] != a[:, None])[v[:, 12:]].any() and (s[:, :12] == a[:, None]).all(), "bonus":
+    lambda a, h, v, s: (s != 0).all() and ((s - a[:, None])[v] > 0).any(), "exclude":
+    lambda a, h, v, s: (s[v] == 0).any() and ((s == 0) | (s == a[:, None])).all(), "top-entropy":
+    lambda a, h, v, s: ((s != 0) & v).sum() <= 0.25 * v.sum() and (
+        (s == 0) | (s == a[:, None])).all(), "released":
+    lambda a, h, v, s: (s[v] == 0).any() and ((s - a[:, None])[v] > 0).any(),
 }
 
 
@@ -361,14 +398,16 @@ def test_methods_that_leave_advantages_as_they_are(method):
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_method_makes_two_updates_and_all_but_grpo_differ_from_it(step, method):
-    """dapo differs where a group is constant, and in its clip, which one update a batch never reaches."""
+    """dapo differs where a group is constant, and in its clip, which one update a batch never
+    reaches."""
     policy, reference, rollout, config = step
     rewards = rollout.rewards.clone()
     if method == "dapo":
         rewards[1] = 0.5
     rollout = rollout._replace(rewards=rewards)
     ours, grpo = (replace(config, method=m, **METHODS[m]) for m in (method, "grpo"))
-    (stats, got), (_, base) = gradients(policy, reference, rollout, ours), gradients(policy, reference, rollout, grpo)
+    (stats, got), (_, base) = gradients(policy, reference, rollout,
+                                        ours), gradients(policy, reference, rollout, grpo)
     assert all(math.isfinite(v) for v in stats.values())
     assert all(torch.equal(a, b) for a, b in zip(got, base)) == (method == "grpo")
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-3)
@@ -387,7 +426,8 @@ def test_the_released_rule_counts_287_and_115_and_masks_nothing_where_entropies_
 
 def test_dr_grpo_divides_neither_by_the_std_nor_by_the_valid_tokens(step):
     policy, _, rollout, config = step
-    assert torch.equal(group_advantages(torch.tensor([[1.0, 3.0]]), divide_by_std=False), torch.tensor([[-1.0, 1.0]]))
+    assert torch.equal(group_advantages(torch.tensor([[1.0, 3.0]]), divide_by_std=False),
+                       torch.tensor([[-1.0, 1.0]]))
     _, counted = eggrpo.token_weights(rollout, policy.C, replace(config, **METHODS["dr-grpo"]))
     assert counted.sum() == rollout.valid.numel() > rollout.valid.sum()
 
@@ -396,17 +436,20 @@ def test_dapo_drops_constant_groups_from_numerator_and_denominator(step):
     policy, _, rollout, config = step
     rollout = rollout._replace(rewards=torch.tensor([[0.5] * 4, [0.0, 1.0, 0.5, 0.2]]))
     weights, counted = eggrpo.token_weights(rollout, policy.C, replace(config, **METHODS["dapo"]))
-    assert not weights[:4].any() and torch.equal(weights[4:] > 0, rollout.valid[4:]) and counted.sum() == rollout.valid[4:].sum()
+    assert not weights[:4].any() and torch.equal(
+        weights[4:] > 0, rollout.valid[4:]) and counted.sum() == rollout.valid[4:].sum()
 
 
 def test_dapo_clips_higher_than_grpo():
-    """At a ratio of 1.25 and A > 0 GRPO's gradient is clipped away and DAPO's is not; below 0.8 both clip alike."""
+    """At a ratio of 1.25 and A > 0 GRPO's gradient is clipped away and DAPO's is not; below 0.8
+    both clip alike."""
     old, valid = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
 
     def slope(ratio, a, method):
         config = Config(**METHODS[method])
         leaf = torch.full((1, 1), math.log(ratio), requires_grad=True)
-        policy_loss(leaf, old, None, torch.tensor([[a]]), valid, 0.0, config.clip_low, config.clip_high)[0].backward()
+        policy_loss(leaf, old, None, torch.tensor([[a]]), valid, 0.0, config.clip_low,
+                    config.clip_high)[0].backward()
         return leaf.grad.item()
 
     assert slope(1.25, 1.0, "grpo") == 0 != slope(1.25, 1.0, "dapo")
@@ -415,11 +458,13 @@ def test_dapo_clips_higher_than_grpo():
 
 @pytest.mark.parametrize("method", ["eggrpo-gradient", "entropy-coef"])
 def test_the_entropy_gradient_raises_entropy(step, method):
-    """With all rewards equal and no KL only the entropy term is left: descending the loss must raise entropy."""
+    """With all rewards equal and no KL only the entropy term is left: descending the loss must
+    raise entropy."""
     policy, reference, rollout, config = step
     config = replace(config, beta=0.0, method=method, **METHODS[method])
     rollout = rollout._replace(rewards=torch.full((2, 4), 0.5))
-    mean = lambda: score_tokens(policy, rollout, config, torch.device("cpu"))[1][rollout.valid].mean().item()
+    mean = lambda: score_tokens(policy, rollout, config, torch.device("cpu"))[1][rollout.valid
+                                                                                 ].mean().item()
     before = mean()
     optimizer = torch.optim.SGD(policy.parameters(), 0.1)
     for i in range(5):
@@ -429,13 +474,15 @@ def test_the_entropy_gradient_raises_entropy(step, method):
 
 def test_the_additive_bonus_alone_moves_nothing_where_all_rewards_are_equal(step):
     policy, reference, rollout, config = step
-    _, got = gradients(policy, reference, rollout._replace(rewards=torch.full((2, 4), 1.1)), replace(config, beta=0.0))
+    _, got = gradients(policy, reference, rollout._replace(rewards=torch.full((2, 4), 1.1)),
+                       replace(config, beta=0.0))
     assert all((g == 0).all() for g in got)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_guidance_in_rl_is_part_of_the_policy(eye, world, guidance):
-    """What is sampled is what is scored; the released mismatch, guided sampling and unguided scoring, hides behind a gap of 0."""
+    """What is sampled is what is scored; the released mismatch, guided sampling and unguided
+    scoring, hides behind a gap of 0."""
     policy = tiny_policy(world)
     scenes = [make_scene(world, "train", 0, i) for i in range(2)]
     config = Config(prompts=2, group=2, guidance=guidance)
@@ -452,26 +499,32 @@ def test_pictures_of_a_plan_share_the_plan_and_all_are_one_group(eye, world, pol
     scenes = [make_scene(world, "train", 0, i) for i in range(2)]
     rollout, _ = make_rollout(policy, eye, scenes, Config(prompts=2, group=3, images_per_plan=2), 0)
     assert rollout.rewards.shape == (2, 6) and torch.equal(rollout.plan[::2], rollout.plan[1::2])
-    assert not torch.equal(rollout.codes[::2], rollout.codes[1::2]) and len({tuple(p.tolist()) for p in rollout.plan}) > 2
+    assert not torch.equal(rollout.codes[::2], rollout.codes[1::2]) and len(
+        {tuple(p.tolist())
+         for p in rollout.plan}) > 2
 
 
 def test_several_updates_a_batch_move_the_ratio_and_each_sequence_is_used_once_an_epoch(step):
     policy, reference, rollout, config = step
     config = replace(config, inner_epochs=2, minibatches=4, lr=1e-2)
     seen = []
-    original, eggrpo.take = eggrpo.take, lambda r, rows: seen.append(rows.tolist()) or original(r, rows)
+    original, eggrpo.take = eggrpo.take, lambda r, rows: seen.append(rows.tolist()) or original(
+        r, rows)
     try:
-        stats = update(policy, reference, torch.optim.AdamW(policy.parameters(), 1e-2), rollout, config, 0, torch.device("cpu"))
+        stats = update(policy, reference, torch.optim.AdamW(policy.parameters(), 1e-2), rollout,
+                       config, 0, torch.device("cpu"))
     finally:
         eggrpo.take = original
-    assert len(seen) == 8 and sorted(sum(seen[:4], [])) == sorted(sum(seen[4:], [])) == list(range(8)) and seen[:4] != seen[4:]
+    assert len(seen) == 8 and sorted(sum(seen[:4], [])) == sorted(sum(seen[4:], [])) == list(
+        range(8)) and seen[:4] != seen[4:]
     assert stats["gap"] < 1e-4 and stats["ratio_max"] > 1.01 and stats["clipped"] > 0
 
 
 def test_text_weight_weighs_plan_tokens_and_one_is_the_pooled_mean(step):
     policy, _, rollout, config = step
     weights, counted = eggrpo.token_weights(rollout, policy.C, replace(config, text_weight=2.5))
-    assert torch.equal(weights[:, :policy.C], 2.5 * rollout.valid[:, :policy.C].float()) and counted is weights
+    assert torch.equal(weights[:, :policy.C],
+                       2.5 * rollout.valid[:, :policy.C].float()) and counted is weights
     assert torch.equal(eggrpo.token_weights(rollout, policy.C, config)[0], rollout.valid.float())
 
 
@@ -479,10 +532,12 @@ def test_the_reference_is_frozen_apart_and_idle_where_beta_is_zero(step, monkeyp
     policy, reference, rollout, config = step
     reference.requires_grad_(False)
     before = [p.clone() for p in reference.parameters()]
-    update(policy, reference, torch.optim.AdamW(policy.parameters(), 1e-2), rollout, config, 0, torch.device("cpu"))
+    update(policy, reference, torch.optim.AdamW(policy.parameters(), 1e-2), rollout, config, 0,
+           torch.device("cpu"))
     assert all(torch.equal(a, b) for a, b in zip(before, reference.parameters()))
-    monkeypatch.setattr(reference, "forward", None)                            # calling it would raise
-    update(policy, reference, Gradients(policy), rollout, replace(config, beta=0.0), 0, torch.device("cpu"))
+    monkeypatch.setattr(reference, "forward", None)                         # calling it would raise
+    update(policy, reference, Gradients(policy), rollout, replace(config, beta=0.0), 0,
+           torch.device("cpu"))
 
 
 @pytest.mark.parametrize("field, value", [

@@ -7,7 +7,10 @@ from conftest import tiny_policy
 from model import choose, generate, policy_logits, score, token_logp
 from scenes import END, IMAGE, PAD, PLAN, encode_words
 
-PROMPTS = ["a red circle and a blue square", "three green crosses", "a shape with three sides in the colour of grass"]
+PROMPTS = [
+    "a red circle and a blue square", "three green crosses",
+    "a shape with three sides in the colour of grass"
+]
 
 
 @pytest.fixture
@@ -26,10 +29,11 @@ def rescored(policy, prompt, draw, **how):
 @pytest.mark.parametrize("how", [{}, {"guidance": 3.0}, {"temperature": 0.7}, {"guidance": 0.5, "temperature": 1.3}])
 @pytest.mark.parametrize("direct", [False, True])
 def test_cached_sampling_equals_uncached_scoring(policy, prompt, how, direct):
-    """The uncached forward is the oracle: a wrong cache, mask, slot or guidance on one side only would show here."""
+    """The uncached forward is the oracle: a wrong cache, mask, slot or guidance on one side only
+    would show here."""
     draw = generate(policy, prompt, noise(policy, 3), direct=direct, **how)
     assert (rescored(policy, prompt, draw, **how) - draw.logp).abs().max() < 1e-4
-    assert draw.logp[:, policy.C:].exp().std() > 0.01                        # and the distributions are not all alike
+    assert draw.logp[:, policy.C:].exp().std() > 0.01      # and the distributions are not all alike
 
 
 def test_sampling_slot_by_slot_without_cache_gives_the_same_tokens(policy, prompt):
@@ -50,15 +54,18 @@ def test_sampling_slot_by_slot_without_cache_gives_the_same_tokens(policy, promp
 def test_the_stop_token_is_valid_and_what_follows_is_not(world, prompt):
     policy = tiny_policy(world)
     with torch.no_grad():
-        policy.word_head.weight[0] += 0.2 * policy.word_head.weight[1:].abs().mean() * torch.randn(32)
+        policy.word_head.weight[0] += 0.2 * policy.word_head.weight[1:].abs().mean() * torch.randn(
+            32)
     draw = generate(policy, prompt.repeat(40, 1), noise(policy, 120))
     stopped = (draw.plan == END).any(1)
     assert 0 < stopped.sum()
     for plan, valid, logp in zip(draw.plan[stopped], draw.valid[stopped], draw.logp[stopped]):
         end = (plan == END).nonzero()[0, 0]
-        assert valid[:end + 1].all() and not valid[end + 1:policy.C].any() and valid[policy.C:].all()
-        assert (plan[end + 1:] == PAD).all() and (logp[end + 1:policy.C] == 0).all() and logp[end] != 0
-    assert draw.valid[~stopped].all()                                        # a plan that never stops is valid throughout
+        assert valid[:end +
+                     1].all() and not valid[end + 1:policy.C].any() and valid[policy.C:].all()
+        assert (plan[end + 1:] == PAD).all() and (logp[end + 1:policy.C]
+                                                  == 0).all() and logp[end] != 0
+    assert draw.valid[~stopped].all()                  # a plan that never stops is valid throughout
 
 
 def test_markers_and_padding_are_never_sampled(policy, prompt):
@@ -94,7 +101,8 @@ def test_attention_is_causal(policy, prompt):
 def test_guidance_one_is_none_and_guidance_moves_from_the_empty_prompt():
     raw, empty = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0]])
     assert torch.equal(policy_logits(raw), raw)
-    assert torch.equal(policy_logits(torch.cat([raw, empty]), guidance=3.0), torch.tensor([[1.0, 4.0]]))
+    assert torch.equal(policy_logits(torch.cat([raw, empty]), guidance=3.0),
+                       torch.tensor([[1.0, 4.0]]))
     assert torch.equal(policy_logits(raw, temperature=2.0), raw / 2)
     assert policy_logits(raw.bfloat16()).dtype == torch.float32
 
@@ -108,7 +116,7 @@ def test_choose_samples_the_distribution():
     assert (share - logits.softmax(0)).abs().max() < 0.0144
     assert torch.allclose(logp, logits.log_softmax(0)[token])
     edge, _ = choose(torch.tensor([[0.0, -200.0]]).expand(2, 2), torch.tensor([0.0, 1 - 1e-7]))
-    assert edge.tolist() == [0, 0]                                           # impossible tokens stay impossible
+    assert edge.tolist() == [0, 0]                               # impossible tokens stay impossible
 
 
 def test_a_given_plan_is_drawn_from_and_scored_the_same(policy, prompt):
@@ -130,4 +138,5 @@ def test_cuda_and_cpu_score_alike(policy, prompt):
     draw = generate(policy, prompt, noise(policy, 3))
     there = generate(policy.cuda(), prompt.cuda(), noise(policy, 3).cuda())
     assert (rescored(policy, prompt.cuda(), there) - there.logp).abs().max() < 1e-4
-    assert (there.codes.cpu() == draw.codes).float().mean() > 0.9            # a rounding may turn a token; what follows differs
+    # a rounding may turn a token; what follows differs
+    assert (there.codes.cpu() == draw.codes).float().mean() > 0.9

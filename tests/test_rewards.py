@@ -1,4 +1,5 @@
-"""Rewards tell truth from error: every component, every category, every relation, every known cheat."""
+"""Rewards tell truth from error: every component, every category, every relation, every known
+cheat."""
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ def pictures(world, scenes):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("split", ["train", "eval", "unseen"])
 def test_a_true_scene_scores_one_in_every_component(preset, split):
-    """Every category and relation is reachable: in the released code 364 spatial prompts could never earn their reward."""
+    """Every category and relation is reachable: in the released code 364 spatial prompts could
+    never earn their reward."""
     world = WORLDS[preset]
     n = 84 if preset == "cpu" else 28                    # whole rounds of the categories
     scenes = [make_scene(world, split, 5, i) for i in range(n)]
@@ -30,7 +32,8 @@ def test_a_true_scene_scores_one_in_every_component(preset, split):
 
 
 def scene_with_relation(world, relation):
-    return next(s for s in (make_scene(world, "train", 0, i, "spatial") for i in range(99)) if s.relation == relation)
+    return next(s for s in (make_scene(world, "train", 0, i, "spatial") for i in range(99))
+                if s.relation == relation)
 
 
 def swap(scene, **change):
@@ -38,7 +41,8 @@ def swap(scene, **change):
 
 
 def lower(world, scene, wrong, names, image=None, maybe=()):
-    """Assert that a wrong picture is not exact and scores less than 1, in just the named components."""
+    """Assert that a wrong picture is not exact and scores less than 1, in just the named
+    components."""
     image = pictures(world, [wrong]) if image is None else image
     reward, parts, exact = score(image, make_want(world, [scene]), world)
     assert reward < 1 and exact == 0
@@ -53,11 +57,13 @@ def test_each_single_corruption_scores_less_and_in_the_right_components(preset, 
     a, b = scene.objects
     other_colour = next(c for c in COLOURS if c not in (a.colour, b.colour))
     other_shape = next(s for s in SHAPES if s not in (a.shape, b.shape))
-    free = next(c for c in ((0, 0), (1, 1), (2, 2)) if c not in ((a.row, a.column), (b.row, b.column)))
+    free = next(c for c in ((0, 0), (1, 1), (2, 2))
+                if c not in ((a.row, a.column), (b.row, b.column)))
     move = lambda o, to: o._replace(row=to[0], column=to[1])
     lower(world, scene, swap(scene, colour=other_colour), {"objects", "attributes", "relation"})
     lower(world, scene, swap(scene, shape=other_shape), {"objects", "attributes", "relation"})
-    lower(world, scene, scene._replace(objects=(b,)), {"objects", "attributes", "count", "relation"})
+    lower(world, scene, scene._replace(objects=(b, )),
+          {"objects", "attributes", "count", "relation"})
     exchanged = (move(a, (b.row, b.column)), move(b, (a.row, a.column)))
     lower(world, scene, scene._replace(objects=exchanged), {"relation"})
     surplus = (*scene.objects, move(a, free)._replace(colour=other_colour))
@@ -74,7 +80,8 @@ def test_each_single_corruption_scores_less_and_in_the_right_components(preset, 
 
 
 def test_exchanged_attributes_cost_objects_but_not_attributes():
-    """ "A red circle and a blue square" drawn as a blue circle and a red square: the classic binding error."""
+    """ "A red circle and a blue square" drawn as a blue circle and a red square: the classic
+    binding error."""
     world = WORLDS["cpu"]
     scene = next(s for s in (make_scene(world, "train", 0, i, "colour") for i in range(99))
                  if s.objects[0].shape != s.objects[1].shape)
@@ -90,11 +97,15 @@ def test_known_cheats_score_low(preset):
     scenes = [make_scene(world, "train", 0, i) for i in range(n)]
     want, size = make_want(world, scenes), world.image_size
     flat = lambda rgb: (torch.tensor(rgb) / 255)[None, :, None, None].expand(n, 3, size, size)
-    tile = make_scene(world, "train", 0, 0)._replace(objects=tuple(
-        scenes[0].objects[0]._replace(row=i // world.grid, column=i % world.grid, colour=list(COLOURS)[i % 6], shift=(0, 0))
-        for i in range(world.grid ** 2)))
-    cheats = {"noise": torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0)), "nothing": flat((40, 44, 50)),
-              **{colour: flat(rgb) for colour, rgb in COLOURS.items()}, "tiling": pictures(world, [tile] * n)}
+    tile = make_scene(world, "train", 0, 0)._replace(objects=tuple(scenes[0].objects[0]._replace(
+        row=i // world.grid, column=i % world.grid, colour=list(COLOURS)[i % 6], shift=(0, 0))
+                                                                   for i in range(world.grid ** 2)))
+    cheats = {
+        "noise": torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0)),
+        "nothing": flat((40, 44, 50)), **{colour: flat(rgb)
+                                          for colour, rgb in COLOURS.items()}, "tiling":
+        pictures(world, [tile] * n)
+    }
     for name, images in cheats.items():
         reward, _, exact = score(images, want, world)
         assert reward.mean() < 0.45 and exact.sum() == 0, name
@@ -115,7 +126,7 @@ def test_ink_names_the_palette_and_ignores_the_ground():
     rgb = torch.tensor(list(COLOURS.values())) / 255
     paint = ink(rgb[:, :, None, None])[:, :, 0, 0]
     assert torch.allclose(paint, torch.eye(len(COLOURS)), atol=1e-5)
-    assert ink(torch.full((1, 3, 1, 1), 90 / 255)).sum() == 0      # the brightest ground there can be
+    assert ink(torch.full((1, 3, 1, 1), 90 / 255)).sum() == 0    # the brightest ground there can be
 
 
 def test_ones_own_reward_is_a_function_in_a_dict(monkeypatch):

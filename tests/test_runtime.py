@@ -1,4 +1,5 @@
-"""Checkpoints, seeds, flags, log: what is finished is never lost, and what is wrong is said in one line."""
+"""Checkpoints, seeds, flags, log: what is finished is never lost, and what is wrong is said in one
+line."""
 
 import json
 from dataclasses import dataclass
@@ -27,14 +28,18 @@ PRESETS = {"smoke": dict(rate=0.1), "cpu": {}, "gpu": {}}
 
 
 def record(**change):
-    return dict(kind="base", settings=runtime.settings(Config(preset="cpu")), step=2, steps=2, x=torch.arange(1000)) | change
+    return dict(kind="base",
+                settings=runtime.settings(Config(preset="cpu")),
+                step=2,
+                steps=2,
+                x=torch.arange(1000)) | change
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     save(tmp_path / "deep" / "a.pt", record())
     back = load(tmp_path / "deep" / "a.pt", "make it")
     assert torch.equal(back["x"], torch.arange(1000)) and back["kind"] == "base"
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.pt"]          # no temporary file is left
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.pt"]   # no temporary file is left
 
 
 def test_damaged_foreign_and_missing_checkpoints_are_named_with_the_remedy(tmp_path):
@@ -70,7 +75,8 @@ def test_resuming_with_other_settings_is_refused_and_with_another_device_is_not(
     path = tmp_path / "a.pt"
     assert resume(path, Config(preset="cpu"), "make it") is None
     save(path, record())
-    assert resume(path, Config(preset="cpu", device="cuda", out="elsewhere"), "make it")["step"] == 2
+    assert resume(path, Config(preset="cpu", device="cuda", out="elsewhere"),
+                  "make it")["step"] == 2
     with pytest.raises(UserError, match="made with rate 0.5, now 0.6"):
         resume(path, Config(preset="cpu", rate=0.6), "make it")
 

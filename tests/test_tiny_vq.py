@@ -23,7 +23,8 @@ def test_straight_through_has_the_codes_value_and_the_identitys_gradient():
 
 
 def test_update_moves_an_entry_to_the_mean_of_its_vectors():
-    """One step by hand: count .5 + .5 * 2 = 1.5, sum .5 * 0 + .5 * (1 + 3) = 2, so the entry goes to 4/3."""
+    """One step by hand: count .5 + .5 * 2 = 1.5, sum .5 * 0 + .5 * (1 + 3) = 2, so the entry goes
+    to 4/3."""
     quantizer = Quantizer(2, 1, decay=0.5)
     quantizer.codebook.copy_(torch.tensor([[0.0], [9.0]]))
     quantizer.sums.copy_(quantizer.codebook)
@@ -37,7 +38,9 @@ def test_many_updates_converge_to_cluster_means():
     quantizer.codebook.copy_(torch.tensor([[-0.5], [0.5]]))
     for _ in range(200):
         quantizer.update(z, quantizer.nearest(z))
-    assert torch.allclose(quantizer.codebook.sort(0).values, torch.tensor([[-2.0], [5.0]]), atol=1e-3)
+    assert torch.allclose(quantizer.codebook.sort(0).values,
+                          torch.tensor([[-2.0], [5.0]]),
+                          atol=1e-3)
 
 
 def test_dead_codes_restart_on_vectors_of_the_batch_and_live_ones_stay():
@@ -65,7 +68,8 @@ def test_encode_and_decode_are_the_halves_of_forward():
 
 
 def test_a_tokenizer_learns_one_batch():
-    """Sixty steps on eight flat pictures: the error must fall by ten times, or gradients do not flow through the codes."""
+    """Sixty steps on eight flat pictures: the error must fall by ten times, or gradients do not
+    flow through the codes."""
     torch.manual_seed(0)
     model = VQVAE(patch=4, width=32, blocks=1, codes=16, dim=4)
     images = torch.rand(8, 3, 1, 1).expand(8, 3, 16, 16).contiguous()

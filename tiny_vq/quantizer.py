@@ -1,4 +1,5 @@
-"""Vectors become codes: nearest neighbour in a codebook that follows its vectors (van den Oord et al., 2017, appendix A.1)."""
+"""Vectors become codes: nearest neighbour in a codebook that follows its vectors (van den Oord et
+al., 2017, appendix A.1)."""
 
 import torch
 import torch.nn.functional as F
@@ -6,11 +7,15 @@ from torch import nn
 
 
 class Quantizer(nn.Module):
-    """Replace each vector by the nearest of N codebook entries; train the entries by moving averages.
+    """Replace each vector by the nearest of N codebook entries; train the entries by moving
+    averages.
 
     Entry i is the mean of the vectors lately assigned to it: with decay m, counts n_i and sums s_i,
-        n_i <- m n_i + (1 - m) |assigned|,   s_i <- m s_i + (1 - m) sum(assigned),   entry_i = s_i / n_i
-    An entry that hardly anything is assigned to is dead; `restart` moves it onto a vector of the batch.
+        n_i <- m n_i + (1 - m) |assigned|
+        s_i <- m s_i + (1 - m) sum(assigned)
+        entry_i = s_i / n_i
+    An entry that hardly anything is assigned to is dead; `restart` moves it onto a vector of the
+    batch.
     """
 
     def __init__(self, codes, dim, decay=0.98):
@@ -27,9 +32,11 @@ class Quantizer(nn.Module):
         return (self.codebook.square().sum(1) - 2 * z @ self.codebook.t()).argmin(1)
 
     def forward(self, z):
-        """Quantize z: (n, dim). Returns straight-through vectors (n, dim), codes (n,) and the commitment loss.
+        """Quantize z: (n, dim). Returns straight-through vectors (n, dim), codes (n,) and the
+        commitment loss.
 
-        Straight-through: the value is the entry's, the gradient goes to z as if nothing had happened.
+        Straight-through: the value is the entry's, the gradient goes to z as if nothing had
+        happened.
         """
         codes = self.nearest(z)
         entries = self.codebook[codes]
@@ -46,7 +53,8 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def restart(self, z, generator, least=0.3):
-        """Move dead entries, those with a count below `least` vectors a batch, onto vectors of z. Returns how many."""
+        """Move dead entries, those with a count below `least` vectors a batch, onto vectors of z.
+        Returns how many."""
         dead = (self.counts < least).nonzero()[:, 0]
         chosen = torch.randint(len(z), (len(dead),), generator=generator).to(z.device)
         self.codebook[dead] = self.sums[dead] = z.float()[chosen]
@@ -55,6 +63,7 @@ class Quantizer(nn.Module):
 
 
 def perplexity(codes, number):
-    """exp of the entropy of code use: `number` when all are used alike, 1 when one is. codes: any shape."""
+    """exp of the entropy of code use: `number` when all are used alike, 1 when one is. codes: any
+    shape."""
     share = torch.bincount(codes.flatten(), minlength=number).float() / codes.numel()
     return torch.special.entr(share).sum().exp().item()

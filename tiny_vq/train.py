@@ -2,8 +2,9 @@
 
     python -m tiny_vq.train --preset cpu          -> out/cpu/tokenizer.pt
 
-It sees pictures only, of crowded scenes with every colour-shape pair. The ceiling is the mean reward of true evaluation scenes
-after encoding and decoding: no policy that draws with these codes can do better.
+It sees pictures only, of crowded scenes with every colour-shape pair. The ceiling is the mean
+reward of true evaluation scenes after encoding and decoding: no policy that draws with these codes
+can do better.
 """
 
 import time
@@ -60,20 +61,23 @@ def loss_terms(model, images, ink_weight):
     """Weighted squared error and commitment. images: (B, 3, h, w) in [0, 1]."""
     restored, features, codes, commitment = model(images)
     painted = (rewards.ink(images).sum(1, keepdim=True) > 0).float()
-    weight = 1 + ink_weight * F.max_pool2d(painted, 3, stride=1, padding=1)         # edges count as paint
+    weight = 1 + ink_weight * F.max_pool2d(painted, 3, stride=1, padding=1)   # edges count as paint
     error = ((restored - images) ** 2 * weight).mean() / weight.mean()
     return error, commitment, features.detach(), codes
 
 
 @torch.no_grad()
 def ceiling(model, world, device, number=420, seed=0):
-    """Score true evaluation scenes after encoding and decoding. Returns reward, exact, codes in use, perplexity."""
+    """Score true evaluation scenes after encoding and decoding. Returns reward, exact, codes in
+    use, perplexity."""
     scenes = [make_scene(world, "eval", seed, i) for i in range(number)]
     images = as_images([render(world, s) for s in scenes]).to(device) / 255
     codes = torch.cat([model.encode(batch) for batch in images.split(64)])
     restored = torch.cat([model.decode(batch) for batch in codes.split(64)])
     reward, _, exact = rewards.score(restored, rewards.make_want(world, scenes, device), world)
-    return dict(ceiling=reward.mean().item(), ceiling_exact=exact.mean().item(), codes_in_use=len(codes.unique()),
+    return dict(ceiling=reward.mean().item(),
+                ceiling_exact=exact.mean().item(),
+                codes_in_use=len(codes.unique()),
                 perplexity=perplexity(codes, model.codes))
 
 
@@ -88,10 +92,12 @@ def load_tokenizer(preset, out="out", device="cpu"):
 
 def main(argv=None):
     config = runtime.parse(Config, PRESETS, __doc__, argv)
-    path, maker = f"{config.out}/{config.preset}/tokenizer.pt", f"python -m tiny_vq.train --preset {config.preset}"
+    path = f"{config.out}/{config.preset}/tokenizer.pt"
+    maker = f"python -m tiny_vq.train --preset {config.preset}"
     record = runtime.resume(path, config, maker)
     if record and record["step"] == config.steps:
-        return print(f"tokenizer: finished earlier, {path} (ceiling {record['results']['ceiling']:.3f})")
+        return print(
+            f"tokenizer: finished earlier, {path} (ceiling {record['results']['ceiling']:.3f})")
     device, world, started = runtime.pick_device(config.device), WORLDS[config.preset], time.time()
 
     pictures = as_images([render(world, random_scene(world, config.seed, i))
@@ -101,14 +107,18 @@ def main(argv=None):
     if record:
         model.load_state_dict(record["model"])
     model.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(),
+                                  lr=config.lr,
+                                  betas=(0.9, 0.99),
+                                  weight_decay=0.01)
     if record:
         optimizer.load_state_dict(record["optimizer"])
     first = record["step"] if record else 0
     log = runtime.Log(f"{config.out}/{config.preset}/tokenizer.jsonl", config, device, first)
 
     with runtime.Interruptible() as stop:
-        for step in tqdm(range(first, config.steps), "tokenizer", initial=first, total=config.steps):
+        bar = tqdm(range(first, config.steps), "tokenizer", initial=first, total=config.steps)
+        for step in bar:
             draw = runtime.generator(config.seed, "tokenizer", step)
             chosen = torch.randint(len(pictures), (config.batch,), generator=draw)
             images = pictures[chosen].to(device) / 255
@@ -124,20 +134,33 @@ def main(argv=None):
             if step % 20 == 0 and step < 0.7 * config.steps:      # then let the codebook settle
                 restarted = model.quantizer.restart(features, draw)
             if step % 20 == 0 or step + 1 == config.steps:
-                log(step=step, error=error.item(), commitment=commitment.item(), codes_in_use=len(codes.unique()),
-                    perplexity=perplexity(codes, config.codes), restarted=restarted)
+                log(step=step,
+                    error=error.item(),
+                    commitment=commitment.item(),
+                    codes_in_use=len(codes.unique()),
+                    perplexity=perplexity(codes, config.codes),
+                    restarted=restarted)
             ended = step + 1 == config.steps
             if ended or stop.signal or (step + 1) % config.save_every == 0:
                 results = ceiling(model, world, device) if ended else {}
-                runtime.save(path, dict(kind="tokenizer", settings=runtime.settings(config), step=step + 1,
-                                        steps=config.steps, model_config=model.config, model=model.state_dict(),
-                                        optimizer={} if ended else optimizer.state_dict(), results=results))
+                runtime.save(
+                    path,
+                    dict(kind="tokenizer",
+                         settings=runtime.settings(config),
+                         step=step + 1,
+                         steps=config.steps,
+                         model_config=model.config,
+                         model=model.state_dict(),
+                         optimizer={} if ended else optimizer.state_dict(),
+                         results=results))
                 if stop.signal and not ended:
                     stop.leave(path, maker)
     log(**results, seconds=time.time() - started)
-    print(f"tokenizer: ceiling {results['ceiling']:.3f} (exact {results['ceiling_exact']:.3f}), "
-          f"{results['codes_in_use']} of {config.codes} codes in use, perplexity {results['perplexity']:.0f}, "
-          f"{time.time() - started:.0f} s")
+    print(
+        f"tokenizer: ceiling {results['ceiling']:.3f} (exact {results['ceiling_exact']:.3f}), "
+        f"{results['codes_in_use']} of {config.codes} codes in use, "
+        f"perplexity {results['perplexity']:.0f}, "
+        f"{time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     (B, 3, h, w) in [0, 1]  -- encode -->  codes (B, L)  -- decode -->  (B, 3, h, w) in [0, 1]
 
-Patches are folded into channels (pixel-unshuffle) rather than strided away: at a patch of 4 a strided encoder blurs what
-tells a diamond from a circle nine pixels wide. All convolutions then run on the token grid, where they are cheap.
+Patches are folded into channels (pixel-unshuffle) rather than strided away: at a patch of 4 a
+strided encoder blurs what tells a diamond from a circle nine pixels wide. All convolutions then run
+on the token grid, where they are cheap.
 """
 
 import torch
@@ -25,17 +26,20 @@ class Block(nn.Module):
 
 
 class VQVAE(nn.Module):
-    """codes: size of the codebook; dim: width of its entries; width: channels of the convolutions."""
+    """codes: size of the codebook; dim: width of its entries; width: channels of the
+    convolutions."""
 
     def __init__(self, patch=4, width=96, blocks=2, codes=512, dim=16):
         super().__init__()
         self.config = dict(patch=patch, width=width, blocks=blocks, codes=codes, dim=dim)
         channels = 3 * patch * patch
         self.patch, self.codes = patch, codes
-        self.encoder = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), *(Block(width) for _ in range(blocks)),
+        self.encoder = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1),
+                                     *(Block(width) for _ in range(blocks)),
                                      nn.Conv2d(width, dim, 1))
         self.quantizer = Quantizer(codes, dim)
-        self.decoder = nn.Sequential(nn.Conv2d(dim, width, 3, padding=1), *(Block(width) for _ in range(blocks)),
+        self.decoder = nn.Sequential(nn.Conv2d(dim, width, 3, padding=1),
+                                     *(Block(width) for _ in range(blocks)),
                                      nn.Conv2d(width, channels, 1))
 
     def features(self, images):
@@ -47,7 +51,8 @@ class VQVAE(nn.Module):
         return F.pixel_shuffle(self.decoder(features.permute(0, 3, 1, 2)), self.patch) + 0.5
 
     def forward(self, images):
-        """For training. Returns reconstruction (B, 3, h, w), features (n, dim), codes (n,), commitment loss."""
+        """For training. Returns reconstruction (B, 3, h, w), features (n, dim), codes (n,),
+        commitment loss."""
         z = self.features(images)
         flat = z.reshape(-1, z.shape[-1])
         quantized, codes, commitment = self.quantizer(flat)
@@ -63,4 +68,5 @@ class VQVAE(nn.Module):
     def decode(self, codes):
         """codes (B, L) -> (B, 3, h, w) in [0, 1]."""
         side = int(codes.shape[1] ** 0.5)
-        return self.pixels(self.quantizer.codebook[codes].view(len(codes), side, side, -1)).clamp(0, 1)
+        return self.pixels(self.quantizer.codebook[codes].view(len(codes), side, side,
+                                                               -1)).clamp(0, 1)
