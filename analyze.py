@@ -24,7 +24,7 @@ from eggrpo import (METHODS, Config, differentiable_entropy, entropy_masks, grou
                     policy_loss, shape_advantages)
 
 V, T = 3, 10          # vocabulary, tokens
-SEEDS, STEPS, GROUP, PROMPTS = 24, 200, 8, 4
+SEEDS, STEPS, GROUP, PROMPTS = 48, 200, 8, 4
 GUIDANCE = 2.0
 
 
@@ -81,7 +81,7 @@ def parts_of_the_method(advantage, entropy):
         "GRPO: A": a.expand_as(entropy),
         "0.3 H, every token": by_entropy,
         "0.3 H, high tokens": by_entropy * high,
-        "0.3 |A|, high tokens": by_advantage * high,
+        "0.3 abs(A), high tokens": by_advantage * high,
         "bonus: min of the two": torch.minimum(by_entropy, by_advantage) * high,
         "exclusion: -A on low": -a * low,
         "EG-GRPO: all of it": shape_advantages(advantage, entropy, valid),

@@ -96,7 +96,7 @@ def test_sample_draws_what_is_typed(out):
     (["eggrpo.py", "--colour", "red"], "unrecognized arguments: --colour red"),
     (["pretrain.py", "--preset", "huge"], "no preset 'huge': choose one of smoke, cpu, gpu"),
     (["pretrain.py", "--width", "65"], "must be a multiple of --heads"),
-    (["eggrpo.py", "--device", "abacus"], "device 'abacus' cannot be used"),
+    (["eggrpo.py", "--seed", "9", "--device", "abacus"], "device 'abacus' cannot be used"),
 ])
 def test_bad_input_is_one_line_and_status_2(out, command, words):
     preset = [] if "--preset" in command else ["--preset", "smoke"]
@@ -149,15 +149,18 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_is_the_uninterrupted
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
-def test_the_gpu_preset_runs_two_steps_of_every_stage_on_the_cpu(tmp_path):
-    """Nothing in it is untried: its picture size, textures, layers and slots; only steps, batches
-    and width are cut."""
+@pytest.mark.parametrize("layers", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_the_gpu_preset_runs_two_steps_of_every_stage_on_the_cpu(tmp_path, layers):
+    """Nothing in it is untried: its pictures, textures, width and slots; steps and batches are cut,
+    and in the fast version layers too."""
     small = ["--preset", "gpu", "--out", tmp_path, "--device", "cpu"]
-    run(sys.executable, "-m", "tiny_vq.train", *small, "--pictures", 8, "--steps", 2, "--batch", 4)
-    run(sys.executable, "pretrain.py", *small, "--items", 8, "--steps", 2, "--batch", 4)
+    run(sys.executable, "-m", "tiny_vq.train", *small, "--pictures", 8, "--steps", 2, "--batch", 4,
+        "--scored", 7)
+    run(sys.executable, "pretrain.py", *small, "--items", 8, "--steps", 2, "--batch", 4, "--layers",
+        layers)
     run(sys.executable, "eggrpo.py", *small, "--steps", 2, "--prompts", 1, "--group", 2,
-        "--eval-prompts", 2)
-    run(sys.executable, "evaluate.py", *small, "--prompts", 7, "--batch", 7)
+        "--eval-prompts", 1)
+    run(sys.executable, "evaluate.py", *small, "--prompts", 1)
 
 
 def test_the_gpu_preset_is_of_the_size_it_claims():

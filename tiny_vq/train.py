@@ -38,6 +38,7 @@ class Config:
     dim: int = 16                 # width of a code's vector
     ink_weight: float = 8.0       # how much more a painted pixel's error counts than the ground's
     commitment: float = 0.25
+    scored: int = 420             # true scenes that the ceiling is the mean of
     save_every: int = 200
 
     def check(self):
@@ -46,7 +47,7 @@ class Config:
 
 
 PRESETS = {
-    "smoke": dict(pictures=300, steps=30, width=32, batch=32, codes=128),
+    "smoke": dict(scored=60, pictures=300, steps=30, width=32, batch=32, codes=128),
     "cpu": dict(),
     "gpu": dict(pictures=40000, steps=6000, batch=256, width=128, codes=1024),
 }
@@ -67,7 +68,7 @@ def loss_terms(model, images, ink_weight):
 
 
 @torch.no_grad()
-def ceiling(model, world, device, number=420, seed=0):
+def ceiling(model, world, device, number, seed=0):
     """Score true evaluation scenes after encoding and decoding. Returns reward, exact, codes in
     use, perplexity."""
     scenes = [make_scene(world, "eval", seed, i) for i in range(number)]
@@ -142,7 +143,7 @@ def main(argv=None):
                     restarted=restarted)
             ended = step + 1 == config.steps
             if ended or stop.signal or (step + 1) % config.save_every == 0:
-                results = ceiling(model, world, device) if ended else {}
+                results = ceiling(model, world, device, config.scored) if ended else {}
                 runtime.save(
                     path,
                     dict(kind="tokenizer",
