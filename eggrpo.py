@@ -276,16 +276,14 @@ def make_rollout(policy, eye, scenes, config, step):
     """Sample plans and pictures for each scene's prompt and score the pictures. Returns a Rollout
     and seconds."""
     m, started = config.images_per_plan, time.time()
-    prompt, _ = word_tensors(eye.world, scenes)
-    prompt = prompt.repeat_interleave(config.group * m, 0).to(eye.device)                  # (B, S)
-    noise = torch.rand(len(prompt),
-                       policy.C + policy.L,
+    prompt = word_tensors(eye.world, scenes)[0].to(eye.device)                             # (P, S)
+    noise = torch.rand(config.sequences, policy.C + policy.L,
                        generator=runtime.generator(config.seed, "rollout", step))
     # the same noise writes the same plan
     noise[:, :policy.C] = noise[::m, :policy.C].repeat_interleave(m, 0)
-    with runtime.autocast(eye.device):
-        draw = generate(policy, prompt, noise.to(eye.device), guidance=config.guidance)
-        images = eye.tokenizer.decode(draw.codes).float()                             # (B, 3, h, w)
+    draw = generate(policy, prompt, noise.to(eye.device), guidance=config.guidance)
+    prompt = prompt.repeat_interleave(config.group * m, 0)                                 # (B, S)
+    images = eye.tokenizer.decode(draw.codes).float()                             # (B, 3, h, w)
     sampled = time.time()
     want = rewards.make_want(eye.world, [s for s in scenes for _ in range(config.group * m)],
                              eye.device)
@@ -318,9 +316,8 @@ def split(rollout, size):
 def score_tokens(policy, rollout, config, device):
     """Score a rollout's tokens under a policy. Returns logp (B, T) and entropy (B, T), both with
     gradient."""
-    with runtime.autocast(device):
-        word_logits, code_logits = score(policy, rollout.prompt, rollout.plan, rollout.codes,
-                                         config.score_guidance or config.guidance)
+    word_logits, code_logits = score(policy, rollout.prompt, rollout.plan, rollout.codes,
+                                     config.score_guidance or config.guidance)
     logp = token_logp(word_logits, code_logits, rollout.plan, rollout.codes)
     entropies = [differentiable_entropy(word_logits), differentiable_entropy(code_logits)]
     return logp, torch.cat(entropies, 1)

@@ -66,9 +66,8 @@ def draw(eye, policy, scenes, noise, **how):
     pictures (B, 3, h, w)."""
     prompt, _ = word_tensors(eye.world, scenes)
     uniforms = torch.rand(len(scenes), policy.C + policy.L, generator=noise)
-    with runtime.autocast(eye.device):
-        drawn = generate(policy, prompt.to(eye.device), uniforms.to(eye.device), **how)
-        return drawn, eye.tokenizer.decode(drawn.codes)
+    drawn = generate(policy, prompt.to(eye.device), uniforms.to(eye.device), **how)
+    return drawn, eye.tokenizer.decode(drawn.codes)
 
 
 def evaluate(eye, policy, split, prompts, batch=128, seed=0, title=None, **how):

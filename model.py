@@ -40,17 +40,30 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x, mask, cache=None, start=0):
-        """x: (B, n, D), the tokens at slots start to start + n. cache: keys and values (2, B, H, N,
-        D/H), filled in place."""
+    def forward(self, x, mask, cache=None):
+        """Run all slots at once. x: (B, n, D). cache (2, B * G * H, N, D/H): filled for slots 0 to
+        n, each sequence's keys and values G times."""
         b, n, d = x.shape
         # (B, H, n, D/H) each
         q, k, v = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if cache is not None:
-            cache[0, :, :, start:start + n], cache[1, :, :, start:start + n] = k, v
-            k, v = cache[:, :, :, :start + n]
-        x = x + self.proj(
-            F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(b, n, d))
+            copies = cache.view(2, b, -1, self.heads, *cache.shape[2:])       # (2, B, G, H, N, D/H)
+            copies[:, :, :, :, :n] = torch.stack([k, v])[:, :, None]
+        attended = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
+        x = x + self.proj(attended.reshape(b, n, d))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+    def step(self, x, bias, cache, slot):
+        """Run one slot. x: (B, D); bias: (B * H, 1, N), -inf at padding; cache: (2, B * H, N, D/H).
+
+        Plain batched products: with one query a sequence, scaled_dot_product_attention is slower.
+        """
+        b, d = x.shape
+        qkv = self.qkv(self.norm1(x)).view(b, 3, self.heads, -1)                    # (B, 3, H, D/H)
+        cache.view(2, b, self.heads, *cache.shape[2:])[:, :, :, slot] = qkv[:, 1:].transpose(0, 1)
+        q, (k, v) = qkv[:, 0].reshape(b * self.heads, 1, -1), cache[:, :, :slot + 1]
+        seen = torch.baddbmm(bias[..., :slot + 1], q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+        x = x + self.proj(torch.bmm(seen.softmax(-1), v).view(b, d))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
@@ -80,6 +93,7 @@ class Policy(nn.Module):
         self.row_embedding, self.column_embedding = nn.Embedding(side,
                                                                  width), nn.Embedding(side, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.graphs = {}                                 # CUDA graphs of sampling, see generate
         self.norm = nn.LayerNorm(width, bias=False)
         self.word_head = nn.Linear(width, words - END, bias=False)
         self.code_head = nn.Linear(width, codes, bias=False)
@@ -116,21 +130,30 @@ class Policy(nn.Module):
         """Score every slot at once. Returns raw logits of the plan words (B, C, words - END) and of
         the codes (B, L, codes)."""
         words = self.words(prompt, plan)
-        # (B, N, D)
-        x = torch.cat(
-            [self.embed_words(words), self.code_embedding(codes[:, :-1])], 1) + self.places()
-        n = self.slots
-        keep = F.pad(words != PAD, (0, self.L - 1), value=True)                             # (B, N)
-        order = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
-        # A padded slot sees itself, or a row of the softmax would be empty and NaN; no other slot
-        # sees it.
-        # (B, N, N)
-        mask = (order & keep[:, None]) | torch.eye(n, dtype=torch.bool, device=x.device)
+        x = torch.cat([self.embed_words(words), self.code_embedding(codes[:, :-1])], 1)
+        x = x + self.places()                                                            # (B, N, D)
+        mask = causal_mask(F.pad(words != PAD, (0, self.L - 1), value=True))             # (B, N, N)
         for block in self.blocks:
             x = block(x, mask[:, None])
         x = self.norm(x)
-        return self.word_head(x[:, self.S:self.S + self.C]), self.code_head(x[:,
-                                                                              self.S + self.C + 1:])
+        plan, image = x[:, self.S:self.S + self.C], x[:, self.S + self.C + 1:]
+        return self.word_head(plan), self.code_head(image)
+
+
+def causal_mask(keep):
+    """Say which slot sees which: those before it that are kept. (B, n) bool -> (B, n, n) bool.
+
+    A padded slot sees itself, or a row of the softmax would be empty and NaN; no other slot sees
+    it.
+    """
+    n = keep.shape[1]
+    order = torch.ones(n, n, dtype=torch.bool, device=keep.device).tril()
+    return (order & keep[:, None]) | torch.eye(n, dtype=torch.bool, device=keep.device)
+
+
+def precision(device):
+    """bf16 inside the network on CUDA; float32 everywhere else."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def policy_logits(raw, guidance=1.0, temperature=1.0):
@@ -158,9 +181,9 @@ def score(policy, prompt, plan, codes, guidance=1.0, temperature=1.0):
     with gradient."""
     prompts = with_empty_prompts(prompt, guidance)
     repeat = len(prompts) // len(prompt)
-    word_raw, code_raw = policy(prompts, plan.repeat(repeat, 1), codes.repeat(repeat, 1))
-    return policy_logits(word_raw, guidance,
-                         temperature), policy_logits(code_raw, guidance, temperature)
+    with precision(prompt.device):
+        raw = policy(prompts, plan.repeat(repeat, 1), codes.repeat(repeat, 1))
+    return tuple(policy_logits(x, guidance, temperature) for x in raw)
 
 
 def token_logp(word_logits, code_logits, plan, codes):
@@ -187,82 +210,117 @@ def choose(logits, uniform):
     One number a token makes the noise small, the same on every device, and shareable between
     policies.
     """
-    logp = logits.log_softmax(-1)
-    cumulative = logp.exp().cumsum(-1)
-    token = (cumulative
-             < uniform[:, None] * cumulative[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
-    return token, logp.gather(-1, token[:, None])[:, 0]
+    p = logits.softmax(-1)
+    cumulative = p.cumsum(-1)
+    # the last millionth is left out, or rounding could land beyond the last possible token
+    height = uniform[:, None] * cumulative[:, -1:] * (1 - 1e-6)
+    token = torch.searchsorted(cumulative, height, right=True)                              # (B, 1)
+    return token[:, 0], p.gather(-1, token)[:, 0].log()
+
+
+class Decoder:
+    """A batch that is being sampled: its words, its padding, its keys and values, slot by slot.
+
+    prompts: (P, S), of which each is continued batch / P times. `hidden` (B, D) is always the
+    output at the last slot that was fed. The cache takes 2 * layers * B * N * D numbers.
+    """
+
+    def __init__(self, policy, prompts, batch):
+        self.policy, heads, device = policy, policy.blocks[0].heads, prompts.device
+        self.slot, self.places = policy.S + 1, policy.places()
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        size = (2, batch * heads, policy.slots, policy.config["width"] // heads)
+        self.cache = [torch.empty(size, dtype=dtype, device=device) for _ in policy.blocks]
+        self.bias = torch.zeros(batch, heads, policy.slots, device=device)
+        nothing = prompts.new_full((len(prompts), policy.C), PAD)
+        start = policy.words(prompts, nothing)[:, :policy.S + 1]              # the prompt, <plan>
+        self.words = policy.words(prompts, nothing).repeat_interleave(batch // len(prompts), 0)
+        n, keep = policy.S + 1, start != PAD
+        self.bias[..., :n].masked_fill_(~keep.repeat_interleave(batch // len(prompts), 0)[:, None],
+                                        float("-inf"))
+        x, mask = policy.embed_words(start) + self.places[:n], causal_mask(keep)
+        for block, memory in zip(policy.blocks, self.cache):
+            x = block(x, mask[:, None], memory)
+        self.hidden = policy.norm(x[:, -1]).repeat_interleave(batch // len(prompts), 0)
+
+    def _feed(self, x):
+        x = x + self.places[self.slot]
+        for block, memory in zip(self.policy.blocks, self.cache):
+            x = block.step(x, self.bias.flatten(0, 1)[:, None], memory, self.slot)
+        self.hidden, self.slot = self.policy.norm(x), self.slot + 1
+
+    def feed_word(self, word):
+        """word: (B,); PAD stays unseen by all that follows."""
+        self.words[:, self.slot] = word
+        self.bias[..., self.slot].masked_fill_((word == PAD)[:, None], float("-inf"))
+        window = self.words[:, max(0, self.slot + 1 - SMEAR):self.slot + 1]
+        self._feed(self.policy.embed_words(window)[:, -1])
+
+    def feed_code(self, code):
+        """code: (B,)."""
+        self._feed(self.policy.code_embedding(code))
 
 
 @torch.no_grad()
-def generate(policy, prompt, uniforms, direct=False, plan=None, guidance=1.0, temperature=1.0):
-    """Sample plans and pictures. prompt: (B, S); uniforms: (B, T) noise in [0, 1). Returns a Draw.
-
-    direct: leave the plan out (the paper's base setting). plan (B, C): draw pictures for these
-    plans.
-    """
-    b, s, c = len(prompt), policy.S, policy.C
-    prompts = with_empty_prompts(prompt, guidance)
-    repeat = len(prompts) // b
-    if direct:
-        plan = torch.full((b, c), PAD, device=prompt.device)
-    given, plan = plan, torch.full((b, c), PAD, device=prompt.device)
-    codes = torch.zeros(b, policy.L, dtype=torch.long, device=prompt.device)
-    logp = torch.zeros(b, c + policy.L, device=prompt.device)
-
-    heads, width = policy.blocks[0].heads, policy.config["width"]
-    dtype = torch.get_autocast_dtype(prompt.device.type) if torch.is_autocast_enabled(
-        prompt.device.type) else torch.float32
-    cache = torch.zeros(len(policy.blocks),
-                        2,
-                        len(prompts),
-                        heads,
-                        policy.slots,
-                        width // heads,
-                        dtype=dtype,
-                        device=prompt.device)
-    # 0, or -inf at padding
-    bias = torch.zeros(len(prompts), 1, 1, policy.slots, dtype=dtype, device=prompt.device)
-
-    places = policy.places()
-
-    def step(x, start, mask):
-        x = x + places[start:start + x.shape[1]]
-        for block, memory in zip(policy.blocks, cache):
-            x = block(x, mask, memory, start)
-        return policy.norm(x[:, -1])
-
-    words = policy.words(prompts, plan.repeat(repeat, 1))             # (B, S + C + 2), plan to come
-    embed = lambda slot: policy.embed_words(words[:, max(0, slot + 1 - SMEAR):slot + 1])[:, -1:]
-    head = words[:, :s + 1]
-    bias[..., :s + 1].masked_fill_((head == PAD)[:, None, None], float("-inf"))
-    order = torch.ones(s + 1, s + 1, dtype=torch.bool, device=prompt.device).tril()
-    mask = (order &
-            (head != PAD)[:, None, None]) | torch.eye(s + 1, dtype=torch.bool, device=prompt.device)
-    x = step(policy.embed_words(head), 0, mask)                            # the prompt, all at once
-
-    running = torch.ones(b, dtype=torch.bool, device=prompt.device)
-    for j in range(c):
-        slot = s + 1 + j
-        if given is None:
-            token, lp = choose(policy_logits(policy.word_head(x), guidance, temperature),
-                               uniforms[:, j])
-            plan[:, j] = torch.where(running, token + END, PAD)
-            logp[:, j] = lp * running
-        else:
-            plan[:, j] = given[:, j]
-        running = running & (plan[:, j] != END) & (plan[:, j] != PAD)
-        words[:, slot] = plan[:, j].repeat(repeat)
-        bias[:, 0, 0, slot].masked_fill_(words[:, slot] == PAD, float("-inf"))
-        x = step(embed(slot), slot, bias[..., :slot + 1])
-    x = step(embed(s + c + 1), s + c + 1, bias[..., :s + c + 2])
-    for j in range(policy.L):
-        codes[:, j], logp[:,
-                          c + j] = choose(policy_logits(policy.code_head(x), guidance, temperature),
-                                          uniforms[:, c + j])
-        if j + 1 < policy.L:
-            start = s + c + 2 + j
-            x = step(policy.code_embedding(codes[:, j:j + 1].repeat(repeat, 1)), start,
-                     bias[..., :start + 1])
+def sample_slots(policy, prompt, uniforms, plan, guidance, temperature):
+    """Sample slot by slot, without a host synchronisation. As generate, which see."""
+    (b, _), c = uniforms.shape, policy.C
+    with precision(prompt.device):
+        prompts = with_empty_prompts(prompt, guidance)
+        repeat = len(prompts) // len(prompt)
+        decoder = Decoder(policy, prompts, b * repeat)
+        given, plan = plan, prompt.new_full((b, c), PAD)
+        codes, logp = prompt.new_zeros(b, policy.L), torch.zeros_like(uniforms)
+        running = torch.ones_like(plan[:, 0], dtype=torch.bool)
+        for j in range(c):
+            if given is None:
+                raw = policy.word_head(decoder.hidden)
+                word, lp = choose(policy_logits(raw, guidance, temperature), uniforms[:, j])
+                plan[:, j], logp[:, j] = torch.where(running, word + END, PAD), lp * running
+                running = running & (plan[:, j] != END)
+            else:
+                plan[:, j] = given[:, j]
+            decoder.feed_word(plan[:, j].repeat(repeat))
+        decoder.feed_word(torch.full_like(decoder.words[:, 0], IMAGE))
+        for j in range(policy.L):
+            raw = policy.code_head(decoder.hidden)
+            codes[:, j], logp[:, c + j] = choose(policy_logits(raw, guidance, temperature),
+                                                 uniforms[:, c + j])
+            if j + 1 < policy.L:
+                decoder.feed_code(codes[:, j].repeat(repeat))
     valid = torch.cat([plan != PAD, torch.ones_like(codes, dtype=torch.bool)], 1)
     return Draw(plan, codes, logp, valid)
+
+
+def generate(policy, prompt, uniforms, direct=False, plan=None, guidance=1.0, temperature=1.0):
+    """Sample plans and pictures. prompt: (P, S); uniforms: (B, T) noise in [0, 1), B a multiple of
+    P: each prompt is continued B / P times in a row. Returns a Draw of B sequences.
+
+    direct: leave the plan out (the paper's base setting). plan (B, C): draw pictures for these
+    plans. On CUDA the whole of sample_slots, every slot of it, is one CUDA graph: captured at the
+    first call of a shape, replayed with the weights as they are at each later one.
+    """
+    if direct:
+        plan = prompt.new_full((len(uniforms), policy.C), PAD)
+    inputs, how = [x for x in (prompt, uniforms, plan) if x is not None], (guidance, temperature)
+    call = lambda prompt, uniforms, plan=None: sample_slots(policy, prompt, uniforms, plan, *how)
+    if not prompt.is_cuda:
+        return call(*inputs)
+    key = (*(tuple(x.shape) for x in inputs), *how)
+    if key not in policy.graphs:
+        if len(policy.graphs) == 3:                    # each holds a cache: do not let them pile up
+            policy.graphs.clear()
+        static, side = [x.clone() for x in inputs], torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call(*static)                                      # warm up: kernels load, handles open
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            drawn = call(*static)
+        policy.graphs[key] = graph, static, drawn
+    graph, static, drawn = policy.graphs[key]
+    for to, x in zip(static, inputs):
+        to.copy_(x)
+    graph.replay()
+    return Draw(*(x.clone() for x in drawn))

@@ -151,8 +151,7 @@ def main(argv=None):
             warm, done = min(1, (step + 1) / 50), step / config.steps
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * warm * (0.55 + 0.45 * np.cos(np.pi * done))
-            with runtime.autocast(device):
-                word_logits, code_logits = score(policy, prompt, plan, codes)
+            word_logits, code_logits = score(policy, prompt, plan, codes)
             logp = token_logp(word_logits, code_logits, plan, codes)
             words, image = -logp[:, :policy.C].sum() / (plan != PAD).sum().clamp(
                 min=1), -logp[:, policy.C:].mean()

@@ -116,7 +116,9 @@ def detect(images, world):
     paint = F.pad(ink(images),
                   (before, after, before, after)).reshape(b * c, 1, h + n - 1, w + n - 1)
     overlap = F.conv2d(paint, templates[:, None])                                 # (B*C, t*s, h, w)
-    energy = F.avg_pool2d(F.avg_pool2d(paint ** 2, (n, 1), 1), (1, n), 1) * n * n   # (B*C, 1, h, w)
+    # the sum of n x n squares, as products with two matrices whose bands are ones
+    band = lambda size: torch.ones(size, size + n - 1, device=images.device).triu().tril(n - 1)
+    energy = band(h) @ paint ** 2 @ band(w).t()                                     # (B*C, 1, h, w)
     dice = 2 * overlap / (energy + (templates ** 2).sum((1, 2))[:, None, None])
     dice = dice.view(b, c * t * s, h, w)                                              # (B, K, h, w)
 

@@ -111,11 +111,6 @@ def pick_device(name="auto"):
     return device
 
 
-def autocast(device):
-    """bf16 inside the network on CUDA; float32 everywhere else."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
 def generator(*key):
     """Return a CPU generator for a key such as (seed, "rollout", step): no stream depends on what
     ran before it."""

@@ -61,14 +61,13 @@ def main(argv=None):
     noise = torch.rand(config.number,
                        policy.C + policy.L,
                        generator=runtime.generator(config.seed, "sample"))
-    with torch.no_grad(), runtime.autocast(device):
-        drawn = generate(policy,
-                         words.to(device),
-                         noise.to(device),
-                         config.direct,
-                         guidance=config.guidance,
-                         temperature=config.temperature)
-        images = tokenizer.decode(drawn.codes)
+    drawn = generate(policy,
+                     words.to(device),
+                     noise.to(device),
+                     config.direct,
+                     guidance=config.guidance,
+                     temperature=config.temperature)
+    images = tokenizer.decode(drawn.codes)
     plans = [decode_words(p) or "(no plan)" for p in drawn.plan]
     for plan in plans:
         print(plan)
