@@ -6,12 +6,11 @@ With on-policy sampling a bonus that does not depend on the sampled token is a b
 grad log pi(a)] = 0. So does the bonus of EG-GRPO explore? Here a policy over 3 ^ 10 sequences is
 enumerated in float64. Token t depends on the one before, so that entropy differs between contexts;
 rewards are random sums over tokens and pairs of neighbours. Every instance (seed) has its own
-policy and rewards. Three tables:
+policy and rewards. The tables:
 
-1. the exact expected gradient that each part adds, and what one exact step along it does to entropy
-and to expected reward; 2. the same with samples drawn under guidance and scored without (the
-released code); 3. what groups of 8 and Adam make of it after many steps, by the very functions of
-eggrpo.py.
+1. the exact expected gradient that each part adds, and what one exact step along it does;
+2. the same with samples drawn under guidance and scored without (the released code);
+3. what groups of 8 and Adam make of it after many steps, by the very functions of eggrpo.py.
 """
 
 import sys
@@ -25,7 +24,7 @@ from eggrpo import (METHODS, Config, differentiable_entropy, entropy_masks, grou
 
 V, T = 3, 10          # vocabulary, tokens
 SEEDS, STEPS, GROUP, PROMPTS = 48, 200, 8, 4
-GUIDANCE = 2.0
+GUIDANCE, STEP = 2.0, 0.1
 
 
 class Instance:
@@ -81,8 +80,9 @@ def parts_of_the_method(advantage, entropy):
         "GRPO: A": a.expand_as(entropy),
         "0.3 H, every token": by_entropy,
         "0.3 H, high tokens": by_entropy * high,
-        "0.3 abs(A), high tokens": by_advantage * high,
-        "bonus: min of the two": torch.minimum(by_entropy, by_advantage) * high,
+        "bonus where it is 0.3 H": by_entropy * high * (by_entropy <= by_advantage),
+        "bonus where it is 0.3 abs(A)": by_advantage * high * (by_entropy > by_advantage),
+        "bonus: both": torch.minimum(by_entropy, by_advantage) * high,
         "exclusion: -A on low": -a * low,
         "EG-GRPO: all of it": shape_advantages(advantage, entropy, valid),
     }
@@ -111,32 +111,40 @@ def exact_gradients(instance, guidance=1.0):
     return gradients, gradient((p * reward).sum()), gradient((p[:, None] * entropy).sum() / T)
 
 
+@torch.no_grad()
+def reward_and_entropy(instance, theta):
+    """Return exact expected reward and exact mean entropy of a policy, two scalars."""
+    tokens = every_sequence()
+    logp, entropy = look_up(theta, tokens)
+    p = logp.sum(1).exp()
+    return torch.stack([(p * instance.rewards(tokens)).sum(), (p[:, None] * entropy).sum() / T])
+
+
 def exact_table(seeds, guidance):
-    """Print, over instances, the median size of each part, its angle to GRPO, and what a small step
-    along it does."""
+    """Print, over instances, the median size of each part, its angle to GRPO, and what one step of
+    the exact policy along it does; GRPO's step has length STEP, the others in proportion."""
     rows = {}
     for seed in range(seeds):
-        gradients, of_reward, of_entropy = exact_gradients(Instance(seed), guidance)
-        grpo = gradients["GRPO: A"]
+        instance = Instance(seed)
+        gradients, _, _ = exact_gradients(instance, guidance)
+        grpo, before = gradients["GRPO: A"], reward_and_entropy(instance, instance.theta)
         for name, g in gradients.items():
-            size = g.norm() / grpo.norm()
-            cosine = (g * grpo).sum() / (g.norm() * grpo.norm() + 1e-300)
-            effects = [(g * of_reward).sum() / (grpo * of_reward).sum().abs(),
-                       (g * of_entropy).sum() / (grpo * of_reward).sum().abs()]
-            rows.setdefault(name, []).append(torch.stack([size, cosine, *effects]))
-    print(
-        "| part | size / GRPO's | cosine with GRPO | reward, per GRPO's "
-        "| entropy, per GRPO's reward | entropy rises in |"
-    )
+            size, cosine = g.norm() / grpo.norm(), (g * grpo).sum() / (g.norm() * grpo.norm())
+            theta = instance.theta + STEP * g / grpo.norm()
+            change = reward_and_entropy(instance, theta) - before
+            rows.setdefault(name, []).append(torch.stack([size, cosine, *change]))
+    grpo_reward = torch.stack(rows["GRPO: A"])[:, 2].abs()
+    print("| part | size / GRPO's | cosine with GRPO | reward of a step / GRPO's "
+          "| entropy of a step | entropy rises in |")
     print("|---|---|---|---|---|---|")
     for name, values in rows.items():
         values = torch.stack(values)
-        size, cosine, reward, entropy = values.median(0).values.tolist()
-        if size < 1e-12:
-            print(f"| {name} | {size:.0e} | - | - | - | - |")
-        else:
-            print(f"| {name} | {size:.3f} | {cosine:+.2f} | {reward:+.3f} | {entropy:+.4f} | "
-                  f"{(values[:, 3] > 0).sum()} of {seeds} |")
+        size, cosine, _, entropy = values.median(0).values.tolist()
+        reward = (values[:, 2] / grpo_reward).median()
+        effects = (f"{cosine:+.2f} | {reward:+.3f} | {entropy:+.5f} "
+                   f"| {(values[:, 3] > 0).sum()} of {seeds}")
+        print(f"| {name} | {size:.3f} | {effects} |" if size > 1e-12 else
+              f"| {name} | {size:.0e} | - | - | - | - |")
     return rows
 
 
@@ -153,10 +161,10 @@ def sample(theta, number, draw):
     return torch.stack(tokens, 2)
 
 
-def train(instances, method, guidance, steps):
+def train(instances, method, guidance, steps, **change):
     """Train every instance by a method, all in parallel. Returns exact expected reward gained and
     exact mean entropy: (n,) each."""
-    config = Config(**METHODS[method])
+    config = Config(**{**METHODS[method].values, **change})
     theta = torch.stack([i.theta for i in instances]).requires_grad_(True)        # (n, T, V + 1, V)
     empty, start = torch.stack([i.empty for i in instances]), theta.detach().clone()
     optimizer, n, t = torch.optim.Adam([theta], 0.03), len(instances), torch.arange(T)
@@ -215,15 +223,17 @@ def sampled_table(seeds, steps, guidance):
     )
     print("|---|---|---|---|---|")
     base, results = None, {}
-    for method in ("grpo", "eggrpo", "bonus", "exclude", "eggrpo-gradient", "entropy-coef"):
-        results[method] = train(instances, method, guidance, steps)
-        base = base or results[method]
+    strong = dict(entropy_coef=0.1)                    # the positive control: ten times the default
+    for name, method, change in (
+            *((m, m, {}) for m in ("grpo", "eggrpo", "bonus", "exclude", "eggrpo-gradient")),
+            ("eggrpo-gradient, c = .1", "eggrpo-gradient", strong),
+            ("entropy-coef", "entropy-coef", {}), ("entropy-coef, c = .1", "entropy-coef", strong)):
+        results[name] = train(instances, method, guidance, steps, **change)
+        base = base or results[name]
         show = lambda x: f"{x.mean():+.3f} ± {1.96 * x.std() / len(x) ** 0.5:.3f}"
-        (reward, entropy), (reward0, entropy0) = results[method], base
-        print(
-            f"| {method} | {show(reward)} | {show(reward - reward0)} "
-            f"| {show(entropy)} | {show(entropy - entropy0)} |"
-        )
+        (reward, entropy), (reward0, entropy0) = results[name], base
+        print(f"| {name} | {show(reward)} | {show(reward - reward0)} "
+              f"| {show(entropy)} | {show(entropy - entropy0)} |")
     return results
 
 

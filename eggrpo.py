@@ -109,7 +109,8 @@ def entropy_masks(entropy, valid, low_frac=0.2, high_frac=0.5, rule="rank"):
         )
     ascending, order = entropy.masked_fill(~valid, float("inf")).sort(dim=1, stable=True)
     n = valid.sum(1, keepdim=True)
-    count = lambda frac: torch.floor(frac * n + 1e-6).long()     # 0.29 * 100 is 28.999... in binary
+    # in float64: in float32, 0.53 * 100 falls short of 53
+    count = lambda frac: torch.floor(frac * n.double() + 1e-9).long()
     if rule == "released":
         threshold = lambda frac: ascending.gather(1, torch.minimum(count(frac), n - 1).clamp(min=0))
         return valid & (entropy < threshold(low_frac)), valid & (entropy > threshold(1 - high_frac))
@@ -127,8 +128,8 @@ def shape_advantages(advantage, entropy, valid, low_frac=0.2, high_frac=0.5, bon
     """
     low, high = entropy_masks(entropy, valid, low_frac, high_frac, rule)
     a = advantage[:, None]                                                     # (B, 1)
-    bonus = torch.minimum(bonus_cap * a.abs(), bonus_coef * entropy) * high    # (B, T)
-    return (a + bonus) * ~low
+    bonus = torch.minimum(bonus_cap * a.abs(), bonus_coef * entropy)           # (B, T)
+    return (a + torch.where(high, bonus, 0.0)) * ~low
 
 
 def policy_loss(logp, logp_old, logp_ref, advantage, valid, beta=0.01, clip_low=0.2, clip_high=0.2,
@@ -148,6 +149,7 @@ def policy_loss(logp, logp_old, logp_ref, advantage, valid, beta=0.01, clip_low=
     denominator = valid.sum() if denominator is None else denominator
     there = valid > 0                                           # padding may hold anything, NaN too
     ratio = torch.where(there, logp - logp_old, 0.0).exp()
+    advantage = torch.where(there, advantage, 0.0)
     surrogate = torch.minimum(ratio * advantage,
                               ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
     kl = torch.zeros_like(ratio)
@@ -156,37 +158,37 @@ def policy_loss(logp, logp_old, logp_ref, advantage, valid, beta=0.01, clip_low=
         kl = gap.exp() - gap - 1
     loss = -((surrogate - beta * kl) * valid).sum() / denominator
     clipped = (ratio < 1 - clip_low) & (advantage < 0) | (ratio > 1 + clip_high) & (advantage > 0)
-    stats = torch.stack([(kl * valid).sum() / denominator, (clipped * valid).sum() / denominator,
-                         ratio.min(),
-                         ratio.max()])
+    means = [(kl * valid).sum() / denominator, (clipped * valid).sum() / denominator]
+    stats = torch.stack([*means, ratio.min(), ratio.max()])
     return loss, dict(zip(("kl", "clipped", "ratio_min", "ratio_max"), stats.tolist()))
 
 
 # --- configuration --------------------------------------------------------------------------------
 
-GRPO = dict(low_frac=0.0, bonus_coef=0.0)           # nothing masked, no bonus
-METHODS = {         # every method is some values of Config's fields: one loop, one loss
-    # one advantage for every token
-    "grpo": GRPO,
-    # the paper: exclusion and bonus, on plan and image; and its two ablations, on one of them only
-    "eggrpo": {},
-    "eggrpo-text": dict(shaped="plan"),
-    "eggrpo-image": dict(shaped="image"),
-    # one half of the method at a time
-    "bonus": dict(low_frac=0.0),
-    "exclude": dict(bonus_coef=0.0),
-    # in place of the bonus, a true entropy gradient on the high tokens
-    "eggrpo-gradient": dict(bonus_coef=0.0, entropy_coef=0.01),
-    # the 80/20 rule: reward gradient on the 20 % highest-entropy tokens only
-    "top-entropy": dict(low_frac=0.8, high_frac=0.2, bonus_coef=0.0),
-    # GRPO and an entropy gradient on all tokens
-    "entropy-coef": dict(GRPO, high_frac=1.0, entropy_coef=0.01),
-    # Dr. GRPO: no division by the std, constant denominator
-    "dr-grpo": dict(GRPO, no_std=True, constant_denominator=True),
-    # DAPO: clip-higher, groups without variance dropped from the loss
-    "dapo": dict(GRPO, clip_high=0.28, drop_constant=True),
-    # the released code's strict thresholds
-    "released": dict(threshold="released"),
+class Method(NamedTuple):
+    about: str
+    values: dict       # of Config's fields
+
+
+NOTHING = dict(low_frac=0.0, bonus_coef=0.0)            # nothing masked, no bonus: GRPO
+METHODS = {                                             # one loop, one loss, one set of tests
+    "grpo": Method("one advantage for every token", NOTHING),
+    "eggrpo": Method("the paper: exclusion and bonus, plan and image", {}),
+    "eggrpo-text": Method("the paper's ablation: shaping on the plan only", dict(shaped="plan")),
+    "eggrpo-image": Method("the paper's ablation: shaping on the image only", dict(shaped="image")),
+    "bonus": Method("one half of the method: the bonus", dict(low_frac=0.0)),
+    "exclude": Method("one half of the method: exclusion", dict(bonus_coef=0.0)),
+    "eggrpo-gradient": Method("exclusion, and for the bonus a true entropy gradient on high tokens",
+                              dict(bonus_coef=0.0, entropy_coef=0.01)),
+    "top-entropy": Method("the 80/20 rule: reward gradient on the 20 % highest-entropy tokens only",
+                          dict(low_frac=0.8, high_frac=0.2, bonus_coef=0.0)),
+    "entropy-coef": Method("GRPO and an entropy gradient on all tokens",
+                           dict(NOTHING, high_frac=1.0, entropy_coef=0.01)),
+    "dr-grpo": Method("Dr. GRPO: no division by the std, constant denominator",
+                      dict(NOTHING, no_std=True, constant_denominator=True)),
+    "dapo": Method("DAPO: clip-higher (.2, .28), groups without variance dropped from the loss",
+                   dict(NOTHING, clip_high=0.28, drop_constant=True)),
+    "released": Method("the released code's strict thresholds", dict(threshold="released")),
 }
 
 
@@ -238,6 +240,11 @@ class Config:
         for name in ("lr", "beta", "bonus_coef", "bonus_cap", "clip_low", "clip_high",
                      "text_weight", "entropy_coef", "score_guidance"):
             require(0 <= getattr(self, name) < math.inf, f"{flag(name)}: must be 0 or more, finite")
+        require(self.bonus_cap <= 1, f"{flag('bonus_cap')}: above 1 it would flip signs")
+        require(math.isfinite(self.guidance), f"{flag('guidance')}: must be finite")
+        require(not self.score_guidance or self.inner_epochs * self.minibatches == 1,
+                f"{flag('score_guidance')}: allows one update a batch only, as in the released code")
+        require(self.seed >= 0, f"{flag('seed')}: must be 0 or more")
         require(self.sequences % self.minibatches == 0,
                 f"{flag('minibatches')} does not divide the {self.sequences} sequences of a batch")
         for name, choices in (("shaped", ("both", "plan", "image")),
@@ -264,6 +271,7 @@ class Rollout(NamedTuple):
     plan: Tensor       # (B, C) word ids
     codes: Tensor      # (B, L)
     logp: Tensor       # (B, T) of the sampled tokens when they were sampled, nats
+    entropy: Tensor    # (B, T) of the distributions that they were sampled from, fraction of log V
     valid: Tensor      # (B, T) bool
     images: Tensor     # (B, 3, h, w) in [0, 1]
     rewards: Tensor    # (P, G)
@@ -289,148 +297,112 @@ def make_rollout(policy, eye, scenes, config, step):
                              eye.device)
     reward, parts, exact = rewards.score(images, want, eye.world)
     grouped = lambda x: x.view(len(scenes), config.group * m)                       # (B,) -> (P, G)
-    rollout = Rollout(prompt, draw.plan, draw.codes, draw.logp, draw.valid, images, grouped(reward),
-                      {k: grouped(v) for k, v in parts.items()}, grouped(exact))
-    # the released mismatch: old log-probs are not those that were sampled from
-    if config.score_guidance:
-        logp = torch.cat([
-            score_tokens(policy, part, config, eye.device)[0]
-            for part in split(rollout, config.micro_batch)
-        ])
-        rollout = rollout._replace(logp=logp)
+    rollout = Rollout(prompt, draw.plan, draw.codes, draw.logp, draw.entropy, draw.valid, images,
+                      grouped(reward), {k: grouped(v) for k, v in parts.items()}, grouped(exact))
+    if config.score_guidance:            # the released mismatch: entropy too is that of scoring
+        logits = score(policy, prompt, draw.plan, draw.codes, config.score_guidance)
+        rollout = rollout._replace(entropy=torch.cat([token_entropy(x) for x in logits], 1))
     return rollout, dict(seconds_rollout=sampled - started, seconds_reward=time.time() - sampled)
 
 
-def take(rollout, rows):
-    """Pick sequences of a rollout; what belongs to whole groups stays as it is."""
-    fields = ("prompt", "plan", "codes", "logp", "valid")
-    return rollout._replace(**{name: getattr(rollout, name)[rows] for name in fields})
+class Batch(NamedTuple):
+    """What an update needs of each sequence; all (B, ...), so that it can be cut by rows."""
+    prompt: Tensor
+    plan: Tensor
+    codes: Tensor
+    logp: Tensor       # (B, T) log-probs when sampled
+    valid: Tensor      # (B, T) bool
+    advantage: Tensor  # (B, T) shaped
+    low: Tensor        # (B, T) bool
+    high: Tensor       # (B, T) bool
+    weight: Tensor     # (B, T) what the token counts in the loss; 0 at padding
+    counted: Tensor    # (B, T) what it counts in the denominator
 
 
-def split(rollout, size):
-    """Cut a rollout into parts of at most `size` sequences."""
-    everything = torch.arange(len(rollout.plan), device=rollout.plan.device)
-    return [take(rollout, rows) for rows in everything.split(size)]
+def shape_rollout(rollout, config):
+    """Turn rewards and entropies into an advantage and a weight for each token. Returns a Batch.
 
-
-def score_tokens(policy, rollout, config, device):
-    """Score a rollout's tokens under a policy. Returns logp (B, T) and entropy (B, T), both with
-    gradient."""
-    word_logits, code_logits = score(policy, rollout.prompt, rollout.plan, rollout.codes,
-                                     config.score_guidance or config.guidance)
-    logp = token_logp(word_logits, code_logits, rollout.plan, rollout.codes)
-    entropies = [differentiable_entropy(word_logits), differentiable_entropy(code_logits)]
-    return logp, torch.cat(entropies, 1)
-
-
-def shape_by_modality(advantage, entropy, valid, plan_slots, config):
-    """Apply shape_advantages to the plan and to the image, each by itself. (B,), (B, T), (B, T) ->
-    (B, T)."""
-    shaped = []
-    for name, part in (("plan", slice(None, plan_slots)), ("image", slice(plan_slots, None))):
+    Plan and image are shaped each by itself, once a batch of rollouts, however many updates follow.
+    """
+    a = group_advantages(rollout.rewards, divide_by_std=not config.no_std).flatten()          # (B,)
+    c, knobs = rollout.plan.shape[1], (config.low_frac, config.high_frac)
+    shaped, low, high = [], [], []
+    for name, part in (("plan", slice(None, c)), ("image", slice(c, None))):
+        entropy, valid = rollout.entropy[:, part], rollout.valid[:, part]
         if config.shaped in ("both", name):
-            shaped.append(
-                shape_advantages(advantage, entropy[:, part], valid[:, part], config.low_frac,
-                                 config.high_frac, config.bonus_coef, config.bonus_cap,
-                                 config.threshold))
+            masks = entropy_masks(entropy, valid, *knobs, config.threshold)
+            advantage = shape_advantages(a, entropy, valid, *knobs, config.bonus_coef,
+                                         config.bonus_cap, config.threshold)
         else:
-            shaped.append(advantage[:, None].expand(-1, entropy[:, part].shape[1]))
-    return torch.cat(shaped, 1)
-
-
-def token_weights(rollout, plan_slots, config):
-    """Say what each token counts in the mean of the loss, (B, T), and what the sum is divided by,
-    before it is cut into parts."""
-    weights = rollout.valid.float()
-    weights[:, :plan_slots] *= config.text_weight
+            masks, advantage = (torch.zeros_like(valid),) * 2, a[:, None].expand_as(entropy)
+        shaped.append(advantage), low.append(masks[0]), high.append(masks[1])
+    weight = rollout.valid.float()
+    weight[:, :c] *= config.text_weight
     if config.drop_constant:
-        varied = rollout.rewards.amax(1) > rollout.rewards.amin(1)                         # (P,)
-        weights = weights * varied.repeat_interleave(rollout.rewards.shape[1])[:, None]
-    return weights, torch.full_like(weights, 1.0) if config.constant_denominator else weights
+        varied = rollout.rewards.amax(1) > rollout.rewards.amin(1)                            # (P,)
+        weight = weight * varied.repeat_interleave(rollout.rewards.shape[1])[:, None]
+    counted = torch.ones_like(weight) if config.constant_denominator else weight
+    return Batch(rollout.prompt, rollout.plan, rollout.codes, rollout.logp, rollout.valid,
+                 torch.cat(shaped, 1), torch.cat(low, 1), torch.cat(high, 1), weight, counted)
 
 
-def part_loss(policy, reference, tokens, advantage, weights, denominator, config, device):
-    """Compute the loss of a part of a batch. Returns it with what is logged, as floats: two dicts,
-    of which the first's values are this part's share of the batch's mean and the second's are means
-    of this part."""
-    logp, entropy = score_tokens(policy, tokens, config, device)                       # (B, T) each
-    logp_ref = None
+def part_loss(policy, reference, part, denominator, config):
+    """Compute the loss of some sequences of a batch. Returns it and what is logged of it,
+    floats."""
+    tokens, guidance = part[:3], config.score_guidance or config.guidance
+    logits = score(policy, *tokens, guidance)                     # words (B, C, V), codes (B, L, V)
+    logp, logp_ref = token_logp(*logits, part.plan, part.codes), None                       # (B, T)
     if config.beta:
         with torch.no_grad():
-            logp_ref, _ = score_tokens(reference, tokens, config, device)
-    seen = entropy.detach()
-    shaped = shape_by_modality(advantage, seen, tokens.valid, policy.C, config)             # (B, T)
-    loss, stats = policy_loss(logp, tokens.logp, logp_ref, shaped, weights, config.beta,
+            logp_ref = token_logp(*score(reference, *tokens, guidance), part.plan, part.codes)
+    # with the released mismatch the ratio is 1 by construction, and hides it
+    logp_old = logp.detach() if config.score_guidance else part.logp
+    loss, stats = policy_loss(logp, logp_old, logp_ref, part.advantage, part.weight, config.beta,
                               config.clip_low, config.clip_high, denominator)
     if config.entropy_coef:
-        high = high_tokens(seen, tokens.valid, policy.C, config)
-        loss = loss - config.entropy_coef * (entropy * high * weights).sum() / denominator
-    stats["gap"] = ((logp - tokens.logp).abs() * tokens.valid).max().item()
-    return loss, stats, entropy_stats(seen, tokens.valid, policy.C) | mask_stats(
-        shaped, advantage, tokens.valid)
+        entropy = torch.cat([differentiable_entropy(x) for x in logits], 1)                 # (B, T)
+        bonus = (torch.where(part.high, entropy, 0.0) * part.weight).sum() / denominator
+        loss = loss - config.entropy_coef * bonus
+    gap = ((logp.detach() - part.logp).abs() * part.valid).max()
+    return loss, stats | dict(loss=loss.item(), gap=gap.item())
 
 
-def update(policy, reference, optimizer, rollout, config, step, device):
-    """Update the policy on a batch of rollouts. Returns what is logged of it, as floats, averaged
-    over the whole step."""
-    advantage = group_advantages(rollout.rewards, divide_by_std=not config.no_std).flatten()  # (B,)
-    weights, counted = token_weights(rollout, policy.C, config)                        # (B, T) each
+def update(policy, reference, optimizer, batch, config, step):
+    """Update the policy on a batch. Returns what is logged of it, floats: means over the step."""
     updates = []
     for epoch in range(config.inner_epochs):
-        rows = torch.arange(len(advantage))
+        rows = torch.arange(len(batch.plan))
         if config.minibatches > 1:
             deal = runtime.generator(config.seed, "minibatch", step, epoch)
-            rows = torch.randperm(len(advantage), generator=deal)
-        updates += rows.to(device).chunk(config.minibatches)
+            rows = torch.randperm(len(rows), generator=deal)
+        updates += rows.to(batch.plan.device).chunk(config.minibatches)
 
     logged = []
     for number, rows in enumerate(updates):
-        denominator = counted[rows].sum().clamp(min=1)    # of the whole update, not of a part of it
-        for part in rows.split(config.micro_batch):
-            loss, stats, means = part_loss(policy, reference, take(rollout, part), advantage[part],
-                                           weights[part], denominator, config, device)
+        # of the whole update, not of a part of it: micro-batches change nothing
+        denominator = batch.counted[rows].sum().clamp(min=1)
+        for some in rows.split(config.micro_batch):
+            part = Batch(*(x[some] for x in batch))
+            loss, stats = part_loss(policy, reference, part, denominator, config)
             loss.backward()
             if number:
                 stats["gap"] = 0.0                       # the learner has moved on from the sampler
-            share = len(part) / len(advantage) / config.inner_epochs
-            stats |= {k: stats[k] / len(updates) for k in ("kl", "clipped")}
-            logged.append(stats | {k: v * share for k, v in means.items()} | dict(grad_norm=0.0))
+            logged.append(stats | dict(grad_norm=0.0))
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        logged[-1]["grad_norm"] = norm.item() / len(updates)
+        logged[-1]["grad_norm"] = norm.item()
         optimizer.step()
         optimizer.zero_grad()
-    # the rest are shares of a mean: add them up
+    # each other value is a part's share of its update's mean
+    mean = lambda values: sum(values) / len(updates)
     merge = {"ratio_min": min, "ratio_max": max, "gap": max}
-    return {k: merge.get(k, sum)(record[k] for record in logged) for k in logged[0]}
-
-
-def high_tokens(entropy, valid, plan_slots, config):
-    """Mark the high-entropy tokens of plan and image, (B, T) bool."""
-    return torch.cat([
-        entropy_masks(entropy[:, part], valid[:, part], config.low_frac, config.high_frac,
-                      config.threshold)[1]
-        for part in (slice(None, plan_slots), slice(plan_slots, None))
-    ], 1)
-
-
-def mask_stats(shaped, advantage, valid):
-    """Tell what shaping did to a rollout's valid tokens, averaged over rollouts: the share that
-    lost its reward gradient, the share that got a bonus, the mean bonus. A rollout whose advantage
-    is 0 had no gradient to lose and counts 0."""
-    a, n = advantage[:, None], valid.sum(1)
-    low = valid & (shaped == 0) & (a != 0)
-    bonus = torch.where(valid & ~low, shaped - a, 0.0)
-    return dict(low_share=(low.sum(1) / n).mean().item(),
-                high_share=((bonus > 0).sum(1) / n).mean().item(),
-                bonus=(bonus.sum(1) / n).mean().item())
+    return {k: merge.get(k, mean)([record[k] for record in logged]) for k in logged[0]}
 
 
 def entropy_stats(entropy, valid, plan_slots):
-    """Mean and std of entropy over a rollout's valid tokens, averaged over rollouts, for plan and
-    image."""
+    """Average the mean and the std of entropy over a rollout's valid tokens, for plan and image."""
     stats = {}
-    for name, h, v in (("plan", entropy[:, :plan_slots], valid[:, :plan_slots]),
-                       ("image", entropy[:, plan_slots:], valid[:, plan_slots:])):
+    for name, part in (("plan", slice(None, plan_slots)), ("image", slice(plan_slots, None))):
+        h, v = entropy[:, part], valid[:, part]
         n = v.sum(1).clamp(min=1)
         mean = (h * v).sum(1) / n
         std = (((h - mean[:, None]) ** 2 * v).sum(1) / n).sqrt()
@@ -438,27 +410,30 @@ def entropy_stats(entropy, valid, plan_slots):
     return stats
 
 
-def rollout_stats(rollout):
+def rollout_stats(rollout, batch, config):
     """What is logged of a batch of rollouts, as floats."""
-    plan, r = rollout.valid[:, :rollout.plan.shape[1]], rollout.rewards
-    return dict(reward=r.mean().item(),
-                exact=rollout.exact.mean().item(),
-                **{name: part.nanmean().item()
-                   for name, part in rollout.parts.items()},
-                group_std=r.std(1).mean().item(),
-                constant_groups=(r.amax(1) == r.amin(1)).float().mean().item(),
-                plan_length=plan.sum(1).float().mean().item(),
-                unstopped=(rollout.plan != END).all(1).float().mean().item())
+    c, r, n = rollout.plan.shape[1], rollout.rewards, rollout.valid.sum()
+    plain = group_advantages(r, divide_by_std=not config.no_std).flatten()[:, None]         # (B, 1)
+    bonus = torch.where(rollout.valid & ~batch.low, batch.advantage - plain, 0.0)
+    return dict(
+        reward=r.mean().item(), exact=rollout.exact.mean().item(),
+        **{name: part.nanmean().item() for name, part in rollout.parts.items()},
+        group_std=r.std(1).mean().item(),
+        constant_groups=(r.amax(1) == r.amin(1)).float().mean().item(),
+        plan_length=rollout.valid[:, :c].sum(1).float().mean().item(),
+        unstopped=(rollout.plan != END).all(1).float().mean().item(),
+        low_share=(batch.low.sum() / n).item(), high_share=(batch.high.sum() / n).item(),
+        bonus=(bonus.sum() / n).item(), **entropy_stats(rollout.entropy, rollout.valid, c))
 
 
 # --- the loop -------------------------------------------------------------------------------------
 
 def check_gap(gap, step, device):
     """Hold the sampler against the learner: before an update, the rollout's log-probs are the
-    re-scored ones.
+    re-scored ones, and the ratio is 1.
 
-    This is how silent bugs in rollouts are caught. bf16 rounds a sequence differently from a step,
-    hence its wider bound.
+    This is how silent bugs in rollouts are caught. bf16 rounds a sequence otherwise than a slot:
+    hence the wider bound on CUDA, where the ratio is 1 only up to that rounding.
     """
     bound = 1e-4 if device.type != "cuda" else 0.5
     if not gap < bound:
@@ -468,76 +443,64 @@ def check_gap(gap, step, device):
 
 
 def main(argv=None):
-    config = runtime.parse(Config, PRESETS, __doc__, argv, METHODS)
+    config, maker = runtime.parse("eggrpo.py", Config, PRESETS, __doc__, argv, METHODS)
     folder = Path(config.out) / config.preset / f"{config.method}-{config.seed}"
-    maker = (f"python eggrpo.py --preset {config.preset} --method {config.method} "
-             f"--seed {config.seed}")
     path = folder / "policy.pt"
     record = runtime.resume(path, config, maker)
     if record and record["step"] == config.steps:
         return print(f"{config.method}: finished earlier, {path}")
-    device = runtime.pick_device(config.device)
-    eye = evaluate.Eye(load_tokenizer(config.preset, config.out, device), WORLDS[config.preset],
-                       device)
+    device, world = runtime.pick_device(config.device), WORLDS[config.preset]
+    eye = evaluate.Eye(load_tokenizer(config.preset, config.out, device), world, device)
     reference = load_base(config.preset, config.out, device)
     policy = load_base(config.preset, config.out, device).requires_grad_(True)
-    optimizer = torch.optim.AdamW(policy.parameters(),
-                                  lr=config.lr,
-                                  betas=(0.9, 0.95),
-                                  weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(0.9, 0.95),
+                                  weight_decay=0.0, fused=device.type == "cuda")
     if record:
         policy.load_state_dict(record["model"])
         optimizer.load_state_dict(record["optimizer"])
     first, started = (record["step"] if record else 0), time.time()
     log = runtime.Log(folder / "log.jsonl", config, device, first)
+    look = lambda step: evaluate.look(eye, policy, config.eval_prompts, folder, step,
+                                      config.guidance)
     if not first:
-        log(step=-1, **evaluate.look(eye, policy, config.eval_prompts, folder, 0))
+        for old in folder.glob("gallery-*.png"):
+            old.unlink()
+        log(step=-1, **look(0))
+    if config.score_guidance:
+        print(f"note: sampled under guidance {config.guidance:g}, scored under "
+              f"{config.score_guidance:g}: `gap` in the log says how far apart they are")
 
     with runtime.Interruptible() as stop:
         bar = tqdm(range(first, config.steps), config.method, initial=first, total=config.steps)
         for step in bar:
-            scenes = [
-                make_scene(eye.world, "train", 1000 + config.seed, step * config.prompts + i)
-                for i in range(config.prompts)
-            ]
+            indices = range(step * config.prompts, (step + 1) * config.prompts)
+            scenes = [make_scene(world, "train", 1000 + config.seed, i) for i in indices]
             rollout, seconds = make_rollout(policy, eye, scenes, config, step)
+            tick = time.time()
+            batch = shape_rollout(rollout, config)            # <- the only line that makes it EG
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * min(1, (step + 1) / 10)
-            tick = time.time()
-            stats = update(policy, reference, optimizer, rollout, config, step, device)
-            check_gap(stats["gap"], step, device)
-            stats = dict(rollout_stats(rollout),
-                         **stats,
-                         **seconds,
+            stats = update(policy, reference, optimizer, batch, config, step)
+            if not config.score_guidance:
+                check_gap(stats["gap"], step, device)
+            stats = dict(rollout_stats(rollout, batch, config), **stats, **seconds,
                          seconds_update=time.time() - tick)
-            bar.set_postfix(reward=f"{stats['reward']:.2f}",
-                            exact=f"{stats['exact']:.2f}",
-                            kl=f"{stats['kl']:.3f}")
+            bar.set_postfix({k: f"{stats[k]:.2f}" for k in ("reward", "exact", "kl")})
             ended = step + 1 == config.steps
             if ended or (step + 1) % config.eval_every == 0:
-                stats |= evaluate.look(eye, policy, config.eval_prompts, folder, step + 1)
-                tqdm.write(
-                    f"step {step + 1}: held-out reward {stats['eval_reward']:.3f}, "
-                    f"exact {stats['eval_exact']:.3f}"
-                )
+                stats |= look(step + 1)
+                tqdm.write(f"step {step + 1}: held-out reward {stats['eval_reward']:.3f}, "
+                           f"exact {stats['eval_exact']:.3f}")
             log(step=step, **stats)
+            if ended:
+                evaluate.animate(folder)
             if ended or stop.signal or (step + 1) % config.save_every == 0:
-                runtime.save(
-                    path,
-                    dict(kind="policy",
-                         settings=runtime.settings(config),
-                         step=step + 1,
-                         steps=config.steps,
-                         model_config=policy.config,
-                         model=policy.state_dict(),
-                         optimizer={} if ended else optimizer.state_dict()))
+                runtime.save_stage(path, "policy", config, step + 1, policy, optimizer)
                 if stop.signal and not ended:
                     stop.leave(path, maker)
-    evaluate.animate(folder)
-    print(
-        f"{config.method}: held-out reward {stats['eval_reward']:.3f}, "
-        f"exact {stats['eval_exact']:.3f} after {config.steps} steps, "
-        f"{time.time() - started:.0f} s; pictures in {folder}")
+    print(f"{config.method}: held-out reward {stats['eval_reward']:.3f}, "
+          f"exact {stats['eval_exact']:.3f} after {config.steps} steps, "
+          f"{time.time() - started:.0f} s; pictures in {folder}")
 
 
 if __name__ == "__main__":

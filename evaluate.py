@@ -5,7 +5,7 @@
     -> out/cpu/results.json, results.md (the printed table), before-after.png
 
 `eval` prompts never occur in training, not even as paraphrases; every `unseen` prompt has a
-colour-shape pair that no training prompt or picture has. All policies answer the same prompts with
+colour-shape pair that nothing the policy learns from has. All policies answer the same prompts with
 the same noise.
 """
 
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -23,9 +22,9 @@ from tqdm import tqdm
 
 import rewards
 import runtime
-from model import Draw, generate
+from model import generate
 from pretrain import load_base, load_policy, word_tensors
-from scenes import WORLDS, decode_words, make_scene
+from scenes import World, WORLDS, decode_words, make_scene
 from tiny_vq.train import load_tokenizer
 
 
@@ -56,7 +55,7 @@ class Scores(NamedTuple):
 class Eye(NamedTuple):
     """What is needed to see what a policy draws."""
     tokenizer: torch.nn.Module
-    world: tuple
+    world: World
     device: torch.device
 
 
@@ -184,8 +183,7 @@ def gallery(rows, prompts, titles=None, exact=None, size=144):
 
 
 def gallery_scenes(world, number=8):
-    """The fixed prompts of every gallery: the first evaluation scenes after those of a seed kept
-    for this."""
+    """The fixed prompts of every gallery: the first evaluation scenes of a seed kept for this."""
     return [make_scene(world, "eval", 777, i) for i in range(number)]
 
 
@@ -206,10 +204,10 @@ def save_image(image, path, **options):
     temporary.replace(path)
 
 
-def look(eye, policy, prompts, folder, step):
+def look(eye, policy, prompts, folder, step, guidance):
     """Evaluate in the midst of training and draw the gallery of a step. Returns what is logged."""
-    result = summary(evaluate(eye, policy, "eval", prompts))
-    images, exact, _ = gallery_row(eye, policy)
+    result = summary(evaluate(eye, policy, "eval", prompts, guidance=guidance))
+    images, exact, _ = gallery_row(eye, policy, guidance=guidance)
     titles = [s.prompt for s in gallery_scenes(eye.world)]
     sheet = gallery([images], titles, [f"step {step}"], [exact])
     save_image(sheet, folder / f"gallery-{step:05d}.png")
@@ -227,41 +225,41 @@ def animate(folder):
 # --- command --------------------------------------------------------------------------------------
 
 def finished_runs(folder):
-    """List the (name, path) of the finished reinforcement-learning runs in a folder."""
+    """List the (name, path, guidance) of the finished reinforcement-learning runs in a folder."""
     paths = sorted(folder.glob("*/policy.pt"))
     records = [(p, runtime.load(p, "python eggrpo.py")) for p in paths]
-    return [(p.parent.name, p) for p, r in records if r["step"] == r["steps"]]
+    return [(p.parent.name, p, r["settings"]["guidance"]) for p, r in records
+            if r["step"] == r["steps"]]
 
 
 def main(argv=None):
-    config = runtime.parse(Config, PRESETS, __doc__, argv)
+    config, _ = runtime.parse("evaluate.py", Config, PRESETS, __doc__, argv)
     folder, started = Path(config.out) / config.preset, time.time()
-    device = runtime.pick_device(config.device)
+    device, maker = runtime.pick_device(config.device), runtime.maker_of("eggrpo.py", config.preset,
+                                                                         config.out)
     eye = Eye(load_tokenizer(config.preset, config.out, device), WORLDS[config.preset], device)
     base = load_base(config.preset, config.out, device)
     policies = {"base, direct": (base, dict(direct=True)), "base + plan": (base, {})}
-    for name, path in finished_runs(folder):
-        policies[name] = (load_policy(path, "python eggrpo.py", "policy", config.preset,
-                                      device), {})
+    for name, path, guidance in finished_runs(folder):
+        policy = load_policy(path, maker, "policy", config.preset, device)
+        policies[name] = policy, dict(guidance=guidance)
     if len(policies) == 2:
         print(f"no finished run in {folder}: only the base policy is scored (make one with "
-              f"`python eggrpo.py --preset {config.preset}`)")
+              f"`{maker}`)")
 
     results, rows, marks = {}, [], []
     for name, (policy, how) in policies.items():
-        results[name] = {
-            split:
-            summary(
-                evaluate(eye, policy, split, n, config.batch, config.seed, f"{name}, {split}",
-                         **how))
-            for split, n in (("eval", config.prompts), ("unseen", max(config.prompts // 3, 1)))
-        }
+        results[name] = {}
+        for split, n in (("eval", config.prompts), ("unseen", max(config.prompts // 3, 1))):
+            scores = evaluate(eye, policy, split, n, config.batch, config.seed,
+                              f"{name}, {split}", **how)
+            results[name][split] = summary(scores)
         images, exact, _ = gallery_row(eye, policy, **how)
         rows.append(images)
         marks.append(exact)
     sheet = gallery(rows, [s.prompt for s in gallery_scenes(eye.world)], list(policies), marks)
     save_image(sheet, folder / "before-after.png")
-    runtime.write(folder / "results.json", json.dumps(results, indent=1).encode())
+    runtime.write(folder / "results.json", json.dumps(runtime.plain(results), indent=1).encode())
     runtime.write(folder / "results.md", (table(results) + "\n").encode())
     print(table(results))
     print(

@@ -16,6 +16,7 @@ Dimension letters: B sequences, S prompt slots, C plan slots, L image tokens, T 
 slots, N = S + C + L + 1 inputs, V vocabulary of a modality, D width, H heads.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -120,7 +121,7 @@ class Policy(nn.Module):
         image = (self.row_embedding.weight[:, None] + self.column_embedding.weight).flatten(0, 1)
         return torch.cat([self.place_embedding.weight, image[:-1]])
 
-    def words(self, prompt, plan):
+    def join_words(self, prompt, plan):
         """Join prompt (B, S), plan (B, C) and the two markers to the word part of the sequence, (B,
         S + C + 2)."""
         marker = prompt.new_ones(len(prompt), 1)
@@ -129,7 +130,7 @@ class Policy(nn.Module):
     def forward(self, prompt, plan, codes):
         """Score every slot at once. Returns raw logits of the plan words (B, C, words - END) and of
         the codes (B, L, codes)."""
-        words = self.words(prompt, plan)
+        words = self.join_words(prompt, plan)
         x = torch.cat([self.embed_words(words), self.code_embedding(codes[:, :-1])], 1)
         x = x + self.places()                                                            # (B, N, D)
         mask = causal_mask(F.pad(words != PAD, (0, self.L - 1), value=True))             # (B, N, N)
@@ -199,13 +200,14 @@ def token_logp(word_logits, code_logits, plan, codes):
 class Draw(NamedTuple):
     plan: Tensor       # (B, C) word ids; the stop token is the last that is not PAD
     codes: Tensor      # (B, L)
-    logp: Tensor       # (B, T) of the sampled tokens, nats; 0 at padding
+    logp: Tensor       # (B, T) of the sampled tokens, nats; 0 at padding and for a given plan
+    entropy: Tensor    # (B, T) of the distributions sampled from, fraction of log V; 0 likewise
     valid: Tensor      # (B, T) bool: plan words up to and including the stop token, and every code
 
 
 def choose(logits, uniform):
     """Sample by inverting the cumulative distribution. logits (B, V), uniform (B,) in [0, 1) ->
-    tokens (B,), logp (B,).
+    tokens (B,), logp (B,) in nats, entropy (B,) of the distribution as a fraction of log V.
 
     One number a token makes the noise small, the same on every device, and shareable between
     policies.
@@ -215,7 +217,8 @@ def choose(logits, uniform):
     # the last millionth is left out, or rounding could land beyond the last possible token
     height = uniform[:, None] * cumulative[:, -1:] * (1 - 1e-6)
     token = torch.searchsorted(cumulative, height, right=True)                              # (B, 1)
-    return token[:, 0], p.gather(-1, token)[:, 0].log()
+    entropy = torch.special.entr(p).sum(-1) / math.log(p.shape[-1])
+    return token[:, 0], p.gather(-1, token)[:, 0].log(), entropy
 
 
 class Decoder:
@@ -233,8 +236,8 @@ class Decoder:
         self.cache = [torch.empty(size, dtype=dtype, device=device) for _ in policy.blocks]
         self.bias = torch.zeros(batch, heads, policy.slots, device=device)
         nothing = prompts.new_full((len(prompts), policy.C), PAD)
-        start = policy.words(prompts, nothing)[:, :policy.S + 1]              # the prompt, <plan>
-        self.words = policy.words(prompts, nothing).repeat_interleave(batch // len(prompts), 0)
+        start = policy.join_words(prompts, nothing)[:, :policy.S + 1]              # the prompt, <plan>
+        self.words = policy.join_words(prompts, nothing).repeat_interleave(batch // len(prompts), 0)
         n, keep = policy.S + 1, start != PAD
         self.bias[..., :n].masked_fill_(~keep.repeat_interleave(batch // len(prompts), 0)[:, None],
                                         float("-inf"))
@@ -270,13 +273,15 @@ def sample_slots(policy, prompt, uniforms, plan, guidance, temperature):
         repeat = len(prompts) // len(prompt)
         decoder = Decoder(policy, prompts, b * repeat)
         given, plan = plan, prompt.new_full((b, c), PAD)
-        codes, logp = prompt.new_zeros(b, policy.L), torch.zeros_like(uniforms)
+        codes = prompt.new_zeros(b, policy.L)
+        logp, entropy = torch.zeros_like(uniforms), torch.zeros_like(uniforms)
         running = torch.ones_like(plan[:, 0], dtype=torch.bool)
         for j in range(c):
             if given is None:
                 raw = policy.word_head(decoder.hidden)
-                word, lp = choose(policy_logits(raw, guidance, temperature), uniforms[:, j])
-                plan[:, j], logp[:, j] = torch.where(running, word + END, PAD), lp * running
+                word, lp, h = choose(policy_logits(raw, guidance, temperature), uniforms[:, j])
+                plan[:, j] = torch.where(running, word + END, PAD)
+                logp[:, j], entropy[:, j] = lp * running, h * running
                 running = running & (plan[:, j] != END)
             else:
                 plan[:, j] = given[:, j]
@@ -284,12 +289,12 @@ def sample_slots(policy, prompt, uniforms, plan, guidance, temperature):
         decoder.feed_word(torch.full_like(decoder.words[:, 0], IMAGE))
         for j in range(policy.L):
             raw = policy.code_head(decoder.hidden)
-            codes[:, j], logp[:, c + j] = choose(policy_logits(raw, guidance, temperature),
-                                                 uniforms[:, c + j])
+            codes[:, j], logp[:, c + j], entropy[:, c + j] = choose(
+                policy_logits(raw, guidance, temperature), uniforms[:, c + j])
             if j + 1 < policy.L:
                 decoder.feed_code(codes[:, j].repeat(repeat))
     valid = torch.cat([plan != PAD, torch.ones_like(codes, dtype=torch.bool)], 1)
-    return Draw(plan, codes, logp, valid)
+    return Draw(plan, codes, logp, entropy, valid)
 
 
 def generate(policy, prompt, uniforms, direct=False, plan=None, guidance=1.0, temperature=1.0):

@@ -8,10 +8,10 @@ so that the policy can draw directly (the paper's base setting); a share drops t
 guidance has an empty prompt to compare with.
 """
 
+import math
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -39,14 +39,14 @@ class Config:
     save_every: int = 200
 
     def check(self):
-        if min(self.items, self.steps, self.batch, self.layers, self.heads) < 1:
-            raise runtime.UserError(
-                "--items, --steps, --batch, --layers and --heads must be at least 1")
-        if self.width % self.heads:
-            raise runtime.UserError(
-                f"--width {self.width} must be a multiple of --heads {self.heads}")
-        if not (0 <= self.drop_plan < 1 and 0 <= self.drop_prompt < 1):
-            raise runtime.UserError("--drop-plan and --drop-prompt must lie in [0, 1)")
+        for name in ("items", "steps", "batch", "layers", "heads", "save_every"):
+            runtime.require(getattr(self, name) >= 1,
+                            f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        runtime.require(self.width > 0 and self.width % self.heads == 0,
+                        f"--width {self.width} must be a multiple of --heads {self.heads}")
+        runtime.require(0 <= self.drop_plan < 1 and 0 <= self.drop_prompt < 1,
+                        "--drop-plan and --drop-prompt must lie in [0, 1)")
+        runtime.require(self.seed >= 0, f"--seed {self.seed}: must be 0 or more")
 
 
 PRESETS = {
@@ -98,14 +98,13 @@ def load_policy(path, maker, kind, preset, device="cpu"):
 
 
 def load_base(preset, out="out", device="cpu"):
-    return load_policy(f"{out}/{preset}/base.pt", f"python pretrain.py --preset {preset}", "base",
+    return load_policy(f"{out}/{preset}/base.pt", runtime.maker_of("pretrain.py", preset, out), "base",
                        preset, device)
 
 
 def main(argv=None):
-    config = runtime.parse(Config, PRESETS, __doc__, argv)
+    config, maker = runtime.parse("pretrain.py", Config, PRESETS, __doc__, argv)
     path = f"{config.out}/{config.preset}/base.pt"
-    maker = f"python pretrain.py --preset {config.preset}"
     record = runtime.resume(path, config, maker)
     if record and record["step"] == config.steps:
         return print(f"base policy: finished earlier, {path}")
@@ -122,10 +121,8 @@ def main(argv=None):
     if record:
         policy.load_state_dict(record["model"])
     policy.to(device)
-    optimizer = torch.optim.AdamW(policy.parameters(),
-                                  lr=config.lr,
-                                  betas=(0.9, 0.95),
-                                  weight_decay=0.05)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(0.9, 0.95),
+                                  weight_decay=0.05, fused=device.type == "cuda")
     if record:
         optimizer.load_state_dict(record["optimizer"])
     first = record["step"] if record else 0
@@ -134,27 +131,24 @@ def main(argv=None):
     with runtime.Interruptible() as stop:
         bar = tqdm(range(first, config.steps), "base policy", initial=first, total=config.steps)
         for step in bar:
-            # A stretch of a shuffled deck, reshuffled each time round
-            turn, place = divmod(step * config.batch, config.items // config.batch * config.batch
-                                 or 1)
-            deck = torch.randperm(config.items,
-                                  generator=runtime.generator(config.seed, "deck", turn))
-            chosen = deck[place:place + config.batch]
+            # a stretch of a shuffled deck, reshuffled each time round
+            whole = max(config.items // config.batch, 1) * config.batch
+            turn, place = divmod(step * config.batch, whole)
+            shuffle = runtime.generator(config.seed, "deck", turn)
+            chosen = torch.randperm(config.items, generator=shuffle)[place:place + config.batch]
             prompt, plan, codes = (column[chosen].long().to(device) for column in corpus)
-            drop = torch.rand(2,
-                              len(chosen),
-                              1,
-                              generator=runtime.generator(config.seed, "drop", step)).to(device)
+            chance = runtime.generator(config.seed, "drop", step)
+            drop = torch.rand(2, len(chosen), 1, generator=chance).to(device)
             prompt = prompt.masked_fill(drop[0] < config.drop_prompt, PAD)
             plan = plan.masked_fill(drop[1] < config.drop_plan, PAD)
 
             warm, done = min(1, (step + 1) / 50), step / config.steps
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * warm * (0.55 + 0.45 * np.cos(np.pi * done))
+                group["lr"] = config.lr * warm * (0.55 + 0.45 * math.cos(math.pi * done))
             word_logits, code_logits = score(policy, prompt, plan, codes)
             logp = token_logp(word_logits, code_logits, plan, codes)
-            words, image = -logp[:, :policy.C].sum() / (plan != PAD).sum().clamp(
-                min=1), -logp[:, policy.C:].mean()
+            words = -logp[:, :policy.C].sum() / (plan != PAD).sum().clamp(min=1)
+            image = -logp[:, policy.C:].mean()
             (words + image).backward()    # each modality's mean: plans are short and must not drown
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
@@ -164,15 +158,7 @@ def main(argv=None):
                 bar.set_postfix(plan=f"{words.item():.2f}", image=f"{image.item():.2f}")
             ended = step + 1 == config.steps
             if ended or stop.signal or (step + 1) % config.save_every == 0:
-                runtime.save(
-                    path,
-                    dict(kind="base",
-                         settings=runtime.settings(config),
-                         step=step + 1,
-                         steps=config.steps,
-                         model_config=policy.config,
-                         model=policy.state_dict(),
-                         optimizer={} if ended else optimizer.state_dict()))
+                runtime.save_stage(path, "base", config, step + 1, policy, optimizer)
                 if stop.signal and not ended:
                     stop.leave(path, maker)
     print(

@@ -5,8 +5,10 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -45,16 +47,17 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def parse(config_class, presets, description, argv=None, methods=None):
-    """Turn the command line into a config: the fields' defaults, then the preset's, then the
-    method's values, then the flags.
+def parse(script, config_class, presets, description, argv=None, methods=None):
+    """Turn the command line into a config: defaults, then the preset's, the method's, the flags.
 
-    config_class: a frozen dataclass with a field preset and a check() that raises UserError.
-    methods: {name: {field: value}}, where there is a field method.
+    script: how the command is called; config_class: a frozen dataclass with a field preset and a
+    check() that raises UserError; methods: {name: Method}, where there is a field method. Returns
+    the config, checked, and the command line that gives it.
     """
+    argv = sys.argv[1:] if argv is None else argv
     if methods:
-        description += "\nmethods:\n" + "\n".join(f"  {name:16} {values or ''}"
-                                                  for name, values in methods.items())
+        description += "\nmethods:\n" + "".join(
+            f"  {name:16} {method.about}\n" for name, method in methods.items())
     parser = _Parser(description=description,
                      formatter_class=argparse.RawDescriptionHelpFormatter,
                      allow_abbrev=False)
@@ -81,10 +84,10 @@ def parse(config_class, presets, description, argv=None, methods=None):
         method = given.get("method", config_class.method)
         if method not in methods:
             raise UserError(f"no method {method!r}: choose one of {', '.join(methods)}")
-        of_method = methods[method]
+        of_method = methods[method].values
     config = config_class(**{**presets[preset], **of_method, **given, "preset": preset})
     config.check()
-    return config
+    return config, shlex.join(["python", *script.split(), *map(str, argv)])
 
 
 def default_preset():
@@ -141,6 +144,14 @@ def save(path, record):
     write(path, MAGIC + hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
 
 
+def save_stage(path, kind, config, step, model, optimizer, **more):
+    """Write a stage's checkpoint; a finished one (step == config.steps) needs no optimizer."""
+    ended = step == config.steps
+    save(path, dict(kind=kind, settings=settings(config), step=step, steps=config.steps,
+                    model_config=model.config, model=model.state_dict(),
+                    optimizer={} if ended else optimizer.state_dict(), **more))
+
+
 def load(path, maker):
     """Read a checkpoint. maker: the command that makes it, named where it is missing or unusable.
     Raises UserError."""
@@ -194,6 +205,11 @@ def load_finished(path, maker, kind, preset):
     return record
 
 
+def maker_of(script, preset, out):
+    """Spell the command that makes a stage, for messages."""
+    return f"python {script} --preset {preset}" + (f" --out {shlex.quote(out)}" if out != "out" else "")
+
+
 def settings(config):
     """The part of a config that decides results: everything but where it runs and where it
     writes."""
@@ -228,11 +244,16 @@ class Log:
 
     def __call__(self, **record):
         with open(self.path, "a") as file:
-            file.write(
-                json.dumps({
-                    k: float(f"{v:.6g}") if isinstance(v, float) else v
-                    for k, v in record.items()
-                }) + "\n")
+            file.write(json.dumps(plain(record)) + "\n")
+
+
+def plain(value):
+    """Round floats to six digits and turn those that JSON does not know, NaN and inf, into None."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def _step_of(line):

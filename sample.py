@@ -6,6 +6,7 @@
     -> out/cpu/samples/three-green-crosses.png
 """
 
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -34,19 +35,19 @@ class Config:
     direct: bool = False          # draw without a plan
 
     def check(self):
-        if not 1 <= self.number <= 64:
-            raise runtime.UserError("--number must lie between 1 and 64")
-        if not self.temperature > 0:
-            raise runtime.UserError("--temperature must be above 0")
+        runtime.require(1 <= self.number <= 64, "--number must lie between 1 and 64")
+        runtime.require(0 < self.temperature < math.inf, "--temperature must be above 0, finite")
+        runtime.require(math.isfinite(self.guidance), "--guidance must be finite")
 
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    prompt = argv.pop(0) if argv and not argv[0].startswith("--") else ""
-    config = runtime.parse(Config, {name: {} for name in runtime.PRESETS}, __doc__, argv)
+    prompt = argv.pop(0) if argv and not argv[0].startswith("-") else ""
+    presets = {name: {} for name in runtime.PRESETS}
+    config, _ = runtime.parse("sample.py", Config, presets, __doc__, argv)
     world = WORLDS[config.preset]
     try:
-        words = torch.tensor([encode_words(prompt, world.prompt_slots)] * config.number)
+        words = torch.tensor([encode_words(prompt, world.prompt_slots)])
     except ValueError as error:
         raise runtime.UserError(str(error)) from None
     device = runtime.pick_device(config.device)
@@ -55,18 +56,13 @@ def main(argv=None):
         policy = load_base(config.preset, config.out, device)
     else:
         path = config.policy or f"{config.out}/{config.preset}/eggrpo-0/policy.pt"
-        policy = load_policy(path, f"python eggrpo.py --preset {config.preset}", "policy",
-                             config.preset, device)
+        maker = runtime.maker_of("eggrpo.py", config.preset, config.out)
+        policy = load_policy(path, maker, "policy", config.preset, device)
 
-    noise = torch.rand(config.number,
-                       policy.C + policy.L,
+    noise = torch.rand(config.number, policy.C + policy.L,
                        generator=runtime.generator(config.seed, "sample"))
-    drawn = generate(policy,
-                     words.to(device),
-                     noise.to(device),
-                     config.direct,
-                     guidance=config.guidance,
-                     temperature=config.temperature)
+    drawn = generate(policy, words.to(device), noise.to(device), config.direct,
+                     guidance=config.guidance, temperature=config.temperature)
     images = tokenizer.decode(drawn.codes)
     plans = [decode_words(p) or "(no plan)" for p in drawn.plan]
     for plan in plans:

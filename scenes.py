@@ -6,9 +6,9 @@ and the seed of its ground. `render` draws it. Rewards, tokenizer and policy all
 from this file, and it imports nothing of theirs.
 
     # the same arguments, the same scene, for ever
-    scene = make_scene(WORLDS["cpu"], "train", seed=0, index=7)
-    scene.prompt    "a red circle left of a blue square"
-    scene.plan      "red circle at row 1 column 1 ; blue square at row 3 column 2"
+    scene = make_scene(WORLDS["cpu"], "train", seed=0, index=3)
+    scene.prompt    "a green triangle left of a blue circle"
+    scene.plan      "green triangle at row 1 column 1 ; blue circle at row 2 column 3"
     render(world, scene)                                             # (h, w, 3) uint8
 
 Prompt categories follow the benchmarks of the paper (T2I-CompBench and WISE):

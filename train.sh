@@ -29,10 +29,11 @@ fi
 common=() method=()
 usage="usage: bash train.sh [--preset smoke|cpu|gpu] [--method NAME] [--seed N] [--out DIR] | bash train.sh test"
 while [ $# -gt 0 ]; do
+  case $1 in -h | --help) echo "$usage"; exit 0 ;; esac
+  [ $# -ge 2 ] || { echo "error: $1 without a value; $usage" >&2; exit 2; }
   case $1 in
-    --preset | --out) common+=("$1" "${2:?$usage}") ;;
-    --method | --seed) method+=("$1" "${2:?$usage}") ;;
-    -h | --help) echo "$usage"; exit 0 ;;
+    --preset | --out) common+=("$1" "$2") ;;
+    --method | --seed) method+=("$1" "$2") ;;
     *) echo "error: unknown argument $1; $usage" >&2; exit 2 ;;
   esac
   shift 2

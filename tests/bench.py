@@ -19,7 +19,7 @@ import eggrpo
 import rewards
 import runtime
 from model import Policy, generate
-from scenes import WORDS, WORLDS, encode_words, make_scene
+from scenes import WORDS, World, encode_words, make_scene
 from tiny_vq.vqvae import VQVAE
 
 S, C, L, CODES, B = 13, 15, 64, 512, 64
@@ -56,7 +56,7 @@ def make(device):
     width, layers, heads = (512, 8, 8) if device.type == "cuda" else (128, 4, 4)
     torch.manual_seed(0)
     policy = Policy(len(WORDS), CODES, S, C, L, width, layers, heads).to(device)
-    world = WORLDS["cpu"].__class__(image_size=40, patch=5, plan_slots=C)       # 8 x 8 tokens
+    world = World(image_size=40, patch=5, plan_slots=C)       # 8 x 8 tokens
     tokenizer = VQVAE(world.patch, codes=CODES).to(device).requires_grad_(False)
     scenes = [make_scene(world, "train", 0, i, "knowledge") for i in range(8)]
     eye = SimpleNamespace(world=world, tokenizer=tokenizer, device=device)
@@ -99,23 +99,18 @@ def ours(policy, eye, scenes, config, device):
     rollout, _ = eggrpo.make_rollout(policy, eye, scenes, config, 0)
     rollout = rollout._replace(rewards=torch.rand(8, 8, device=device))
     want = rewards.make_want(eye.world, [s for s in scenes for _ in range(8)], device)
-    entropy = torch.rand(B, C + L, device=device)
-    advantage = torch.randn(B, device=device)
 
     def step():
         rolled, _ = eggrpo.make_rollout(policy, eye, scenes, config, 0)
-        eggrpo.update(policy, reference, optimizer, rolled._replace(rewards=rollout.rewards),
-                      config, 0, device)
+        batch = eggrpo.shape_rollout(rolled._replace(rewards=rollout.rewards), config)
+        eggrpo.update(policy, reference, optimizer, batch, config, 0)
 
+    batch = eggrpo.shape_rollout(rollout, config)
+    update = lambda: eggrpo.update(policy, reference, optimizer, batch, config, 0)
     return dict(decode=seconds(decode, device),
                 reward=seconds(lambda: rewards.score(rollout.images, want, eye.world), device),
-                shaping=seconds(
-                    lambda: eggrpo.shape_by_modality(advantage, entropy, rollout.valid, C, config),
-                    device),
-                update=seconds(
-                    lambda: eggrpo.update(policy, reference, optimizer, rollout, config, 0, device),
-                    device),
-                step=seconds(step, device))
+                shaping=seconds(lambda: eggrpo.shape_rollout(rollout, config), device),
+                update=seconds(update, device), step=seconds(step, device))
 
 
 def theirs_decode(policy, device):

@@ -25,7 +25,9 @@ def test_a_bonus_that_ignores_the_sampled_token_has_no_expected_gradient(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_method_is_grpo_and_its_two_halves(seed):
     g, _, _ = exact_gradients(Instance(seed))
-    parts = g["GRPO: A"] + g["bonus: min of the two"] + g["exclusion: -A on low"]
+    assert torch.allclose(g["bonus where it is 0.3 H"] + g["bonus where it is 0.3 abs(A)"],
+                          g["bonus: both"], atol=1e-14)
+    parts = g["GRPO: A"] + g["bonus: both"] + g["exclusion: -A on low"]
     assert torch.allclose(parts, g["EG-GRPO: all of it"], atol=1e-14)
 
 

@@ -4,6 +4,7 @@ input."""
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import eggrpo
 import pretrain
+import runtime
 from tiny_vq import train as tiny_vq_train
 
 ROOT = Path(__file__).parent.parent
@@ -96,6 +99,9 @@ def test_sample_draws_what_is_typed(out):
     (["eggrpo.py", "--colour", "red"], "unrecognized arguments: --colour red"),
     (["pretrain.py", "--preset", "huge"], "no preset 'huge': choose one of smoke, cpu, gpu"),
     (["pretrain.py", "--width", "65"], "must be a multiple of --heads"),
+    (["pretrain.py", "--save-every", "0"], "--save-every 0: must be at least 1"),
+    (["-m", "tiny_vq.train", "--width", "20"], "must be a multiple of 8"),
+    (["eggrpo.py", "--guidance", "3", "--score-guidance", "1", "--minibatches", "2"], "one update"),
     (["eggrpo.py", "--seed", "9", "--device", "abacus"], "device 'abacus' cannot be used"),
 ])
 def test_bad_input_is_one_line_and_status_2(out, command, words):
@@ -120,33 +126,78 @@ def test_a_missing_stage_names_the_command_that_makes_it(tmp_path):
 
 def test_train_sh_refuses_what_it_does_not_know():
     assert "unknown argument --epochs" in run("bash", "train.sh", "--epochs", "3", status=2)
+    assert "--preset without a value" in run("bash", "train.sh", "--preset", status=2)
     assert "no preset 'big'" in run("bash", "train.sh", "--preset", "big", status=2)
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_is_the_uninterrupted_one(out, tmp_path):
-    """Bit for bit: the same log (but for seconds) and the same weights."""
-    import runtime
-    import torch
-    (tmp_path / "smoke").mkdir()
-    for name in ("tokenizer.pt", "base.pt"):
-        (tmp_path / "smoke" / name).write_bytes((out[0] / "smoke" / name).read_bytes())
-    command = [sys.executable, "eggrpo.py", "--preset", "smoke", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "smoke" / "eggrpo-0" / "log.jsonl"
-    while not (log.exists() and '"step": 0' in log.read_text()):
-        time.sleep(0.02)
+LONG = {"tiny_vq": ["-m", "tiny_vq.train", "--steps", "60", "--save-every", "7"],
+        "base": ["pretrain.py", "--steps", "60", "--save-every", "7"],
+        "eggrpo": ["eggrpo.py", "--steps", "12", "--save-every", "5", "--eval-every", "6"]}
+LEFT = {"tiny_vq": ("tokenizer.pt", "tokenizer.jsonl"), "base": ("base.pt", "base.jsonl"),
+        "eggrpo": ("eggrpo-0/policy.pt", "eggrpo-0/log.jsonl")}
+
+
+def without_seconds(path):
+    """The records of a log, but for its header and its clock."""
+    records = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    return [{k: v for k, v in r.items() if "seconds" not in k} for r in records]
+
+
+@pytest.mark.parametrize("stage", list(LONG))
+def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_is_the_uninterrupted_one(
+        out, tmp_path, stage):
+    """Bit for bit: the same log, but for its clock, and the same weights. The command that goes on is the
+    one that was printed."""
+    folders = [tmp_path / "whole", tmp_path / "cut"]
+    for folder in folders:
+        (folder / "smoke").mkdir(parents=True)
+        for name in ("tokenizer.pt", "base.pt")[:list(LONG).index(stage)]:
+            (folder / "smoke" / name).write_bytes((out[0] / "smoke" / name).read_bytes())
+    command = lambda folder: [sys.executable, *LONG[stage], "--preset", "smoke", "--out", str(folder)]
+    run(*command(folders[0]))
+    process = subprocess.Popen(command(folders[1]), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    checkpoint, log = (folders[1] / "smoke" / name for name in LEFT[stage])
+    deadline = time.time() + 60
+    while not (log.exists() and '"step": 0' in log.read_text()) and time.time() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, printed = process.communicate()
-    if process.returncode != 0:                          # 0: it had finished before the signal came
-        assert process.returncode == 130 and "go on with `python eggrpo.py" in printed
-        run(*command)
-    strip = lambda path: [{k: v
-                           for k, v in json.loads(line).items() if "seconds" not in k}
-                          for line in path.read_text().splitlines()]
-    assert strip(log)[1:] == strip(out[0] / "smoke" / "eggrpo-0" / "log.jsonl")[1:]
-    ours, theirs = (runtime.load(folder / "smoke" / "eggrpo-0" / "policy.pt", "")["model"]
-                    for folder in (tmp_path, out[0]))
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    go_on = re.search("go on with `python (.*)`", printed)[1]
+    run(sys.executable, *shlex.split(go_on))
+    assert without_seconds(log) == without_seconds(folders[0] / "smoke" / LEFT[stage][1])
+    ours, theirs = (runtime.load(f / "smoke" / LEFT[stage][0], "")["model"] for f in folders)
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_learner_and_reference_are_loaded_apart_and_frozen(out):
+    """They start equal and share no memory, or the KL term would always be 0."""
+    one, other = (pretrain.load_base("smoke", str(out[0])) for _ in range(2))
+    pairs = list(zip(one.parameters(), other.parameters()))
+    assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in pairs)
+    assert not any(p.requires_grad for pair in pairs for p in pair)
+
+
+def test_logs_are_json_that_any_reader_takes(out):
+    """NaN, for a component that no prompt of a batch asks for, is null."""
+    refuse = lambda constant: pytest.fail(f"{constant} in a log")
+    paths = [*out[0].rglob("*.jsonl"), out[0] / "smoke" / "results.json"]
+    assert len(paths) == 4
+    for path in paths:
+        text = path.read_text()
+        for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
+            json.loads(part, parse_constant=refuse)
+
+
+def test_help_lists_every_method_with_what_it_is():
+    printed = run(sys.executable, "eggrpo.py", "--help")
+    for name, method in eggrpo.METHODS.items():
+        assert re.search(rf"^  {name} +{re.escape(method.about)}$", printed, re.M)
+
+
+def test_analyze_says_how_it_is_used():
+    assert "usage: python analyze.py bonus" in run(sys.executable, "analyze.py", "all", status=2)
 
 
 @pytest.mark.parametrize("layers", [2, pytest.param(8, marks=pytest.mark.slow)])

@@ -10,9 +10,10 @@ import torch
 
 import eggrpo
 from conftest import tiny_policy
-from eggrpo import (Config, METHODS, check_gap, entropy_masks, entropy_stats, group_advantages,
-                    make_rollout, policy_loss, score_tokens, shape_advantages, shape_by_modality,
-                    token_entropy, update)
+from eggrpo import (Config, METHODS, check_gap, differentiable_entropy, entropy_masks, entropy_stats,
+                    group_advantages, make_rollout, policy_loss, rollout_stats, shape_advantages,
+                    shape_rollout, token_entropy, update)
+from model import score, token_logp
 from scenes import make_scene
 
 
@@ -85,9 +86,9 @@ def masks_by_loop(entropy, valid, low_frac, high_frac):
         places = sorted(
             (entropy[row, t].item(), t) for t in range(entropy.shape[1]) if valid[row, t])
         n = len(places)
-        for _, t in places[:math.floor(low_frac * n + 1e-6)]:
+        for _, t in places[:round(100 * low_frac) * n // 100]:
             low[row, t] = True
-        for _, t in places[n - math.floor(high_frac * n + 1e-6):]:
+        for _, t in places[n - round(100 * high_frac) * n // 100:]:
             high[row, t] = True
     return low, high
 
@@ -107,6 +108,15 @@ def test_masks_equal_the_loop_ties_included(low_frac, high_frac):
 def test_counts_for_the_papers_576_image_tokens():
     low, high = entropy_masks(torch.rand(1, 576), torch.ones(1, 576, dtype=torch.bool))
     assert (low.sum().item(), high.sum().item()) == (115, 288)
+
+
+def test_counts_are_those_of_exact_fractions():
+    """In float32, 0.53 * 100 + 1e-6 falls short of 53: counts are taken in float64."""
+    for n in (1, 7, 100, 180, 576, 900):
+        valid = torch.ones(1, n, dtype=torch.bool)
+        for k in range(101):
+            low, high = entropy_masks(torch.rand(1, n), valid, k / 100, 1 - k / 100)
+            assert low.sum() == k * n // 100 and high.sum() == (100 - k) * n // 100, (n, k)
 
 
 def test_masks_do_not_change_when_padding_is_added():
@@ -223,7 +233,8 @@ def test_kl_is_zero_for_equal_policies_and_positive_otherwise():
 def test_padding_reaches_neither_loss_nor_gradient():
     logp, old, ref = random_logps()
     a, _, valid = random_batch()
-    poisoned = [torch.where(valid, x, torch.tensor(float("nan"))) for x in (logp, old, ref)]
+    nan = torch.tensor(float("nan"))
+    poisoned = [torch.where(valid, x, nan) for x in (logp, old, ref)]
     leaf = poisoned[0].requires_grad_(True)
     loss, _ = policy_loss(leaf, *poisoned[1:], a[:, None].expand(6, 20), valid)
     loss.backward()
@@ -254,7 +265,23 @@ def test_expected_gradient_equals_the_exact_one_on_an_enumerable_policy():
     assert torch.allclose(-estimate, exact, atol=0.01)
 
 
+def test_nan_at_padding_passes_neither_shaping_nor_loss():
+    """Other trainers leave anything there."""
+    logp, old, ref = random_logps()
+    a, h, valid = random_batch()
+    clean, dirty = (shape_advantages(a, torch.where(valid, h, torch.tensor(x)), valid)
+                    for x in (0.0, float("nan")))
+    assert torch.equal(clean[valid], dirty[valid])
+    dirty = torch.where(valid, dirty, torch.tensor(float("nan")))
+    loss = policy_loss(logp, old, ref, dirty, valid)[0]
+    assert torch.equal(loss, policy_loss(logp, old, ref, clean, valid)[0]) and loss.isfinite()
+
+
 # --- the step -------------------------------------------------------------------------------------
+
+def logits_of(policy, rollout, config):
+    return score(policy, rollout.prompt, rollout.plan, rollout.codes, config.guidance)
+
 
 @pytest.fixture
 def step(eye, world):
@@ -272,7 +299,7 @@ class Gradients:
     """Stands for an optimizer that changes nothing and remembers."""
 
     def __init__(self, policy):
-        self.policy = policy
+        self.policy, self.param_groups = policy, []
 
     def step(self):
         self.kept = [p.grad.clone() for p in self.policy.parameters() if p.grad is not None]
@@ -281,56 +308,89 @@ class Gradients:
         self.policy.zero_grad()
 
 
-def gradients(policy, reference, rollout, config):
+def gradients(policy, reference, rollout, config, shape=shape_rollout):
     optimizer = Gradients(policy)
-    return update(policy, reference, optimizer, rollout, config, 0,
-                  torch.device("cpu")), optimizer.kept
+    stats = update(policy, reference, optimizer, shape(rollout, config), config, 0)
+    return stats, optimizer.kept
+
+
+def equal(some, others):
+    return all(torch.equal(a, b) for a, b in zip(some, others))
 
 
 def test_rollouts_are_the_learners_own_and_the_first_ratio_is_one(step):
-    """Guard: a sampler that differs from the learner."""
+    """Guard: a sampler that differs from the learner. Log-probs and entropies alike."""
+    policy, _, rollout, config = step
     stats, _ = gradients(*step)
-    assert stats["gap"] < 1e-4 and abs(stats["ratio_min"] - 1) < 1e-4 and abs(stats["ratio_max"] -
-                                                                              1) < 1e-4
+    assert stats["gap"] < 1e-4
+    assert abs(stats["ratio_min"] - 1) < 1e-4 and abs(stats["ratio_max"] - 1) < 1e-4
+    entropy = torch.cat([token_entropy(x) for x in logits_of(policy, rollout, config)], 1)
+    assert ((entropy - rollout.entropy).abs() * rollout.valid).max() < 1e-4
+    assert (rollout.entropy[~rollout.valid] == 0).all()
 
 
+@pytest.mark.parametrize("change", [dict(), dict(METHODS["entropy-coef"].values, text_weight=2.0),
+                                    METHODS["dr-grpo"].values, METHODS["dapo"].values])
 @pytest.mark.parametrize("micro_batch", [1, 3])
-def test_micro_batches_change_neither_gradient_nor_log(step, micro_batch):
+def test_micro_batches_change_neither_loss_nor_gradient_nor_log(step, micro_batch, change):
     """Guards: a denominator per micro-batch; a reported metric that is the last micro-batch's."""
     policy, reference, rollout, config = step
-    whole, expected = gradients(*step)
+    config = replace(config, **change)
+    whole, expected = gradients(policy, reference, rollout, config)
     parts, got = gradients(policy, reference, rollout, replace(config, micro_batch=micro_batch))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, expected))
+    assert {"loss", "kl", "grad_norm"} < set(whole)
     assert all(math.isclose(parts[k], whole[k], rel_tol=1e-3, abs_tol=1e-5) for k in whole)
 
 
-def test_method_grpo_is_eggrpo_with_nothing_masked_and_no_bonus(step):
-    """Guard: a baseline that differs from the method by more than the method."""
+def test_method_grpo_is_one_advantage_a_rollout_bit_for_bit(step):
+    """Guard: a baseline that differs from the method by more than the method. GRPO without the
+    shaping function at all gives the same gradient to the bit as the method with nothing masked
+    and no bonus."""
     policy, reference, rollout, config = step
-    _, grpo = gradients(policy, reference, rollout, replace(config, **METHODS["grpo"]))
-    _, off = gradients(policy, reference, rollout,
-                       replace(config, method="eggrpo", low_frac=0.0, bonus_coef=0.0))
-    _, eg = gradients(policy, reference, rollout, replace(config, **METHODS["eggrpo"]))
-    assert all(torch.equal(a, b) for a, b in zip(grpo, off))
-    assert any(not torch.equal(a, b) for a, b in zip(grpo, eg))
+
+    def unshaped(rollout, config):
+        a = group_advantages(rollout.rewards).flatten()[:, None].expand_as(rollout.entropy)
+        return shape_rollout(rollout, config)._replace(advantage=a)
+
+    grpo = replace(config, **METHODS["grpo"].values)
+    _, ours = gradients(policy, reference, rollout, grpo)
+    assert equal(ours, gradients(policy, reference, rollout, grpo, unshaped)[1])
+    off = replace(config, low_frac=0.0, bonus_coef=0.0, high_frac=0.0)
+    assert equal(ours, gradients(policy, reference, rollout, off)[1])
+    assert not equal(ours, gradients(policy, reference, rollout, config)[1])
 
 
 def test_plan_and_image_are_shaped_apart(step):
     """Entropies of one modality must not move the thresholds of the other."""
     policy, _, rollout, config = step
-    advantage = torch.randn(8)
-    entropy = score_tokens(policy, rollout, config, torch.device("cpu"))[1].detach()
-    before = shape_by_modality(advantage, entropy, rollout.valid, policy.C, config)
-    entropy[:, :policy.C] = entropy[:, :policy.C] / 100
-    after = shape_by_modality(advantage, entropy, rollout.valid, policy.C, config)
-    assert torch.equal(before[:, policy.C:], after[:, policy.C:])
+    before = shape_rollout(rollout, config)
+    entropy = rollout.entropy.clone()
+    entropy[:, :policy.C] /= 100
+    after = shape_rollout(rollout._replace(entropy=entropy), config)
+    assert torch.equal(before.advantage[:, policy.C:], after.advantage[:, policy.C:])
+    assert before.high[:, :policy.C].any() and before.high[:, policy.C:].any()
+
+
+def test_the_log_tells_the_realised_shares_and_the_bonus(step):
+    policy, _, rollout, config = step
+    batch = shape_rollout(rollout, config)
+    stats = rollout_stats(rollout, batch, config)
+    a = group_advantages(rollout.rewards).flatten()
+    total = low = high = bonus = 0
+    for b, t in zip(*rollout.valid.nonzero(as_tuple=True)):
+        total, low, high = total + 1, low + batch.low[b, t].item(), high + batch.high[b, t].item()
+        bonus += min(0.3 * abs(a[b].item()), 0.3 * rollout.entropy[b, t].item()) * batch.high[b, t].item()
+    assert math.isclose(stats["low_share"], low / total, rel_tol=1e-5) and low > 0
+    assert math.isclose(stats["high_share"], high / total, rel_tol=1e-5)
+    assert math.isclose(stats["bonus"], bonus / total, rel_tol=1e-4) and bonus > 0
 
 
 def test_entropy_statistics_go_over_valid_tokens_only():
     h = torch.tensor([[0.2, 0.4, 9.0, 0.5, 0.7]])
     stats = entropy_stats(h, torch.tensor([[True, True, False, True, True]]), 3)
-    assert math.isclose(stats["plan_entropy"], 0.3, rel_tol=1e-5) and math.isclose(
-        stats["plan_entropy_std"], 0.1, rel_tol=1e-5)
+    assert math.isclose(stats["plan_entropy"], 0.3, rel_tol=1e-5)
+    assert math.isclose(stats["plan_entropy_std"], 0.1, rel_tol=1e-5)
     assert math.isclose(stats["image_entropy"], 0.6, rel_tol=1e-5)
 
 
@@ -348,71 +408,68 @@ def test_a_policy_overfits_one_reward(world, eye):
     config = Config(preset="cpu", prompts=2, group=8, beta=0.0)
     optimizer = torch.optim.AdamW(policy.parameters(), 3e-3, weight_decay=0.0)
     scenes, share = [make_scene(world, "train", 0, i) for i in range(2)], []
-    for step in range(40):
-        rollout, _ = make_rollout(policy, eye, scenes, config, step)
+    for i in range(40):
+        rollout, _ = make_rollout(policy, eye, scenes, config, i)
         reward = (rollout.codes == 5).float().mean(1).view(2, 8)
         share.append(reward.mean().item())
-        update(policy, reference, optimizer, rollout._replace(rewards=reward), config, step,
-               torch.device("cpu"))
+        batch = shape_rollout(rollout._replace(rewards=reward), config)
+        update(policy, reference, optimizer, batch, config, i)
     assert sum(share[-5:]) > 3 * sum(share[:5])
 
 
 # --- methods and switches -------------------------------------------------------------------------
 
-def shaped_by(method, **change):
-    """Shape the same random batch, plan of 12 and image of 20 tokens, by a method."""
-    a, h, valid = random_batch(t=32)
-    config = eggrpo.Config(**{**METHODS[method], **change})
-    return a, h, valid, shape_by_modality(a, h, valid, 12, config), config
+def shaped_by(method):
+    """Shape the same random rollout, plan of 12 and image of 20 tokens, by a method."""
+    a, h, valid = random_batch(b=6, t=32)
+    config = Config(**METHODS[method].values)
+    rollout = eggrpo.Rollout(*[torch.zeros(6, 12, dtype=torch.long)] * 2, None, None, h, valid, None,
+                             a.view(2, 3), {}, None)
+    plain = group_advantages(a.view(2, 3), divide_by_std=not config.no_std).flatten()[:, None]
+    return plain.expand(6, 32), valid, shape_rollout(rollout, config).advantage
 
 
-WHAT_DIFFERS = {
-    "eggrpo":
-    lambda a, h, v, s: (s[v] == 0).any() and ((s - a[:, None])[v] > 0).any(), "eggrpo-text":
-    lambda a, h, v, s:
-    (s[:, :12] != a[:, None])[v[:, :12]].any() and (s[:, 12:] == a[:, None]).all(), "eggrpo-image":
-    lambda a, h, v, s:
-    (s[:, 12:] != a[:, None])[v[:, 12:]].any() and (s[:, :12] == a[:, None]).all(), "bonus":
-    lambda a, h, v, s: (s != 0).all() and ((s - a[:, None])[v] > 0).any(), "exclude":
-    lambda a, h, v, s: (s[v] == 0).any() and ((s == 0) | (s == a[:, None])).all(), "top-entropy":
-    lambda a, h, v, s: ((s != 0) & v).sum() <= 0.25 * v.sum() and (
-        (s == 0) | (s == a[:, None])).all(), "released":
-    lambda a, h, v, s: (s[v] == 0).any() and ((s - a[:, None])[v] > 0).any(),
+PLAN, IMAGE = slice(None, 12), slice(12, None)
+WHAT_DIFFERS = {                           # a: plain advantages, v: valid, s: shaped, all (6, 32)
+    "eggrpo": lambda a, v, s: (s[v] == 0).any() and (s > a)[v].any(),
+    "eggrpo-text": lambda a, v, s: (s != a)[v][:, ].any() and (s == a)[:, IMAGE].all(),
+    "eggrpo-image": lambda a, v, s: (s != a)[v].any() and (s == a)[:, PLAN].all(),
+    "bonus": lambda a, v, s: (s != 0).all() and (s > a)[v].any(),
+    "exclude": lambda a, v, s: (s[v] == 0).any() and ((s == 0) | (s == a)).all(),
+    "top-entropy": lambda a, v, s: ((s != 0) & v).sum() <= 0.25 * v.sum() and not (s > a)[a > 0].any(),
+    "released": lambda a, v, s: (s[v] == 0).any() and (s > a)[v].any(),
 }
 
 
 @pytest.mark.parametrize("method", list(WHAT_DIFFERS))
 def test_what_a_method_does_to_advantages(method):
-    a, h, valid, shaped, _ = shaped_by(method)
-    assert WHAT_DIFFERS[method](a, h, valid, shaped)
-    assert not torch.equal(shaped, shaped_by("grpo")[3])
+    plain, valid, shaped = shaped_by(method)
+    assert WHAT_DIFFERS[method](plain, valid, shaped)
+    assert not torch.equal(shaped, shaped_by("grpo")[2])
     if method == "released":
-        assert not torch.equal(shaped, shaped_by("eggrpo")[3])
+        assert not torch.equal(shaped, shaped_by("eggrpo")[2])
 
 
 @pytest.mark.parametrize("method", ["grpo", "dr-grpo", "dapo", "entropy-coef"])
 def test_methods_that_leave_advantages_as_they_are(method):
-    a, _, _, shaped, _ = shaped_by(method)
-    assert torch.equal(shaped, a[:, None].expand(6, 32))
+    plain, _, shaped = shaped_by(method)
+    assert torch.equal(shaped, plain)
 
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_method_makes_two_updates_and_all_but_grpo_differ_from_it(step, method):
-    """dapo differs where a group is constant, and in its clip, which one update a batch never
-    reaches."""
+    """dapo differs where a group is constant, and in its clip, which one update never reaches."""
     policy, reference, rollout, config = step
-    rewards = rollout.rewards.clone()
     if method == "dapo":
-        rewards[1] = 0.5
-    rollout = rollout._replace(rewards=rewards)
-    ours, grpo = (replace(config, method=m, **METHODS[m]) for m in (method, "grpo"))
-    (stats, got), (_, base) = gradients(policy, reference, rollout,
-                                        ours), gradients(policy, reference, rollout, grpo)
+        rollout.rewards[1] = 0.5
+    ours, grpo = (replace(config, method=m, **METHODS[m].values) for m in (method, "grpo"))
+    stats, got = gradients(policy, reference, rollout, ours)
+    _, base = gradients(policy, reference, rollout, grpo)
     assert all(math.isfinite(v) for v in stats.values())
-    assert all(torch.equal(a, b) for a, b in zip(got, base)) == (method == "grpo")
+    assert equal(got, base) == (method == "grpo")
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-3)
     for i in range(2):
-        stats = update(policy, reference, optimizer, rollout, ours, i, torch.device("cpu"))
+        stats = update(policy, reference, optimizer, shape_rollout(rollout, ours), ours, i)
     assert math.isfinite(stats["grad_norm"]) and stats["kl"] > 0
 
 
@@ -425,19 +482,19 @@ def test_the_released_rule_counts_287_and_115_and_masks_nothing_where_entropies_
 
 
 def test_dr_grpo_divides_neither_by_the_std_nor_by_the_valid_tokens(step):
-    policy, _, rollout, config = step
-    assert torch.equal(group_advantages(torch.tensor([[1.0, 3.0]]), divide_by_std=False),
-                       torch.tensor([[-1.0, 1.0]]))
-    _, counted = eggrpo.token_weights(rollout, policy.C, replace(config, **METHODS["dr-grpo"]))
-    assert counted.sum() == rollout.valid.numel() > rollout.valid.sum()
+    _, _, rollout, config = step
+    two = group_advantages(torch.tensor([[1.0, 3.0]]), divide_by_std=False)
+    assert torch.equal(two, torch.tensor([[-1.0, 1.0]]))
+    batch = shape_rollout(rollout, replace(config, **METHODS["dr-grpo"].values))
+    assert batch.counted.sum() == rollout.valid.numel() > rollout.valid.sum() == batch.weight.sum()
 
 
 def test_dapo_drops_constant_groups_from_numerator_and_denominator(step):
-    policy, _, rollout, config = step
+    _, _, rollout, config = step
     rollout = rollout._replace(rewards=torch.tensor([[0.5] * 4, [0.0, 1.0, 0.5, 0.2]]))
-    weights, counted = eggrpo.token_weights(rollout, policy.C, replace(config, **METHODS["dapo"]))
-    assert not weights[:4].any() and torch.equal(
-        weights[4:] > 0, rollout.valid[4:]) and counted.sum() == rollout.valid[4:].sum()
+    batch = shape_rollout(rollout, replace(config, **METHODS["dapo"].values))
+    assert not batch.weight[:4].any() and torch.equal(batch.weight[4:] > 0, rollout.valid[4:])
+    assert batch.counted.sum() == rollout.valid[4:].sum()
 
 
 def test_dapo_clips_higher_than_grpo():
@@ -446,7 +503,7 @@ def test_dapo_clips_higher_than_grpo():
     old, valid = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
 
     def slope(ratio, a, method):
-        config = Config(**METHODS[method])
+        config = Config(**METHODS[method].values)
         leaf = torch.full((1, 1), math.log(ratio), requires_grad=True)
         policy_loss(leaf, old, None, torch.tensor([[a]]), valid, 0.0, config.clip_low,
                     config.clip_high)[0].backward()
@@ -461,88 +518,102 @@ def test_the_entropy_gradient_raises_entropy(step, method):
     """With all rewards equal and no KL only the entropy term is left: descending the loss must
     raise entropy."""
     policy, reference, rollout, config = step
-    config = replace(config, beta=0.0, method=method, **METHODS[method])
-    rollout = rollout._replace(rewards=torch.full((2, 4), 0.5))
-    mean = lambda: score_tokens(policy, rollout, config, torch.device("cpu"))[1][rollout.valid
-                                                                                 ].mean().item()
-    before = mean()
-    optimizer = torch.optim.SGD(policy.parameters(), 0.1)
+    config = replace(config, beta=0.0, method=method, **METHODS[method].values)
+    batch = shape_rollout(rollout._replace(rewards=torch.full((2, 4), 0.5)), config)
+
+    def mean():
+        entropies = [differentiable_entropy(x) for x in logits_of(policy, rollout, config)]
+        return torch.cat(entropies, 1)[rollout.valid].mean().item()
+
+    before, optimizer = mean(), torch.optim.SGD(policy.parameters(), 0.1)
     for i in range(5):
-        update(policy, reference, optimizer, rollout, config, i, torch.device("cpu"))
+        update(policy, reference, optimizer, batch, config, i)
     assert mean() > before + 1e-5
+
+
+def test_a_modality_that_is_not_shaped_gets_no_entropy_gradient_either(step):
+    policy, _, rollout, config = step
+    config = replace(config, **METHODS["eggrpo-gradient"].values, shaped="image")
+    batch = shape_rollout(rollout, config)
+    assert not batch.high[:, :policy.C].any() and batch.high[:, policy.C:].any()
 
 
 def test_the_additive_bonus_alone_moves_nothing_where_all_rewards_are_equal(step):
     policy, reference, rollout, config = step
-    _, got = gradients(policy, reference, rollout._replace(rewards=torch.full((2, 4), 1.1)),
-                       replace(config, beta=0.0))
+    rollout = rollout._replace(rewards=torch.full((2, 4), 1.1))
+    _, got = gradients(policy, reference, rollout, replace(config, beta=0.0))
     assert all((g == 0).all() for g in got)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_guidance_in_rl_is_part_of_the_policy(eye, world, guidance):
-    """What is sampled is what is scored; the released mismatch, guided sampling and unguided
-    scoring, hides behind a gap of 0."""
-    policy = tiny_policy(world)
-    scenes = [make_scene(world, "train", 0, i) for i in range(2)]
-    config = Config(prompts=2, group=2, guidance=guidance)
+def test_guidance_in_rl_is_part_of_the_policy(eye, world):
+    """What is sampled is what is scored. The released mismatch, guided sampling and unguided
+    scoring, makes the ratio 1 by construction; the logged gap tells."""
+    policy, scenes = tiny_policy(world), [make_scene(world, "train", 0, i) for i in range(2)]
+    config = Config(prompts=2, group=2, guidance=3.0)
     rollout, _ = make_rollout(policy, eye, scenes, config, 0)
-    honest = score_tokens(policy, rollout, config, torch.device("cpu"))[0]
-    assert (honest - rollout.logp).abs().max() < 1e-4
-    released, _ = make_rollout(policy, eye, scenes, replace(config, score_guidance=1.0), 0)
+    logp = token_logp(*logits_of(policy, rollout, config), rollout.plan, rollout.codes)
+    assert (logp - rollout.logp).abs().max() < 1e-4
+    mismatch = replace(config, score_guidance=1.0)
+    released, _ = make_rollout(policy, eye, scenes, mismatch, 0)
     assert torch.equal(released.codes, rollout.codes)
-    difference = (released.logp - rollout.logp).abs().max()
-    assert difference > 0.1 if guidance > 1 else difference < 1e-4
+    assert (released.entropy - rollout.entropy).abs().max() > 0.05
+    released = released._replace(rewards=torch.rand(2, 2))
+    stats, _ = gradients(policy, policy, released, mismatch)
+    assert stats["ratio_min"] == stats["ratio_max"] == 1 and stats["gap"] > 0.1
 
 
 def test_pictures_of_a_plan_share_the_plan_and_all_are_one_group(eye, world, policy):
     scenes = [make_scene(world, "train", 0, i) for i in range(2)]
-    rollout, _ = make_rollout(policy, eye, scenes, Config(prompts=2, group=3, images_per_plan=2), 0)
+    config = Config(prompts=2, group=3, images_per_plan=2)
+    rollout, _ = make_rollout(policy, eye, scenes, config, 0)
     assert rollout.rewards.shape == (2, 6) and torch.equal(rollout.plan[::2], rollout.plan[1::2])
-    assert not torch.equal(rollout.codes[::2], rollout.codes[1::2]) and len(
-        {tuple(p.tolist())
-         for p in rollout.plan}) > 2
+    assert not torch.equal(rollout.codes[::2], rollout.codes[1::2])
+    assert len({tuple(p.tolist()) for p in rollout.plan}) > 2
+    assert torch.equal(rollout.prompt[:6], rollout.prompt[:1].expand(6, -1))
 
 
-def test_several_updates_a_batch_move_the_ratio_and_each_sequence_is_used_once_an_epoch(step):
+def test_several_updates_move_the_ratio_and_use_each_sequence_once_an_epoch(step, monkeypatch):
     policy, reference, rollout, config = step
-    config = replace(config, inner_epochs=2, minibatches=4, lr=1e-2)
-    seen = []
-    original, eggrpo.take = eggrpo.take, lambda r, rows: seen.append(rows.tolist()) or original(
-        r, rows)
-    try:
-        stats = update(policy, reference, torch.optim.AdamW(policy.parameters(), 1e-2), rollout,
-                       config, 0, torch.device("cpu"))
-    finally:
-        eggrpo.take = original
-    assert len(seen) == 8 and sorted(sum(seen[:4], [])) == sorted(sum(seen[4:], [])) == list(
-        range(8)) and seen[:4] != seen[4:]
+    config, seen, original = replace(config, inner_epochs=2, minibatches=4), [], eggrpo.part_loss
+    rollout = rollout._replace(prompt=rollout.prompt.clone())
+    names = {tuple(p.tolist()): i for i, p in enumerate(rollout.codes)}
+
+    def spy(policy, reference, part, *rest):
+        seen.append([names[tuple(p.tolist())] for p in part.codes])
+        return original(policy, reference, part, *rest)
+
+    monkeypatch.setattr(eggrpo, "part_loss", spy)
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-2)
+    stats = update(policy, reference, optimizer, shape_rollout(rollout, config), config, 0)
+    assert len(seen) == 8 and seen[:4] != seen[4:]
+    assert sorted(sum(seen[:4], [])) == sorted(sum(seen[4:], [])) == list(range(8))
     assert stats["gap"] < 1e-4 and stats["ratio_max"] > 1.01 and stats["clipped"] > 0
 
 
 def test_text_weight_weighs_plan_tokens_and_one_is_the_pooled_mean(step):
     policy, _, rollout, config = step
-    weights, counted = eggrpo.token_weights(rollout, policy.C, replace(config, text_weight=2.5))
-    assert torch.equal(weights[:, :policy.C],
-                       2.5 * rollout.valid[:, :policy.C].float()) and counted is weights
-    assert torch.equal(eggrpo.token_weights(rollout, policy.C, config)[0], rollout.valid.float())
+    batch = shape_rollout(rollout, replace(config, text_weight=2.5))
+    assert torch.equal(batch.weight[:, :policy.C], 2.5 * rollout.valid[:, :policy.C].float())
+    assert batch.counted is batch.weight
+    assert torch.equal(shape_rollout(rollout, config).weight, rollout.valid.float())
 
 
-def test_the_reference_is_frozen_apart_and_idle_where_beta_is_zero(step, monkeypatch):
+def test_the_reference_is_idle_where_beta_is_zero(step, monkeypatch):
     policy, reference, rollout, config = step
-    reference.requires_grad_(False)
-    before = [p.clone() for p in reference.parameters()]
-    update(policy, reference, torch.optim.AdamW(policy.parameters(), 1e-2), rollout, config, 0,
-           torch.device("cpu"))
-    assert all(torch.equal(a, b) for a, b in zip(before, reference.parameters()))
-    monkeypatch.setattr(reference, "forward", None)                         # calling it would raise
-    update(policy, reference, Gradients(policy), rollout, replace(config, beta=0.0), 0,
-           torch.device("cpu"))
+    calls = []
+    original = type(reference).forward
+    monkeypatch.setattr(reference, "forward", lambda *x: calls.append(1) or original(reference, *x))
+    gradients(policy, reference, rollout, config)
+    assert len(calls) == 1
+    gradients(policy, reference, rollout, replace(config, beta=0.0))
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("field, value", [
-    ("low_frac", 1.2), ("high_frac", -0.1), ("low_frac", 0.7), ("inner_epochs", 0), ("minibatches", 7), ("group", 1),
-    ("images_per_plan", 0), ("lr", -1.0), ("beta", float("nan")), ("shaped", "words"), ("threshold", "median"), ("micro_batch", 0)])
+    ("low_frac", 1.2), ("high_frac", -0.1), ("low_frac", 0.7), ("inner_epochs", 0),
+    ("minibatches", 7), ("group", 1), ("images_per_plan", 0), ("lr", -1.0), ("seed", -1),
+    ("beta", float("nan")), ("guidance", float("nan")), ("bonus_cap", 1.5), ("shaped", "words"),
+    ("threshold", "median"), ("micro_batch", 0)])
 def test_bad_values_are_refused_in_one_line(field, value):
     with pytest.raises(eggrpo.runtime.UserError, match=f"--{field.replace('_', '-')}") as error:
         Config(**{field: value}).check()

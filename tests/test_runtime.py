@@ -89,9 +89,9 @@ def test_streams_depend_on_their_key_alone():
 
 
 def test_flags_override_presets_override_defaults():
-    assert parse(Config, PRESETS, "", ["--preset", "smoke"]).rate == 0.1
-    assert parse(Config, PRESETS, "", ["--preset", "smoke", "--rate", "0.7"]).rate == 0.7
-    assert parse(Config, PRESETS, "", ["--preset", "cpu"]).rate == 0.5
+    assert parse("x.py", Config, PRESETS, "", ["--preset", "smoke"])[0].rate == 0.1
+    assert parse("x.py", Config, PRESETS, "", ["--preset", "smoke", "--rate", "0.7"])[0].rate == 0.7
+    assert parse("x.py", Config, PRESETS, "", ["--preset", "cpu"])[0].rate == 0.5
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -99,7 +99,7 @@ def test_flags_override_presets_override_defaults():
     (["--rate", "much"], "argument --rate: invalid float value"), (["--rate", "2"], "--rate must be at most 1")])
 def test_bad_flags_are_one_line(argv, words):
     with pytest.raises(UserError) as error:
-        parse(Config, PRESETS, "", argv)
+        parse("x.py", Config, PRESETS, "", argv)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 

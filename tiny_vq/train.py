@@ -42,8 +42,12 @@ class Config:
     save_every: int = 200
 
     def check(self):
-        if min(self.pictures, self.steps, self.batch, self.codes) < 1:
-            raise runtime.UserError("--pictures, --steps, --batch and --codes must be at least 1")
+        for name in ("pictures", "steps", "batch", "codes", "dim", "scored", "save_every"):
+            runtime.require(getattr(self, name) >= 1,
+                            f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        runtime.require(self.width > 0 and self.width % 8 == 0,
+                        f"--width {self.width} must be a multiple of 8")
+        runtime.require(self.seed >= 0, f"--seed {self.seed}: must be 0 or more")
 
 
 PRESETS = {
@@ -84,7 +88,7 @@ def ceiling(model, world, device, number, seed=0):
 
 def load_tokenizer(preset, out="out", device="cpu"):
     """Read the finished tokenizer of a preset. Returns the model, frozen."""
-    maker = f"python -m tiny_vq.train --preset {preset}"
+    maker = runtime.maker_of("-m tiny_vq.train", preset, out)
     record = runtime.load_finished(f"{out}/{preset}/tokenizer.pt", maker, "tokenizer", preset)
     model = VQVAE(**record["model_config"])
     model.load_state_dict(record["model"])
@@ -92,9 +96,8 @@ def load_tokenizer(preset, out="out", device="cpu"):
 
 
 def main(argv=None):
-    config = runtime.parse(Config, PRESETS, __doc__, argv)
+    config, maker = runtime.parse("-m tiny_vq.train", Config, PRESETS, __doc__, argv)
     path = f"{config.out}/{config.preset}/tokenizer.pt"
-    maker = f"python -m tiny_vq.train --preset {config.preset}"
     record = runtime.resume(path, config, maker)
     if record and record["step"] == config.steps:
         return print(
@@ -144,16 +147,8 @@ def main(argv=None):
             ended = step + 1 == config.steps
             if ended or stop.signal or (step + 1) % config.save_every == 0:
                 results = ceiling(model, world, device, config.scored) if ended else {}
-                runtime.save(
-                    path,
-                    dict(kind="tokenizer",
-                         settings=runtime.settings(config),
-                         step=step + 1,
-                         steps=config.steps,
-                         model_config=model.config,
-                         model=model.state_dict(),
-                         optimizer={} if ended else optimizer.state_dict(),
-                         results=results))
+                runtime.save_stage(path, "tokenizer", config, step + 1, model, optimizer,
+                                   results=results)
                 if stop.signal and not ended:
                     stop.leave(path, maker)
     log(**results, seconds=time.time() - started)
