@@ -203,13 +203,11 @@ def train(instances, method, guidance, steps, **change):
         results = []
         for instance, new in zip(instances, theta):
             reward = instance.rewards(tokens)
-            p_old, (logp, entropy) = look_up(instance.theta,
-                                             tokens)[0].sum(1).exp(), look_up(new, tokens)
-            p = logp.sum(1).exp()
+            logp, entropy = look_up(new, tokens)
+            p, p_old = logp.sum(1).exp(), look_up(instance.theta, tokens)[0].sum(1).exp()
             spread = (p_old * (reward - (p_old * reward).sum()) ** 2).sum().sqrt()
-            results.append(
-                torch.stack([((p - p_old) * reward).sum() / spread,
-                             (p[:, None] * entropy).sum() / T]))
+            gained = ((p - p_old) * reward).sum() / spread
+            results.append(torch.stack([gained, (p[:, None] * entropy).sum() / T]))
     return torch.stack(results).unbind(1)
 
 
@@ -244,10 +242,8 @@ def bonus():
     for title, guidance in (("on-policy", 1.0), (mismatch, GUIDANCE)):
         print(f"\nExact expected gradients, {title}; medians over {SEEDS} instances\n")
         exact_table(SEEDS, guidance)
-        print(
-            f"\nGroups of {GROUP}, {PROMPTS} groups a step, Adam, {STEPS} steps, {title}; "
-            f"{SEEDS} instances\n"
-        )
+        print(f"\nGroups of {GROUP}, {PROMPTS} groups a step, Adam, {STEPS} steps, {title}; "
+              f"{SEEDS} instances\n")
         sampled_table(SEEDS, STEPS, guidance)
     print(f"\n{time.time() - started:.0f} s")
 

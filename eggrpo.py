@@ -243,7 +243,7 @@ class Config:
         require(self.bonus_cap <= 1, f"{flag('bonus_cap')}: above 1 it would flip signs")
         require(math.isfinite(self.guidance), f"{flag('guidance')}: must be finite")
         require(not self.score_guidance or self.inner_epochs * self.minibatches == 1,
-                f"{flag('score_guidance')}: allows one update a batch only, as in the released code")
+                f"{flag('score_guidance')}: allows one update a batch, as in the released code")
         require(self.seed >= 0, f"{flag('seed')}: must be 0 or more")
         require(self.sequences % self.minibatches == 0,
                 f"{flag('minibatches')} does not divide the {self.sequences} sequences of a batch")

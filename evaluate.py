@@ -99,22 +99,14 @@ def summary(scores):
     category."""
     reward, reward_half = interval(scores.rewards)
     exact, exact_half = interval(scores.exact)
-    of = lambda category: torch.tensor([c == category for c in scores.categories])
-    by_category = {
-        c:
-        dict(n=int(of(c).sum()),
-             reward=scores.rewards[of(c)].mean().item(),
-             exact=scores.exact[of(c)].mean().item())
-        for c in dict.fromkeys(scores.categories)
-    }
-    return dict(n=len(scores.rewards),
-                reward=reward,
-                reward_half=reward_half,
-                exact=exact,
-                exact_half=exact_half,
-                **{name: values.nanmean().item()
-                   for name, values in scores.parts.items()},
-                categories=by_category)
+    categories = {}
+    for c in dict.fromkeys(scores.categories):
+        rows = torch.tensor([category == c for category in scores.categories])
+        categories[c] = dict(n=int(rows.sum()), reward=scores.rewards[rows].mean().item(),
+                             exact=scores.exact[rows].mean().item())
+    parts = {name: values.nanmean().item() for name, values in scores.parts.items()}
+    return dict(n=len(scores.rewards), reward=reward, reward_half=reward_half, exact=exact,
+                exact_half=exact_half, **parts, categories=categories)
 
 
 def table(results):

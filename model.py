@@ -74,25 +74,19 @@ class Policy(nn.Module):
     def __init__(self, words, codes, prompt_slots, plan_slots, image_tokens, width=128, layers=4,
                  heads=4):
         super().__init__()
-        self.config = dict(words=words,
-                           codes=codes,
-                           prompt_slots=prompt_slots,
-                           plan_slots=plan_slots,
-                           image_tokens=image_tokens,
-                           width=width,
-                           layers=layers,
-                           heads=heads)
+        self.config = dict(words=words, codes=codes, prompt_slots=prompt_slots,
+                           plan_slots=plan_slots, image_tokens=image_tokens, width=width,
+                           layers=layers, heads=heads)
         self.S, self.C, self.L = prompt_slots, plan_slots, image_tokens
         self.slots = prompt_slots + plan_slots + image_tokens + 1  # the last code is never an input
         self.word_embedding = nn.Embedding(words, width)
         # (D, SMEAR)
-        self.smear = nn.Parameter(
-            F.one_hot(torch.tensor(SMEAR - 1), SMEAR).float().repeat(width, 1))
+        self.smear = nn.Parameter(torch.empty(width, SMEAR))
         self.code_embedding = nn.Embedding(codes, width)
         self.place_embedding = nn.Embedding(prompt_slots + plan_slots + 2, width)
         side = int(image_tokens ** 0.5)
-        self.row_embedding, self.column_embedding = nn.Embedding(side,
-                                                                 width), nn.Embedding(side, width)
+        self.row_embedding = nn.Embedding(side, width)
+        self.column_embedding = nn.Embedding(side, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.graphs = {}                                 # CUDA graphs of sampling, see generate
         self.norm = nn.LayerNorm(width, bias=False)
@@ -100,9 +94,8 @@ class Policy(nn.Module):
         self.code_head = nn.Linear(width, codes, bias=False)
         for name, p in self.named_parameters():
             if p.dim() > 1:                                                 # GPT-2's initialisation
-                nn.init.normal_(p,
-                                std=0.02 / (2 * layers) ** 0.5 if name.endswith(
-                                    ("proj.weight", "down.weight")) else 0.02)
+                last = name.endswith(("proj.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / (2 * layers) ** 0.5 if last else 0.02)
 
     def embed_words(self, words):
         """Embed words (B, n) -> (B, n, D), each with a learned share of the seven before it.
@@ -236,7 +229,7 @@ class Decoder:
         self.cache = [torch.empty(size, dtype=dtype, device=device) for _ in policy.blocks]
         self.bias = torch.zeros(batch, heads, policy.slots, device=device)
         nothing = prompts.new_full((len(prompts), policy.C), PAD)
-        start = policy.join_words(prompts, nothing)[:, :policy.S + 1]              # the prompt, <plan>
+        start = policy.join_words(prompts, nothing)[:, :policy.S + 1]         # the prompt, <plan>
         self.words = policy.join_words(prompts, nothing).repeat_interleave(batch // len(prompts), 0)
         n, keep = policy.S + 1, start != PAD
         self.bias[..., :n].masked_fill_(~keep.repeat_interleave(batch // len(prompts), 0)[:, None],

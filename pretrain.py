@@ -50,17 +50,10 @@ class Config:
 
 
 PRESETS = {
-    "smoke":
-    dict(items=300, steps=20, batch=32, width=64, layers=2), "cpu":
-    dict(), "gpu":
-    dict(items=200000,
-         steps=12000,
-         batch=128,
-         lr=6e-4,
-         width=512,
-         layers=8,
-         heads=8,
-         save_every=2000),
+    "smoke": dict(items=300, steps=20, batch=32, width=64, layers=2),
+    "cpu": dict(),
+    "gpu": dict(items=200000, steps=12000, batch=128, lr=6e-4, width=512, layers=8, heads=8,
+                save_every=2000),
 }
 
 
@@ -98,8 +91,8 @@ def load_policy(path, maker, kind, preset, device="cpu"):
 
 
 def load_base(preset, out="out", device="cpu"):
-    return load_policy(f"{out}/{preset}/base.pt", runtime.maker_of("pretrain.py", preset, out), "base",
-                       preset, device)
+    maker = runtime.maker_of("pretrain.py", preset, out)
+    return load_policy(f"{out}/{preset}/base.pt", maker, "base", preset, device)
 
 
 def main(argv=None):

@@ -129,10 +129,8 @@ def detect(images, world):
     there = height > MATCH
     kinds = torch.zeros(b, c * t * s, device=images.device).scatter_add_(1, kind, there.float())
 
-    # What the objects explain: stamp each one's template, one pixel wider, into the ink of its
-    # colour.
-    cover = F.max_pool2d((templates > 0).float()[:, None], 3, stride=1, padding=1)[:,
-                                                                                   0]  # (t*s, n, n)
+    # What the objects explain: stamp each one's template, one pixel wider, into its colour's ink.
+    cover = F.max_pool2d((templates > 0).float(), 3, stride=1, padding=1)               # (t*s, n, n)
     stamps = cover[kind % (t * s)] * there[:, :, None, None]                          # (B, M, n, n)
     side = torch.arange(n, device=images.device)
     y, x = place // w, place % w               # centres; in the padded picture, the stamps' corners

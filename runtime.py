@@ -207,7 +207,8 @@ def load_finished(path, maker, kind, preset):
 
 def maker_of(script, preset, out):
     """Spell the command that makes a stage, for messages."""
-    return f"python {script} --preset {preset}" + (f" --out {shlex.quote(out)}" if out != "out" else "")
+    where = f" --out {shlex.quote(out)}" if out != "out" else ""
+    return f"python {script} --preset {preset}{where}"
 
 
 def settings(config):

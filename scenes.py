@@ -57,9 +57,10 @@ KNOWN_COLOURS = {
     "yellow": ("lemons", "bananas"), "purple": ("violets", "plums"), "white": ("snow", "milk"),
 }
 KNOWN_SHAPES = {
-    "circle": ("with no corners", "like a wheel"), "square":
-    ("with four equal sides", "like a chessboard"), "triangle":
-    ("with three sides", "like a pyramid"), "diamond": ("like a kite", "like a square on its tip"),
+    "circle": ("with no corners", "like a wheel"),
+    "square": ("with four equal sides", "like a chessboard"),
+    "triangle": ("with three sides", "like a pyramid"),
+    "diamond": ("like a kite", "like a square on its tip"),
     "cross": ("like a plus sign", "with four arms"),
 }
 CATEGORIES = ("colour", "shape", "texture", "numeracy", "spatial", "complex", "knowledge")
@@ -96,17 +97,10 @@ class World:
 
 
 WORLDS = {
-    "smoke":
-    World(), "cpu":
-    World(), "gpu":
-    World(image_size=64,
-          patch=4,
-          grid=4,
-          object_size=14,
-          textures=("solid", "striped", "hollow"),
-          max_objects=4,
-          prompt_slots=20,
-          plan_slots=36),
+    "smoke": World(),
+    "cpu": World(),
+    "gpu": World(image_size=64, patch=4, grid=4, object_size=14, max_objects=4, prompt_slots=20,
+                 plan_slots=36, textures=("solid", "striped", "hollow")),
 }
 
 
