@@ -234,9 +234,10 @@ class Config:
         fractions = min(self.low_frac, self.high_frac) >= 0 and self.low_frac + self.high_frac <= 1
         require(fractions, f"{flag('low_frac')} and {flag('high_frac')} must lie in [0, 1] and add "
                 "up to at most 1")
-        for name in ("steps", "prompts", "images_per_plan", "inner_epochs", "minibatches",
-                     "micro_batch", "eval_every", "eval_prompts", "save_every"):
-            require(getattr(self, name) >= 1, f"{flag(name)}: must be at least 1")
+        runtime.require_at_least(
+            1, self, "steps", "prompts", "images_per_plan", "inner_epochs", "minibatches",
+            "micro_batch", "eval_every", "eval_prompts", "save_every")
+        runtime.require_at_least(0, self, "seed")
         for name in ("lr", "beta", "bonus_coef", "bonus_cap", "clip_low", "clip_high",
                      "text_weight", "entropy_coef", "score_guidance"):
             require(0 <= getattr(self, name) < math.inf, f"{flag(name)}: must be 0 or more, finite")
@@ -244,7 +245,6 @@ class Config:
         require(math.isfinite(self.guidance), f"{flag('guidance')}: must be finite")
         require(not self.score_guidance or self.inner_epochs * self.minibatches == 1,
                 f"{flag('score_guidance')}: allows one update a batch, as in the released code")
-        require(self.seed >= 0, f"{flag('seed')}: must be 0 or more")
         require(self.sequences % self.minibatches == 0,
                 f"{flag('minibatches')} does not divide the {self.sequences} sequences of a batch")
         for name, choices in (("shaped", ("both", "plan", "image")),

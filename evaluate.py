@@ -38,8 +38,7 @@ class Config:
     batch: int = 128
 
     def check(self):
-        if min(self.prompts, self.batch) < 1:
-            raise runtime.UserError("--prompts and --batch must be at least 1")
+        runtime.require_at_least(1, self, "prompts", "batch")
 
 
 PRESETS = {"smoke": dict(prompts=24, batch=24), "cpu": dict(), "gpu": dict(prompts=2100, batch=256)}

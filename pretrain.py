@@ -39,14 +39,12 @@ class Config:
     save_every: int = 200
 
     def check(self):
-        for name in ("items", "steps", "batch", "layers", "heads", "save_every"):
-            runtime.require(getattr(self, name) >= 1,
-                            f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        runtime.require_at_least(1, self, "items", "steps", "batch", "layers", "heads", "save_every")
+        runtime.require_at_least(0, self, "seed")
         runtime.require(self.width > 0 and self.width % self.heads == 0,
                         f"--width {self.width} must be a multiple of --heads {self.heads}")
         runtime.require(0 <= self.drop_plan < 1 and 0 <= self.drop_prompt < 1,
                         "--drop-plan and --drop-prompt must lie in [0, 1)")
-        runtime.require(self.seed >= 0, f"--seed {self.seed}: must be 0 or more")
 
 
 PRESETS = {

@@ -130,10 +130,10 @@ def detect(images, world):
     kinds = torch.zeros(b, c * t * s, device=images.device).scatter_add_(1, kind, there.float())
 
     # What the objects explain: stamp each one's template, one pixel wider, into its colour's ink.
-    cover = F.max_pool2d((templates > 0).float(), 3, stride=1, padding=1)               # (t*s, n, n)
+    cover = F.max_pool2d((templates > 0).float(), 3, stride=1, padding=1)              # (t*s, n, n)
     stamps = cover[kind % (t * s)] * there[:, :, None, None]                          # (B, M, n, n)
     side = torch.arange(n, device=images.device)
-    y, x = place // w, place % w               # centres; in the padded picture, the stamps' corners
+    y, x = place // w, place % w            # centres; in the padded picture, the stamps' corners
     rows = (kind // (t * s) * (h + n - 1) + y)[:, :, None, None] + side[:, None]      # (B, M, n, 1)
     index = rows * (w + n - 1) + x[:, :, None, None] + side                           # (B, M, n, n)
     paint = paint.view(b, -1)

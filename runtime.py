@@ -40,6 +40,13 @@ def require(truth, message):
         raise UserError(message)
 
 
+def require_at_least(least, config, *names):
+    """Raise UserError unless each of these fields of a config is at least so much."""
+    for name in names:
+        value = getattr(config, name)
+        require(value >= least, f"--{name.replace('_', '-')} {value}: must be at least {least}")
+
+
 # --- flags and device -----------------------------------------------------------------------------
 
 class _Parser(argparse.ArgumentParser):

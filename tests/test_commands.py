@@ -146,8 +146,8 @@ def without_seconds(path):
 @pytest.mark.parametrize("stage", list(LONG))
 def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_is_the_uninterrupted_one(
         out, tmp_path, stage):
-    """Bit for bit: the same log, but for its clock, and the same weights. The command that goes on is the
-    one that was printed."""
+    """Bit for bit: the same log, but for its clock, and the same weights. The command that goes on
+    is the one that was printed."""
     folders = [tmp_path / "whole", tmp_path / "cut"]
     for folder in folders:
         (folder / "smoke").mkdir(parents=True)

@@ -11,7 +11,8 @@ import torch
 import eggrpo
 from conftest import tiny_policy
 from eggrpo import (Config, METHODS, check_gap, differentiable_entropy, entropy_masks,
-                    entropy_stats, group_advantages, make_rollout, policy_loss, rollout_stats, shape_advantages,
+                    entropy_stats, group_advantages, make_rollout, policy_loss, rollout_stats,
+                    shape_advantages,
                     shape_rollout, token_entropy, update)
 from model import score, token_logp
 from scenes import make_scene

@@ -42,12 +42,11 @@ class Config:
     save_every: int = 200
 
     def check(self):
-        for name in ("pictures", "steps", "batch", "codes", "dim", "scored", "save_every"):
-            runtime.require(getattr(self, name) >= 1,
-                            f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        runtime.require_at_least(1, self, "pictures", "steps", "batch", "codes", "dim", "scored",
+                                 "save_every")
+        runtime.require_at_least(0, self, "seed")
         runtime.require(self.width > 0 and self.width % 8 == 0,
                         f"--width {self.width} must be a multiple of 8")
-        runtime.require(self.seed >= 0, f"--seed {self.seed}: must be 0 or more")
 
 
 PRESETS = {
