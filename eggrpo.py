@@ -144,7 +144,8 @@ def policy_loss(logp, logp_old, logp_ref, advantage, valid, beta=0.01, clip_low=
     logp, logp_old, logp_ref, advantage: (B, T); valid: (B, T) bool, or weights of at least 0 where
     modalities count differently. logp_ref may be None where beta is 0. denominator: the sum of
     `valid` over the whole batch, where this is a part of it. Returns the loss, a scalar, and a dict
-    of floats: kl and clipped (this part's share of the batch's mean), ratio_min, ratio_max.
+    of scalars without gradient: kl and clipped (this part's share of the batch's mean), ratio_min,
+    ratio_max.
     """
     denominator = valid.sum() if denominator is None else denominator
     there = valid > 0                                           # padding may hold anything, NaN too
@@ -158,9 +159,9 @@ def policy_loss(logp, logp_old, logp_ref, advantage, valid, beta=0.01, clip_low=
         kl = gap.exp() - gap - 1
     loss = -((surrogate - beta * kl) * valid).sum() / denominator
     clipped = (ratio < 1 - clip_low) & (advantage < 0) | (ratio > 1 + clip_high) & (advantage > 0)
-    means = [(kl * valid).sum() / denominator, (clipped * valid).sum() / denominator]
-    stats = torch.stack([*means, ratio.min(), ratio.max()])
-    return loss, dict(zip(("kl", "clipped", "ratio_min", "ratio_max"), stats.tolist()))
+    stats = dict(kl=(kl * valid).sum() / denominator, clipped=(clipped * valid).sum() / denominator,
+                 ratio_min=ratio.min(), ratio_max=ratio.max())
+    return loss, {name: value.detach() for name, value in stats.items()}
 
 
 # --- configuration --------------------------------------------------------------------------------
@@ -281,28 +282,30 @@ class Rollout(NamedTuple):
 
 @torch.no_grad()
 def make_rollout(policy, eye, scenes, config, step):
-    """Sample plans and pictures for each scene's prompt and score the pictures. Returns a Rollout
-    and seconds."""
-    m, started = config.images_per_plan, time.time()
-    prompt = word_tensors(eye.world, scenes)[0].to(eye.device)                             # (P, S)
+    """Sample plans and pictures for each scene's prompt and score the pictures. Returns a Rollout.
+
+    What comes from the host is sent first; from then on nothing waits for the device.
+    """
+    m, each = config.images_per_plan, config.group * config.images_per_plan
+    prompt = word_tensors(eye.world, scenes)[0]                                            # (P, S)
     noise = torch.rand(config.sequences, policy.C + policy.L,
                        generator=runtime.generator(config.seed, "rollout", step))
     # the same noise writes the same plan
     noise[:, :policy.C] = noise[::m, :policy.C].repeat_interleave(m, 0)
-    draw = generate(policy, prompt, noise.to(eye.device), guidance=config.guidance)
-    prompt = prompt.repeat_interleave(config.group * m, 0)                                 # (B, S)
+    prompt, noise = prompt.to(eye.device), noise.to(eye.device)
+    want = rewards.make_want(eye.world, [s for s in scenes for _ in range(each)], eye.device)
+
+    draw = generate(policy, prompt, noise, guidance=config.guidance)
     images = eye.tokenizer.decode(draw.codes).float()                             # (B, 3, h, w)
-    sampled = time.time()
-    want = rewards.make_want(eye.world, [s for s in scenes for _ in range(config.group * m)],
-                             eye.device)
     reward, parts, exact = rewards.score(images, want, eye.world)
-    grouped = lambda x: x.view(len(scenes), config.group * m)                       # (B,) -> (P, G)
-    rollout = Rollout(prompt, draw.plan, draw.codes, draw.logp, draw.entropy, draw.valid, images,
-                      grouped(reward), {k: grouped(v) for k, v in parts.items()}, grouped(exact))
+    grouped = lambda x: x.view(len(scenes), each)                                 # (B,) -> (P, G)
+    rollout = Rollout(prompt.repeat_interleave(each, 0), draw.plan, draw.codes, draw.logp,
+                      draw.entropy, draw.valid, images, grouped(reward),
+                      {k: grouped(v) for k, v in parts.items()}, grouped(exact))
     if config.score_guidance:            # the released mismatch: entropy too is that of scoring
-        logits = score(policy, prompt, draw.plan, draw.codes, config.score_guidance)
+        logits = score(policy, rollout.prompt, draw.plan, draw.codes, config.score_guidance)
         rollout = rollout._replace(entropy=torch.cat([token_entropy(x) for x in logits], 1))
-    return rollout, dict(seconds_rollout=sampled - started, seconds_reward=time.time() - sampled)
+    return rollout
 
 
 class Batch(NamedTuple):
@@ -348,7 +351,7 @@ def shape_rollout(rollout, config):
 
 def part_loss(policy, reference, part, denominator, config):
     """Compute the loss of some sequences of a batch. Returns it and what is logged of it,
-    floats."""
+    scalars."""
     tokens, guidance = part[:3], config.score_guidance or config.guidance
     logits = score(policy, *tokens, guidance)                     # words (B, C, V), codes (B, L, V)
     logp, logp_ref = token_logp(*logits, part.plan, part.codes), None                       # (B, T)
@@ -364,82 +367,114 @@ def part_loss(policy, reference, part, denominator, config):
         bonus = (torch.where(part.high, entropy, 0.0) * part.weight).sum() / denominator
         loss = loss - config.entropy_coef * bonus
     gap = ((logp.detach() - part.logp).abs() * part.valid).max()
-    return loss, stats | dict(loss=loss.item(), gap=gap.item())
+    return loss, stats | dict(loss=loss.detach(), gap=gap)
 
 
-def update(policy, reference, optimizer, batch, config, step):
-    """Update the policy on a batch. Returns what is logged of it, floats: means over the step."""
-    updates = []
+def deal(batch, config, step):
+    """Deal a batch's rows to updates: inner_epochs times round, each in `minibatches` parts. Returns
+    a list of (n,) row numbers."""
+    size, device, dealt = len(batch.plan), batch.plan.device, []
     for epoch in range(config.inner_epochs):
-        rows = torch.arange(len(batch.plan))
+        rows = torch.arange(size, device=device)
         if config.minibatches > 1:
-            deal = runtime.generator(config.seed, "minibatch", step, epoch)
-            rows = torch.randperm(len(rows), generator=deal)
-        updates += rows.to(batch.plan.device).chunk(config.minibatches)
+            chance = runtime.generator(config.seed, "minibatch", step, epoch)
+            rows = torch.randperm(size, generator=chance).to(device)
+        dealt += rows.chunk(config.minibatches)
+    return dealt
 
+
+def merge(records, otherwise):
+    """Join records of scalars key by key: extremes stay extremes, all else by `otherwise`."""
+    extremes = {"ratio_min": torch.amin, "ratio_max": torch.amax, "gap": torch.amax}
+    return {k: extremes.get(k, otherwise)(torch.stack([r[k] for r in records]), 0)
+            for k in records[0]}
+
+
+def update(policy, reference, optimizer, batch, config, step, known={}):
+    """Update the policy on a batch. Returns what is logged of it, floats: means over the step.
+
+    known: what else is logged of the step, scalars. All of it comes to the host in one transfer an
+    update, before the weights are touched: the only time that the host waits for the device.
+    Raises BadNumbers, the weights as they were.
+    """
     logged = []
-    for number, rows in enumerate(updates):
+    for rows in deal(batch, config, step):
         # of the whole update, not of a part of it: micro-batches change nothing
-        denominator = batch.counted[rows].sum().clamp(min=1)
+        denominator, parts = batch.counted[rows].sum().clamp(min=1), []
         for some in rows.split(config.micro_batch):
-            part = Batch(*(x[some] for x in batch))
-            loss, stats = part_loss(policy, reference, part, denominator, config)
+            loss, stats = part_loss(policy, reference, Batch(*(x[some] for x in batch)),
+                                    denominator, config)
             loss.backward()
-            if number:
-                stats["gap"] = 0.0                       # the learner has moved on from the sampler
-            logged.append(stats | dict(grad_norm=0.0))
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        logged[-1]["grad_norm"] = norm.item()
+            parts.append(stats)
+        stats = known | merge(parts, torch.sum)      # each part holds its share of the update's mean
+        stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        if logged:                                       # the learner has moved on from the sampler
+            stats["gap"] = torch.zeros_like(stats["gap"])
+        stats = dict(zip(stats, torch.stack([*stats.values()]).cpu()))
+        check_numbers(stats, config, batch.plan.device)
         optimizer.step()
         optimizer.zero_grad()
-    # each other value is a part's share of its update's mean
-    mean = lambda values: sum(values) / len(updates)
-    merge = {"ratio_min": min, "ratio_max": max, "gap": max}
-    return {k: merge.get(k, mean)([record[k] for record in logged]) for k in logged[0]}
+        logged.append(stats)
+    return {k: v.item() for k, v in merge(logged, torch.mean).items()}
 
 
 def entropy_stats(entropy, valid, plan_slots):
-    """Average the mean and the std of entropy over a rollout's valid tokens, for plan and image."""
+    """Average the mean and the std of entropy over a rollout's valid tokens, for plan and image;
+    scalars."""
     stats = {}
     for name, part in (("plan", slice(None, plan_slots)), ("image", slice(plan_slots, None))):
         h, v = entropy[:, part], valid[:, part]
         n = v.sum(1).clamp(min=1)
         mean = (h * v).sum(1) / n
         std = (((h - mean[:, None]) ** 2 * v).sum(1) / n).sqrt()
-        stats |= {f"{name}_entropy": mean.mean().item(), f"{name}_entropy_std": std.mean().item()}
+        stats |= {f"{name}_entropy": mean.mean(), f"{name}_entropy_std": std.mean()}
     return stats
 
 
 def rollout_stats(rollout, batch, config):
-    """What is logged of a batch of rollouts, as floats."""
+    """What is logged of a batch of rollouts, scalars."""
     c, r, n = rollout.plan.shape[1], rollout.rewards, rollout.valid.sum()
     plain = group_advantages(r, divide_by_std=not config.no_std).flatten()[:, None]         # (B, 1)
     bonus = torch.where(rollout.valid & ~batch.low, batch.advantage - plain, 0.0)
     return dict(
-        reward=r.mean().item(), exact=rollout.exact.mean().item(),
-        **{name: part.nanmean().item() for name, part in rollout.parts.items()},
-        group_std=r.std(1).mean().item(),
-        constant_groups=(r.amax(1) == r.amin(1)).float().mean().item(),
-        plan_length=rollout.valid[:, :c].sum(1).float().mean().item(),
-        unstopped=(rollout.plan != END).all(1).float().mean().item(),
-        low_share=(batch.low.sum() / n).item(), high_share=(batch.high.sum() / n).item(),
-        bonus=(bonus.sum() / n).item(), **entropy_stats(rollout.entropy, rollout.valid, c))
+        reward=r.mean(), exact=rollout.exact.mean(),
+        **{name: part.nanmean() for name, part in rollout.parts.items()},
+        group_std=r.std(1).mean(),
+        constant_groups=(r.amax(1) == r.amin(1)).float().mean(),
+        plan_length=rollout.valid[:, :c].sum(1).float().mean(),
+        unstopped=(rollout.plan != END).all(1).float().mean(),
+        low_share=batch.low.sum() / n, high_share=batch.high.sum() / n,
+        bonus=bonus.sum() / n, **entropy_stats(rollout.entropy, rollout.valid, c))
 
 
 # --- the loop -------------------------------------------------------------------------------------
 
-def check_gap(gap, step, device):
-    """Hold the sampler against the learner: before an update, the rollout's log-probs are the
-    re-scored ones, and the ratio is 1.
+class BadNumbers(RuntimeError):
+    """A number says that the next update would do harm."""
 
-    This is how silent bugs in rollouts are caught. bf16 rounds a sequence otherwise than a slot:
-    hence the wider bound on CUDA, where the ratio is 1 only up to that rounding.
+
+def check_numbers(stats, config, device):
+    """Stop before an update that would do harm. Raises BadNumbers.
+
+    Nothing may be NaN or infinite, but for components that no prompt of the batch asks for. And the
+    sampler is held against the learner: before the first update the rollout's log-probs are the
+    re-scored ones, and the ratio is 1. This is how silent bugs in rollouts are caught. bf16 rounds
+    a sequence otherwise than a slot: hence the wider bound on CUDA, where the ratio is 1 only up to
+    that rounding.
     """
+    for name, value in stats.items():
+        if not (value.isfinite() or name in rewards.REWARDS):
+            raise BadNumbers(f"{name} is {value.item()}")
     bound = 1e-4 if device.type != "cuda" else 0.5
-    if not gap < bound:
-        raise RuntimeError(
-            f"step {step}: log-probs of sampler and learner differ by {gap:.2e}, "
-            f"more than {bound:.0e}: they are not the same policy")
+    if stats["gap"] > bound and not config.score_guidance:
+        raise BadNumbers(f"log-probs of sampler and learner differ by {stats['gap']:.2e}, more "
+                         f"than {bound:.0e}: they are not the same policy")
+
+
+def training_scenes(world, config, step):
+    """Draw the P scenes of a step."""
+    indices = range(step * config.prompts, (step + 1) * config.prompts)
+    return [make_scene(world, "train", 1000 + config.seed, i) for i in indices]
 
 
 def main(argv=None):
@@ -470,21 +505,19 @@ def main(argv=None):
         print(f"note: sampled under guidance {config.guidance:g}, scored under "
               f"{config.score_guidance:g}: `gap` in the log says how far apart they are")
 
+    scenes = training_scenes(world, config, first)
     with runtime.Interruptible() as stop:
         bar = tqdm(range(first, config.steps), config.method, initial=first, total=config.steps)
         for step in bar:
-            indices = range(step * config.prompts, (step + 1) * config.prompts)
-            scenes = [make_scene(world, "train", 1000 + config.seed, i) for i in indices]
-            rollout, seconds = make_rollout(policy, eye, scenes, config, step)
             tick = time.time()
+            rollout = make_rollout(policy, eye, scenes, config, step)
+            scenes = training_scenes(world, config, step + 1)      # while the device is sampling
             batch = shape_rollout(rollout, config)            # <- the only line that makes it EG
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * min(1, (step + 1) / 10)
-            stats = update(policy, reference, optimizer, batch, config, step)
-            if not config.score_guidance:
-                check_gap(stats["gap"], step, device)
-            stats = dict(rollout_stats(rollout, batch, config), **stats, **seconds,
-                         seconds_update=time.time() - tick)
+            stats = update(policy, reference, optimizer, batch, config, step,
+                           rollout_stats(rollout, batch, config))
+            stats["seconds"] = time.time() - tick
             bar.set_postfix({k: f"{stats[k]:.2f}" for k in ("reward", "exact", "kl")})
             ended = step + 1 == config.steps
             if ended or (step + 1) % config.eval_every == 0:

@@ -205,13 +205,14 @@ def choose(logits, uniform):
     One number a token makes the noise small, the same on every device, and shareable between
     policies.
     """
-    p = logits.softmax(-1)
+    logp = logits.log_softmax(-1)
+    p = logp.exp()
     cumulative = p.cumsum(-1)
     # the last millionth is left out, or rounding could land beyond the last possible token
     height = uniform[:, None] * cumulative[:, -1:] * (1 - 1e-6)
     token = torch.searchsorted(cumulative, height, right=True)                              # (B, 1)
-    entropy = torch.special.entr(p).sum(-1) / math.log(p.shape[-1])
-    return token[:, 0], p.gather(-1, token)[:, 0].log(), entropy
+    entropy = (p * logp).sum(-1) / -math.log(p.shape[-1])
+    return token[:, 0], logp.gather(-1, token)[:, 0], entropy
 
 
 class Decoder:

@@ -9,9 +9,14 @@ guidance has an empty prompt to compare with.
 """
 
 import math
+import multiprocessing
+import signal
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
+import numpy
 import torch
 from tqdm import tqdm
 
@@ -19,6 +24,8 @@ import runtime
 from model import Policy, score, token_logp
 from scenes import PAD, WORDS, WORLDS, corpus_item, encode_words, render
 from tiny_vq.train import as_images, load_tokenizer
+
+PIECE = 500                       # items of the corpus that are drawn and encoded at a time
 
 
 @dataclass(frozen=True)
@@ -62,17 +69,34 @@ def word_tensors(world, scenes):
     return prompts, plans
 
 
+def corpus_part(world, seed, indices):
+    """Draw some items of the corpus. Returns prompts (n, S), plans (n, C), pictures (n, h, w, 3),
+    as arrays: what passes cheaply from one process to another."""
+    scenes = [corpus_item(world, seed, i) for i in indices]
+    words = (x.to(torch.int16).numpy() for x in word_tensors(world, scenes))
+    return *words, numpy.stack([render(world, s) for s in scenes])
+
+
 def make_corpus(config, world, tokenizer, device):
     """Draw and encode the corpus. Returns prompts (n, S), plans (n, C), codes (n, L) as small
-    integers."""
-    parts = []
-    for start in tqdm(range(0, config.items, 500), "corpus", leave=False):
-        scenes = [
-            corpus_item(world, config.seed, i) for i in range(start, min(start + 500, config.items))
-        ]
-        images = as_images([render(world, s) for s in scenes]).to(device) / 255
-        parts.append((*word_tensors(world, scenes), tokenizer.encode(images).cpu()))
-    return [torch.cat(column).to(torch.int16) for column in zip(*parts)]
+    integers.
+
+    A large one is drawn by a process for each core, so that the device need not wait for it.
+    """
+    starts = range(0, config.items, PIECE)
+    pieces = [range(start, min(start + PIECE, config.items)) for start in starts]
+    draw, parts = partial(corpus_part, world, config.seed), []
+    with ExitStack() as stack:
+        drawn = map(draw, pieces)
+        if len(pieces) > 10:
+            # spawned, not forked: threads of torch are running. Ctrl-C is the main process's affair
+            context, quiet = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+            pool = stack.enter_context(context.Pool(initializer=signal.signal, initargs=quiet))
+            drawn = pool.imap(draw, pieces)
+        for *words, pictures in tqdm(drawn, "corpus", len(pieces), leave=False):
+            codes = tokenizer.encode(as_images(pictures).to(device) / 255).cpu().to(torch.int16)
+            parts.append((*map(torch.from_numpy, words), codes))
+    return [torch.cat(column) for column in zip(*parts)]
 
 
 def make_policy(config, world, codes):

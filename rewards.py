@@ -78,6 +78,14 @@ def make_want(world, scenes, device="cpu"):
 
 # --- what the picture shows -----------------------------------------------------------------------
 
+@lru_cache(maxsize=8)
+def _palette(device):
+    """Put the ground's colour and the way from it to each palette colour on a device, once: a copy
+    from the host would wait for the device."""
+    ground = torch.tensor(GROUND, device=device) / 255
+    return ground, torch.tensor(list(COLOURS.values()), device=device) / 255 - ground
+
+
 def ink(images):
     """Say how much of each pixel is paint of each palette colour. (B, 3, h, w) in [0, 1] -> (B, C,
     h, w) in [0, 1].
@@ -85,8 +93,7 @@ def ink(images):
     A pixel is ground + a * (colour - ground) with coverage a; it belongs to the colour that leaves
     the least residue.
     """
-    ground = torch.tensor(GROUND, device=images.device) / 255
-    axes = torch.tensor(list(COLOURS.values()), device=images.device) / 255 - ground        # (C, 3)
+    ground, axes = _palette(str(images.device))                              # (3,), (C, 3)
     offset = images.float() - ground[:, None, None]
     square = (axes ** 2).sum(1)[:, None, None]                                           # (C, 1, 1)
     dot = torch.einsum("bkhw,ck->bchw", offset, axes)

@@ -96,12 +96,12 @@ def ours(policy, eye, scenes, config, device):
     reference = Policy(**policy.config).to(device).requires_grad_(False)
     reference.load_state_dict(policy.state_dict())
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6)
-    rollout, _ = eggrpo.make_rollout(policy, eye, scenes, config, 0)
+    rollout = eggrpo.make_rollout(policy, eye, scenes, config, 0)
     rollout = rollout._replace(rewards=torch.rand(8, 8, device=device))
     want = rewards.make_want(eye.world, [s for s in scenes for _ in range(8)], device)
 
     def step():
-        rolled, _ = eggrpo.make_rollout(policy, eye, scenes, config, 0)
+        rolled = eggrpo.make_rollout(policy, eye, scenes, config, 0)
         batch = eggrpo.shape_rollout(rolled._replace(rewards=rollout.rewards), config)
         eggrpo.update(policy, reference, optimizer, batch, config, 0)
 

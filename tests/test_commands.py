@@ -190,6 +190,14 @@ def test_logs_are_json_that_any_reader_takes(out):
             json.loads(part, parse_constant=refuse)
 
 
+def test_a_corpus_drawn_by_several_processes_is_the_one_drawn_by_one(eye, world, monkeypatch):
+    config = pretrain.Config(preset="cpu", items=44)
+    alone = pretrain.make_corpus(config, world, eye.tokenizer, eye.device)
+    monkeypatch.setattr(pretrain, "PIECE", 4)
+    together = pretrain.make_corpus(config, world, eye.tokenizer, eye.device)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together)) and len(alone[0]) == 44
+
+
 def test_help_lists_every_method_with_what_it_is():
     printed = run(sys.executable, "eggrpo.py", "--help")
     for name, method in eggrpo.METHODS.items():

@@ -10,7 +10,7 @@ import torch
 
 import eggrpo
 from conftest import tiny_policy
-from eggrpo import (Config, METHODS, check_gap, differentiable_entropy, entropy_masks,
+from eggrpo import (Config, METHODS, BadNumbers, check_numbers, differentiable_entropy, entropy_masks,
                     entropy_stats, group_advantages, make_rollout, policy_loss, rollout_stats,
                     shape_advantages,
                     shape_rollout, token_entropy, update)
@@ -291,7 +291,7 @@ def step(eye, world):
     policy, reference = tiny_policy(world), tiny_policy(world, seed=1)
     config = Config(preset="cpu", prompts=2, group=4)
     scenes = [make_scene(world, "train", 0, i) for i in range(2)]
-    rollout, _ = make_rollout(policy, eye, scenes, config, 0)
+    rollout = make_rollout(policy, eye, scenes, config, 0)
     # an untrained tokenizer earns 0 every time
     varied = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
     return policy, reference, rollout._replace(rewards=varied), config
@@ -398,10 +398,27 @@ def test_entropy_statistics_go_over_valid_tokens_only():
 
 
 def test_a_sampler_that_is_not_the_learner_stops_the_run():
-    check_gap(5e-5, 0, torch.device("cpu"))
-    for gap in (2e-4, float("nan")):
-        with pytest.raises(RuntimeError, match="not the same policy"):
-            check_gap(gap, 7, torch.device("cpu"))
+    cpu, sane = torch.device("cpu"), dict(gap=torch.tensor(5e-5), loss=torch.tensor(0.0))
+    check_numbers(sane, Config(), cpu)
+    with pytest.raises(BadNumbers, match="not the same policy"):
+        check_numbers(sane | dict(gap=torch.tensor(2e-4)), Config(), cpu)
+
+
+def test_bad_numbers_are_named_and_leave_the_weights_alone(step):
+    """A poisoned log-prob, a poisoned weight, a sampler that is not the learner."""
+    policy, reference, rollout, config = step
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-2)
+    batch, before = shape_rollout(rollout, config), [p.clone() for p in policy.parameters()]
+    poison = lambda x, value: x.index_put((torch.tensor(0), torch.tensor(-1)), torch.tensor(value))
+    for change, words in ((dict(logp=poison(batch.logp, math.nan)), "ratio_min|loss|kl"),
+                          (dict(advantage=poison(batch.advantage, math.inf)), "loss is"),
+                          (dict(logp=batch.logp + 0.01), "not the same policy")):
+        with pytest.raises(BadNumbers, match=words):
+            update(policy, reference, optimizer, batch._replace(**change), config, 3)
+        policy.zero_grad()
+    with pytest.raises(BadNumbers, match="reward is nan"):
+        update(policy, reference, optimizer, batch, config, 3, dict(reward=torch.tensor(math.nan)))
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))
 
 
 def test_a_policy_overfits_one_reward(world, eye):
@@ -412,7 +429,7 @@ def test_a_policy_overfits_one_reward(world, eye):
     optimizer = torch.optim.AdamW(policy.parameters(), 3e-3, weight_decay=0.0)
     scenes, share = [make_scene(world, "train", 0, i) for i in range(2)], []
     for i in range(40):
-        rollout, _ = make_rollout(policy, eye, scenes, config, i)
+        rollout = make_rollout(policy, eye, scenes, config, i)
         reward = (rollout.codes == 5).float().mean(1).view(2, 8)
         share.append(reward.mean().item())
         batch = shape_rollout(rollout._replace(rewards=reward), config)
@@ -471,8 +488,8 @@ def test_every_method_makes_two_updates_and_all_but_grpo_differ_from_it(step, me
     assert all(math.isfinite(v) for v in stats.values())
     assert equal(got, base) == (method == "grpo")
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-3)
-    for i in range(2):
-        stats = update(policy, reference, optimizer, shape_rollout(rollout, ours), ours, i)
+    twice = replace(ours, inner_epochs=2)
+    stats = update(policy, reference, optimizer, shape_rollout(rollout, ours), twice, 0)
     assert math.isfinite(stats["grad_norm"]) and stats["kl"] > 0
 
 
@@ -529,8 +546,7 @@ def test_the_entropy_gradient_raises_entropy(step, method):
         return torch.cat(entropies, 1)[rollout.valid].mean().item()
 
     before, optimizer = mean(), torch.optim.SGD(policy.parameters(), 0.1)
-    for i in range(5):
-        update(policy, reference, optimizer, batch, config, i)
+    update(policy, reference, optimizer, batch, replace(config, inner_epochs=5), 0)
     assert mean() > before + 1e-5
 
 
@@ -553,11 +569,11 @@ def test_guidance_in_rl_is_part_of_the_policy(eye, world):
     scoring, makes the ratio 1 by construction; the logged gap tells."""
     policy, scenes = tiny_policy(world), [make_scene(world, "train", 0, i) for i in range(2)]
     config = Config(prompts=2, group=2, guidance=3.0)
-    rollout, _ = make_rollout(policy, eye, scenes, config, 0)
+    rollout = make_rollout(policy, eye, scenes, config, 0)
     logp = token_logp(*logits_of(policy, rollout, config), rollout.plan, rollout.codes)
     assert (logp - rollout.logp).abs().max() < 1e-4
     mismatch = replace(config, score_guidance=1.0)
-    released, _ = make_rollout(policy, eye, scenes, mismatch, 0)
+    released = make_rollout(policy, eye, scenes, mismatch, 0)
     assert torch.equal(released.codes, rollout.codes)
     assert (released.entropy - rollout.entropy).abs().max() > 0.05
     released = released._replace(rewards=torch.rand(2, 2))
@@ -568,7 +584,7 @@ def test_guidance_in_rl_is_part_of_the_policy(eye, world):
 def test_pictures_of_a_plan_share_the_plan_and_all_are_one_group(eye, world, policy):
     scenes = [make_scene(world, "train", 0, i) for i in range(2)]
     config = Config(prompts=2, group=3, images_per_plan=2)
-    rollout, _ = make_rollout(policy, eye, scenes, config, 0)
+    rollout = make_rollout(policy, eye, scenes, config, 0)
     assert rollout.rewards.shape == (2, 6) and torch.equal(rollout.plan[::2], rollout.plan[1::2])
     assert not torch.equal(rollout.codes[::2], rollout.codes[1::2])
     assert len({tuple(p.tolist()) for p in rollout.plan}) > 2
