@@ -27,6 +27,7 @@ tokens, T = C + L, V vocabulary.
 """
 
 import math
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,6 +201,7 @@ class Config:
     out: str = "out"
     seed: int = 0
     method: str = "eggrpo"        # a key of METHODS, which sets some of the fields below
+    name: str = ""                # of the run's folder; default: <method>-<seed>
     steps: int = 250              # batches of rollouts (paper: 1600)
     prompts: int = 8              # P (paper: 16)
     group: int = 8                # plans a prompt (paper: 8)
@@ -218,12 +220,13 @@ class Config:
     drop_constant: bool = False   # leave groups without variance out of the loss (paper: kept)
     clip_low: float = 0.2         # ratio clipping; without effect at one update a batch (paper: .2)
     clip_high: float = 0.2        # (paper: .2)
+    reward: str = "mean"          # mean of REWARDS, or exact: 1 where all is right, else 0
     text_weight: float = 1.0      # what a plan token counts, an image token counting 1 (paper: 1)
     guidance: float = 1.0         # of the policy, sampled and scored (paper: 5, sampled only)
     score_guidance: float = 0.0   # in scoring alone, for study; 0: as sampled (paper: 1)
     inner_epochs: int = 1         # times that a batch of rollouts is gone through (paper: 1)
     minibatches: int = 1          # updates each time (paper: 1)
-    micro_batch: int = 64         # sequences a forward pass: memory, never results
+    micro_batch: int = 16         # sequences a forward pass: memory, never results
     eval_every: int = 50          # steps between held-out evaluations, each with a gallery
     eval_prompts: int = 192
     save_every: int = 50
@@ -248,8 +251,11 @@ class Config:
                 f"{flag('score_guidance')}: allows one update a batch, as in the released code")
         require(self.sequences % self.minibatches == 0,
                 f"{flag('minibatches')} does not divide the {self.sequences} sequences of a batch")
+        require(re.fullmatch(r"[\w.-]*\w", self.name or "a"),
+                f"--name {self.name!r}: letters, digits, '_', '-' and '.' only")
         for name, choices in (("shaped", ("both", "plan", "image")),
-                              ("threshold", ("rank", "released"))):
+                              ("threshold", ("rank", "released")),
+                              ("reward", ("mean", "exact"))):
             require(getattr(self, name) in choices, f"{flag(name)}: choose {' or '.join(choices)}")
 
     @property
@@ -298,6 +304,7 @@ def make_rollout(policy, eye, scenes, config, step):
     draw = generate(policy, prompt, noise, guidance=config.guidance)
     images = eye.tokenizer.decode(draw.codes).float()                             # (B, 3, h, w)
     reward, parts, exact = rewards.score(images, want, eye.world)
+    reward = exact if config.reward == "exact" else reward
     grouped = lambda x: x.view(len(scenes), each)                                 # (B,) -> (P, G)
     rollout = Rollout(prompt.repeat_interleave(each, 0), draw.plan, draw.codes, draw.logp,
                       draw.entropy, draw.valid, images, grouped(reward),
@@ -479,7 +486,8 @@ def training_scenes(world, config, step):
 
 def main(argv=None):
     config, maker = runtime.parse("eggrpo.py", Config, PRESETS, __doc__, argv, METHODS)
-    folder = Path(config.out) / config.preset / f"{config.method}-{config.seed}"
+    name = config.name or f"{config.method}-{config.seed}"
+    folder = Path(config.out) / config.preset / name
     path = folder / "policy.pt"
     record = runtime.resume(path, config, maker)
     if record and record["step"] == config.steps:

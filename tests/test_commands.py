@@ -204,8 +204,8 @@ def test_help_lists_every_method_with_what_it_is():
         assert re.search(rf"^  {name} +{re.escape(method.about)}$", printed, re.M)
 
 
-def test_analyze_says_how_it_is_used():
-    assert "usage: python analyze.py bonus" in run(sys.executable, "analyze.py", "all", status=2)
+def test_bonus_says_how_it_is_used():
+    assert "usage: python bonus.py" in run(sys.executable, "bonus.py", "all", status=2)
 
 
 @pytest.mark.parametrize("layers", [2, pytest.param(8, marks=pytest.mark.slow)])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import analyze
-from analyze import Instance, every_sequence, exact_gradients, guided, look_up
+import bonus
+from bonus import Instance, every_sequence, exact_gradients, guided, look_up
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def test_grpos_exact_gradient_is_that_of_expected_reward_over_its_std(seed):
     tokens = every_sequence()
     p, r = look_up(instance.theta, tokens)[0].sum(1).exp(), instance.rewards(tokens)
     std = (p * (r - (p * r).sum()) ** 2).sum().sqrt()
-    assert torch.allclose(g["GRPO: A"], of_reward / std / analyze.T, atol=1e-12)
+    assert torch.allclose(g["GRPO: A"], of_reward / std / bonus.T, atol=1e-12)
 
 
 def test_under_guidance_the_same_bonus_pulls_toward_the_guided_policy():
@@ -70,7 +70,7 @@ def test_entropies_and_probabilities_are_exact():
 
 
 def test_the_tables_print(capsys):
-    analyze.exact_table(2, 1.0)
-    results = analyze.sampled_table(2, 3, 2.0)
+    bonus.exact_table(2, 1.0)
+    results = bonus.sampled_table(2, 3, 2.0)
     assert "| EG-GRPO: all of it |" in capsys.readouterr().out
     assert not torch.equal(results["eggrpo"][0], results["grpo"][0])

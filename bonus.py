@@ -1,6 +1,6 @@
-"""What entropy has to do with it.
+"""What each half of EG-GRPO adds to the gradient, exactly.
 
-    python analyze.py bonus     what each half of EG-GRPO adds to the gradient, exactly
+    python bonus.py             a minute; prints tables
 
 With on-policy sampling a bonus that does not depend on the sampled token is a baseline: E_a[d *
 grad log pi(a)] = 0. So does the bonus of EG-GRPO explore? Here a policy over 3 ^ 10 sequences is
@@ -235,8 +235,9 @@ def sampled_table(seeds, steps, guidance):
     return results
 
 
-def bonus():
+def main():
     started = time.time()
+    runtime.require(len(sys.argv) == 1, "usage: python bonus.py")
     torch.set_default_dtype(torch.float64)
     mismatch = f"drawn under guidance {GUIDANCE:g}, scored without"
     for title, guidance in (("on-policy", 1.0), (mismatch, GUIDANCE)):
@@ -246,14 +247,6 @@ def bonus():
               f"{SEEDS} instances\n")
         sampled_table(SEEDS, STEPS, guidance)
     print(f"\n{time.time() - started:.0f} s")
-
-
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    commands = {"bonus": bonus}
-    if len(argv) != 1 or argv[0] not in commands:
-        raise runtime.UserError(f"usage: python analyze.py {'|'.join(commands)}")
-    commands[argv[0]]()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,236 @@
+"""The paper's claims, run by run: every method over seeds, then records of what each policy draws.
+
+    python study.py --preset cpu      -> out/study/cpu/: a folder a run, records/*.jsonl
+    python analyze.py --preset cpu    -> out/study/cpu/: figures and tables (bash train.sh study does both)
+
+A run that is finished is skipped, an interrupted one goes on. On a CPU as many runs as there are
+cores go at a time, a thread each: that is faster than all threads on one run. All runs share the
+base policy, the evaluation prompts and their noise; runs of a seed share the training prompts and
+the noise of the rollouts.
+
+Records follow the protocol of the paper's release: for some prompts of every category 8 plans, for
+every plan 8 pictures, one JSON line a picture (record_rows says what is in it).
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import eggrpo
+import evaluate
+import rewards
+import runtime
+from model import generate
+from pretrain import load_base, load_policy, word_tensors
+from scenes import WORLDS, decode_words, make_scene
+from tiny_vq.train import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = ""              # smoke, cpu or gpu
+    device: str = "auto"
+    out: str = "out/study"
+    seed: int = 0                 # of evaluation and records; runs have seeds 0, 1, 2, ...
+    seeds: int = 5                # runs of grpo and eggrpo
+    other_seeds: int = 3          # runs of everything else
+    steps: int = 150
+    prompts: int = 2100           # evaluation prompts a run; a fifth as many of unseen pairs
+    per_category: int = 10        # prompts of each category that are recorded
+    plans: int = 8                # plans a recorded prompt (paper: 10)
+    pictures: int = 8             # pictures a plan (paper: 10)
+    jobs: int = 0                 # runs at a time; 0: on a CPU one a core, else one
+    only: str = ""                # do this one job, by name
+
+    def check(self):
+        runtime.require_at_least(1, self, "seeds", "other_seeds", "steps", "prompts",
+                                 "per_category", "plans", "pictures")
+        runtime.require_at_least(0, self, "seed", "jobs")
+
+
+PRESETS = {
+    "smoke": dict(seeds=2, other_seeds=1, steps=2, prompts=12, per_category=1, plans=2, pictures=2),
+    "cpu": dict(),
+    "gpu": dict(steps=600),
+}
+# name: (what differs, flags of eggrpo.py). Names are folders: <name>-<seed>.
+MAIN = {"grpo": ["--method", "grpo"], "eggrpo": ["--method", "eggrpo"]}
+ABLATIONS = {m: ["--method", m] for m in
+             ("bonus", "exclude", "eggrpo-text", "eggrpo-image", "eggrpo-gradient", "top-entropy",
+              "entropy-coef", "dr-grpo", "dapo")}
+SWEEPS = {f"{flag}-{value}": [f"--{flag}", value] for flag, values in (
+    ("low-frac", ("0.1", "0.4")),          # 0 is `bonus`, .2 is `eggrpo`
+    ("high-frac", ("0.25", "0.8")),        # .8 is all that low leaves, .5 is `eggrpo`
+    ("bonus-coef", ("0.1", "1.0")),        # 0 is `exclude`, .3 is `eggrpo`
+) for value in values}
+# Where should the method matter? Each change is made to grpo and to eggrpo.
+REGIMES = {
+    "lr": ["--lr", "1e-3"],                                         # a step that may overshoot
+    "exact": ["--reward", "exact"],                                 # a sparse reward
+    "group": ["--group", "4", "--prompts", "16"],                   # noisier advantages
+    "words": ["--text-weight", "3"],                                # plans count as much as images
+}
+REGIME_RUNS = {f"{regime}-{m}": ["--method", m, *flags]
+               for regime, flags in REGIMES.items() for m in ("grpo", "eggrpo")}
+
+
+class Job(NamedTuple):
+    name: str          # a run <variant>-<seed>, or records-<policy>
+    flags: list        # of eggrpo.py; None for records
+
+
+def jobs(config):
+    """List all jobs, in the order in which they are done: what matters most first."""
+    runs = lambda variants, seeds: [Job(f"{name}-{seed}", [*flags, "--seed", str(seed)])
+                                    for seed in range(seeds) for name, flags in variants.items()]
+    main = runs(MAIN, config.seeds)
+    recorded = [Job(f"records-{name}", None) for name in ("base-direct", "base")]
+    recorded += [Job(f"records-{job.name}", None) for job in main]
+    others = [run for variants in (ABLATIONS, REGIME_RUNS, SWEEPS)
+              for run in runs(variants, config.other_seeds)]
+    return main + recorded + others
+
+
+# --- one job --------------------------------------------------------------------------------------
+
+def open_policy(config, name, device):
+    """Load a policy by name: base-direct, base or a run. Returns it and how it is drawn from."""
+    if name.startswith("base"):
+        return load_base(config.preset, config.out, device), dict(direct=name == "base-direct")
+    path, maker = f"{config.out}/{config.preset}/{name}/policy.pt", "python study.py"
+    return load_policy(path, maker, "policy", config.preset, device), {}
+
+
+def score_policy(config, eye, name):
+    """Score a policy on held-out and unseen prompts and write its summaries."""
+    policy, how = open_policy(config, name, eye.device)
+    scored = {split: evaluate.summary(evaluate.evaluate(eye, policy, split, n, seed=config.seed,
+                                                        **how))
+              for split, n in (("eval", config.prompts), ("unseen", max(config.prompts // 5, 1)))}
+    path = Path(config.out) / config.preset / name / "scores.json"
+    runtime.write(path, json.dumps(runtime.plain(scored), indent=1).encode())
+
+
+@torch.no_grad()
+def record_rows(config, eye, policy, scene, number, **how):
+    """Draw a prompt's plans and pictures. Returns a list of dicts, one a picture.
+
+    Entropies are those of the distributions that were sampled from, as fractions of log V, over
+    valid plan tokens and over image tokens; nll in nats a token; distance is the mean distance to
+    the prompt's other pictures, as root mean square of the pixels' difference, 0 to 1.
+    """
+    m, n = config.pictures, config.plans * config.pictures
+    noise = torch.rand(n, policy.C + policy.L,
+                       generator=runtime.generator(config.seed, "records", number))
+    noise[:, :policy.C] = noise[::m, :policy.C].repeat_interleave(m, 0)     # m pictures share a plan
+    prompt = word_tensors(eye.world, [scene])[0]
+    drawn = generate(policy, prompt.to(eye.device), noise.to(eye.device), **how)
+    images = eye.tokenizer.decode(drawn.codes).float()
+    reward, parts, exact = rewards.score(images, rewards.make_want(eye.world, [scene] * n,
+                                                                   eye.device), eye.world)
+    flat = images.flatten(1)
+    distance = torch.cdist(flat, flat).sum(1) / (max(n - 1, 1) * flat.shape[1] ** 0.5)
+    columns = dict(reward=reward, exact=exact, **parts, distance=distance)
+    for part, slots in (("plan", slice(None, policy.C)), ("image", slice(policy.C, None))):
+        valid, count = drawn.valid[:, slots], drawn.valid[:, slots].sum(1).clamp(min=1)
+        h = drawn.entropy[:, slots] * valid
+        mean = h.sum(1) / count
+        columns[f"{part}_entropy"] = mean
+        columns[f"{part}_entropy_std"] = (((h - mean[:, None]) ** 2 * valid).sum(1) / count).sqrt()
+        columns[f"{part}_nll"] = -(drawn.logp[:, slots] * valid).sum(1) / count
+    columns = {name: values.tolist() for name, values in columns.items()}
+    return [runtime.plain(dict(prompt=scene.prompt, number=number, category=scene.category,
+                               plan=decode_words(drawn.plan[i]), plan_index=i // m,
+                               **{name: values[i] for name, values in columns.items()}))
+            for i in range(n)]
+
+
+def record_policy(config, eye, name):
+    """Write a policy's records: one JSON line a picture."""
+    policy, how = open_policy(config, name, eye.device)
+    rows = []
+    for category in tqdm(eye.world.categories, name, leave=False):
+        for i in range(config.per_category):
+            scene = make_scene(eye.world, "eval", 5000 + config.seed, i, category)
+            rows += record_rows(config, eye, policy, scene, f"{category} {i}", **how)
+    path = Path(config.out) / config.preset / "records" / f"{name}.jsonl"
+    runtime.write(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def is_done(config, job):
+    folder, name = Path(config.out) / config.preset, job.name.removeprefix("records-")
+    return ((folder / "records" / f"{name}.jsonl") if job.flags is None
+            else (folder / name / "scores.json")).exists()
+
+
+def do(config, job):
+    """Do one job, in this process."""
+    common = ["--preset", config.preset, "--out", config.out, "--device", config.device]
+    if job.flags is not None:
+        eggrpo.main([*common, "--name", job.name, "--steps", str(config.steps), *job.flags])
+    device = runtime.pick_device(config.device)
+    tokenizer = load_tokenizer(config.preset, config.out, device)
+    eye = evaluate.Eye(tokenizer, WORLDS[config.preset], device)
+    if job.flags is not None:
+        return score_policy(config, eye, job.name)
+    name = job.name.removeprefix("records-")
+    record_policy(config, eye, name)
+    if name.startswith("base"):
+        score_policy(config, eye, name)
+
+
+# --- all jobs -------------------------------------------------------------------------------------
+
+def stages(config):
+    """Make the tokenizer and the base policy, which all runs share."""
+    common = ["--preset", config.preset, "--out", config.out, "--device", config.device]
+    for command in (["-m", "tiny_vq.train"], ["pretrain.py"]):
+        done = subprocess.run([sys.executable, *command, *common])
+        if done.returncode:
+            sys.exit(done.returncode)
+
+
+def start(config, job, argv):
+    """Do one job in a process of its own, what it prints in a file. Returns the exit status."""
+    log = Path(config.out) / config.preset / "logs" / f"{job.name}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if config.device != "cuda" else None
+    with open(log, "w") as file:
+        return subprocess.run([sys.executable, "study.py", *argv, "--only", job.name],
+                              cwd=Path(__file__).parent, env=environment, stdout=file,
+                              stderr=subprocess.STDOUT).returncode
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    config, command = runtime.parse("study.py", Config, PRESETS, __doc__, argv)
+    todo = jobs(config)
+    if config.only:
+        chosen = [job for job in todo if job.name == config.only]
+        runtime.require(chosen, f"no job {config.only!r}")
+        return do(config, chosen[0])
+    stages(config)
+    left, started = [job for job in todo if not is_done(config, job)], time.time()
+    cuda = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
+    number = config.jobs or (1 if cuda else os.cpu_count())
+    print(f"study: {len(todo)} jobs, {len(left)} to do, {number} at a time")
+    with ThreadPoolExecutor(number) as pool:
+        statuses = list(tqdm(pool.map(lambda job: start(config, job, argv), left), "study",
+                             len(left)))
+    failed = [job.name for job, status in zip(left, statuses) if status]
+    runtime.require(not failed, f"{len(failed)} jobs failed ({', '.join(failed[:5])}): see "
+                    f"{config.out}/{config.preset}/logs, then go on with `{command}`")
+    print(f"study: done in {time.time() - started:.0f} s; draw it with `python analyze.py`")
+
+
+if __name__ == "__main__":
+    runtime.run(main)
