@@ -255,6 +255,11 @@ class Log:
             file.write(json.dumps(plain(record)) + "\n")
 
 
+def read_lines(path):
+    """Read a file of JSON lines."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
 def plain(value):
     """Round floats to six digits and turn those that JSON does not know, NaN and inf, into None."""
     if isinstance(value, dict):

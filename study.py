@@ -1,7 +1,7 @@
 """The paper's claims, run by run: every method over seeds, then records of what each policy draws.
 
     python study.py --preset cpu      -> out/study/cpu/: a folder a run, records/*.jsonl
-    python analyze.py --preset cpu    -> out/study/cpu/: figures and tables (bash train.sh study does both)
+    python analyze.py --preset cpu    -> out/study/cpu/: tables, figures (bash train.sh study: both)
 
 A run that is finished is skipped, an interrupted one goes on. On a CPU as many runs as there are
 cores go at a time, a thread each: that is faster than all threads on one run. All runs share the
@@ -43,7 +43,7 @@ class Config:
     seed: int = 0                 # of evaluation and records; runs have seeds 0, 1, 2, ...
     seeds: int = 5                # runs of grpo and eggrpo
     other_seeds: int = 3          # runs of everything else
-    steps: int = 150
+    steps: int = 100              # of a run (`python eggrpo.py` itself makes more)
     prompts: int = 2100           # evaluation prompts a run; a fifth as many of unseen pairs
     per_category: int = 10        # prompts of each category that are recorded
     plans: int = 8                # plans a recorded prompt (paper: 10)
@@ -60,7 +60,7 @@ class Config:
 PRESETS = {
     "smoke": dict(seeds=2, other_seeds=1, steps=2, prompts=12, per_category=1, plans=2, pictures=2),
     "cpu": dict(),
-    "gpu": dict(steps=600),
+    "gpu": dict(steps=400),
 }
 # name: (what differs, flags of eggrpo.py). Names are folders: <name>-<seed>.
 MAIN = {"grpo": ["--method", "grpo"], "eggrpo": ["--method", "eggrpo"]}
@@ -74,6 +74,7 @@ SWEEPS = {f"{flag}-{value}": [f"--{flag}", value] for flag, values in (
 ) for value in values}
 # Where should the method matter? Each change is made to grpo and to eggrpo.
 REGIMES = {
+    "long": ["--steps", "250"],                                     # what the preset does
     "lr": ["--lr", "1e-3"],                                         # a step that may overshoot
     "exact": ["--reward", "exact"],                                 # a sparse reward
     "group": ["--group", "4", "--prompts", "16"],                   # noisier advantages
@@ -84,7 +85,7 @@ REGIME_RUNS = {f"{regime}-{m}": ["--method", m, *flags]
 
 
 class Job(NamedTuple):
-    name: str          # a run <variant>-<seed>, or records-<policy>
+    name: str          # a run <variant>-<seed>, records-<policy> or records-pictures
     flags: list        # of eggrpo.py; None for records
 
 
@@ -95,9 +96,9 @@ def jobs(config):
     main = runs(MAIN, config.seeds)
     recorded = [Job(f"records-{name}", None) for name in ("base-direct", "base")]
     recorded += [Job(f"records-{job.name}", None) for job in main]
-    others = [run for variants in (ABLATIONS, REGIME_RUNS, SWEEPS)
-              for run in runs(variants, config.other_seeds)]
-    return main + recorded + others
+    recorded += [Job("records-pictures", None)]
+    return main + recorded + runs(ABLATIONS, config.other_seeds) + runs(REGIME_RUNS | SWEEPS,
+                                                                        config.other_seeds)
 
 
 # --- one job --------------------------------------------------------------------------------------
@@ -166,6 +167,35 @@ def record_policy(config, eye, name):
     runtime.write(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
+@torch.no_grad()
+def record_pictures(config, eye):
+    """Draw the same prompts with the same noise by each setting (before-after.png), and write the
+    entropy of every token of a few pictures, with the masks over them (pictures.jsonl)."""
+    folder, scenes = Path(config.out) / config.preset, evaluate.gallery_scenes(eye.world)
+    settings, rows, marks = ("base-direct", "base", "grpo-0", "eggrpo-0"), [], []
+    for name in settings:
+        policy, how = open_policy(config, name, eye.device)
+        images, exact, _ = evaluate.gallery_row(eye, policy, **how)
+        rows.append(images), marks.append(exact)
+    titles = ("base", "base + plan", "GRPO", "EG-GRPO")
+    sheet = evaluate.gallery(rows, [s.prompt for s in scenes], titles, marks, size=108)
+    evaluate.save_image(sheet, folder / "before-after.png")
+
+    drawn, images = evaluate.draw(eye, policy, scenes, runtime.generator("gallery"))
+    maps, image = [], slice(policy.C, None)
+    low, high = eggrpo.entropy_masks(drawn.entropy[:, image], drawn.valid[:, image])
+    for i in range(0, len(scenes), 2):
+        words = drawn.valid[i, :policy.C]
+        maps.append(dict(
+            prompt=scenes[i].prompt, plan=decode_words(drawn.plan[i]),
+            plan_entropy=drawn.entropy[i, :policy.C][words].tolist(),
+            image_entropy=drawn.entropy[i, image].tolist(), image_low=low[i].tolist(),
+            image_high=high[i].tolist(),
+            picture=(images[i] * 255).round().byte().permute(1, 2, 0).tolist()))
+    lines = "".join(json.dumps(row) + "\n" for row in maps)
+    runtime.write(folder / "records" / "pictures.jsonl", lines.encode())
+
+
 def is_done(config, job):
     folder, name = Path(config.out) / config.preset, job.name.removeprefix("records-")
     return ((folder / "records" / f"{name}.jsonl") if job.flags is None
@@ -176,13 +206,15 @@ def do(config, job):
     """Do one job, in this process."""
     common = ["--preset", config.preset, "--out", config.out, "--device", config.device]
     if job.flags is not None:
-        eggrpo.main([*common, "--name", job.name, "--steps", str(config.steps), *job.flags])
+        eggrpo.main([*common, "--steps", str(config.steps), *job.flags, "--name", job.name])
     device = runtime.pick_device(config.device)
     tokenizer = load_tokenizer(config.preset, config.out, device)
     eye = evaluate.Eye(tokenizer, WORLDS[config.preset], device)
     if job.flags is not None:
         return score_policy(config, eye, job.name)
     name = job.name.removeprefix("records-")
+    if name == "pictures":
+        return record_pictures(config, eye)
     record_policy(config, eye, name)
     if name.startswith("base"):
         score_policy(config, eye, name)

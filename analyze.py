@@ -1,0 +1,326 @@
+"""What entropy has to do with it: tables and figures of a study, from its logs and records alone.
+
+    python analyze.py --preset cpu     reads out/study/cpu/, as study.py left it
+
+    -> out/study/cpu/study.json (every number), study.md (the tables), figures/*.png and *.csv
+
+Intervals are 95 %: Student's t over runs where runs are compared (each with its own seed, paired
+where methods are compared), bootstrap over prompts where pictures are. Runs of a method share the
+base policy, so that no interval here tells what another base policy would have given.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import figures
+import runtime
+from study import ABLATIONS, MAIN, REGIMES
+
+# two-sided 95 % quantiles of Student's t, by degrees of freedom
+T95 = (np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+SETTINGS = {"base": ("base-direct",), "base + plan": ("base",), "GRPO": ("grpo",),
+            "EG-GRPO": ("eggrpo",)}
+ENTROPIES = ("image_entropy", "image_entropy_std", "plan_entropy")
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = ""              # smoke, cpu or gpu
+    device: str = "cpu"
+    out: str = "out/study"
+    seed: int = 0                 # of the bootstrap
+    resamples: int = 1000
+
+    def check(self):
+        runtime.require_at_least(1, self, "resamples")
+        runtime.require_at_least(0, self, "seed")
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+def over_runs(values):
+    """Mean and half-width of its 95 % interval by Student's t. values: one a run."""
+    n = len(values)
+    half = T95[min(n - 1, 10)] * np.std(values, ddof=1) / n ** 0.5 if n > 1 else np.nan
+    return dict(mean=float(np.mean(values)), half=float(half), n=n)
+
+
+def ranks(values):
+    """Rank values from 0, ties by their mean rank."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
+
+
+def pearson(x, y):
+    """Correlation of two arrays; NaN where one does not vary."""
+    x, y = x - x.mean(), y - y.mean()
+    spread = ((x ** 2).sum() * (y ** 2).sum()) ** 0.5
+    return float((x * y).sum() / spread) if spread > 1e-12 else np.nan
+
+
+def bootstrap(groups, statistic, resamples, seed):
+    """A statistic of groups and its 95 % interval over resampled groups (percentiles).
+
+    groups: a list of arrays, one a prompt; statistic: of such a list.
+    """
+    rng = np.random.RandomState(seed)
+    picks = rng.randint(len(groups), size=(resamples, len(groups)))
+    low, high = np.nanpercentile([statistic([groups[i] for i in pick]) for pick in picks],
+                                 (2.5, 97.5))
+    return dict(value=float(statistic(groups)), low=float(low), high=float(high), n=len(groups))
+
+
+def pooled(groups):
+    """Correlation of two columns over everything. groups: list of (n, 2)."""
+    return pearson(*np.concatenate(groups).T)
+
+
+def within(groups):
+    """Correlation after each prompt's mean is taken off: what difficulty cannot explain."""
+    return pooled([g - g.mean(0) for g in groups])
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+def read_runs(folder):
+    """Read every finished run. Returns {variant: {seed: dict(log=[...], scores={...})}}."""
+    runs = {}
+    for path in sorted(folder.glob("*/scores.json")):
+        variant, _, seed = path.parent.name.rpartition("-")
+        if not seed.isdigit():                                                # the base policies
+            variant, seed = path.parent.name, "0"
+        log, scores = path.with_name("log.jsonl"), json.loads(path.read_text())
+        lines = runtime.read_lines(log)[1:] if log.exists() else []
+        runs.setdefault(variant, {})[int(seed)] = dict(log=lines, scores=scores)
+    return runs
+
+
+def read_records(folder):
+    """Read the records of each setting. Returns {setting: list of rows, each with its run}."""
+    found = {}
+    for setting, (name,) in SETTINGS.items():
+        paths = [p for p in sorted(folder.glob("records/*.jsonl"))
+                 if p.stem == name or p.stem.rpartition("-")[0] == name and name in MAIN]
+        found[setting] = [row | dict(run=p.stem) for p in paths for row in runtime.read_lines(p)]
+    return {setting: rows for setting, rows in found.items() if rows}
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+def last(run, key, steps=10):
+    """Mean of a logged key over the last steps of a run."""
+    values = [r[key] for r in run["log"] if r["step"] >= 0 and r.get(key) is not None]
+    return float(np.mean(values[-steps:]))
+
+
+def by_category(runs, name, key):
+    """{category: mean and interval over runs} of a method, and `all` and `unseen`."""
+    scores = [run["scores"] for run in runs[name].values()]
+    table = {c: over_runs([s["eval"]["categories"][c][key] for s in scores])
+             for c in scores[0]["eval"]["categories"]}
+    return {"all": over_runs([s["eval"][key] for s in scores]), **table,
+            "unseen": over_runs([s["unseen"][key] for s in scores])}
+
+
+def difference(runs, one, other, get):
+    """Paired difference of two variants, over the seeds that both have."""
+    seeds = sorted(runs.get(one, {}).keys() & runs.get(other, {}).keys())
+    return over_runs([get(runs[one][s]) - get(runs[other][s]) for s in seeds]) if seeds else None
+
+
+def compare(runs, one, other):
+    """What two variants differ in at the end, paired."""
+    score = lambda key: lambda run: run["scores"]["eval"][key]
+    found = {key: difference(runs, one, other, score(key)) for key in ("reward", "exact")}
+    for key in ("image_entropy", "plan_entropy"):
+        found[key] = difference(runs, one, other, lambda run: last(run, key))
+    return found
+
+
+def describe(runs, name):
+    """What a variant ends with, over its runs."""
+    score = lambda key: [run["scores"]["eval"][key] for run in runs[name].values()]
+    end = lambda key: [last(run, key) for run in runs[name].values()]
+    return dict(reward=over_runs(score("reward")), exact=over_runs(score("exact")),
+                image_entropy=over_runs(end("image_entropy")),
+                plan_entropy=over_runs(end("plan_entropy")))
+
+
+def stability(runs, name):
+    """The worst run, and the share of runs that fell by more than .05 from their best: training
+    reward, mean of 10 steps."""
+    falls = []
+    for run in runs[name].values():
+        rewards = np.array([r["reward"] for r in run["log"] if r["step"] >= 0])
+        width = min(10, len(rewards))
+        smooth = np.convolve(rewards, np.ones(width) / width, "valid")
+        falls.append(float(smooth.max() - smooth[-1]))
+    finals = [run["scores"]["eval"]["reward"] for run in runs[name].values()]
+    return dict(n=len(finals), worst=min(finals), fell=float(np.mean(np.array(falls) > 0.05)),
+                largest_fall=max(falls), **describe(runs, name))
+
+
+def correlations(rows, config):
+    """Correlate reward with each entropy. Over pictures; for the plan's entropy over plans, each
+    with the mean reward of its pictures."""
+    found = {}
+    for key in ENTROPIES:
+        if key == "plan_entropy":
+            rows = plans(rows)
+        by = {}
+        for row in rows:
+            by.setdefault(row["prompt"], []).append((row[key], row["reward"]))
+        groups = [np.array(g) for g in by.values()]
+        for name, statistic in (("pooled", pooled), ("within", within)):
+            found[f"{key}, {name}"] = bootstrap(groups, statistic, config.resamples, config.seed)
+        both = ranks(np.concatenate(groups)[:, 0]), ranks(np.concatenate(groups)[:, 1])
+        cuts = np.cumsum([len(g) for g in groups])[:-1]
+        groups = np.split(np.stack(both, 1), cuts)         # Spearman: ranks over everything
+        found[f"{key}, pooled, ranks"] = bootstrap(groups, pooled, config.resamples, config.seed)
+        found[f"{key}, within, ranks"] = bootstrap(groups, within, config.resamples, config.seed)
+    return found
+
+
+def plans(rows):
+    """Average the pictures of each plan."""
+    by = {}
+    for row in rows:
+        by.setdefault((row["run"], row["number"], row["prompt"], row["plan_index"]), []).append(row)
+    keys = ("reward", "exact", "plan_entropy", "image_entropy_std")
+    return [dict(prompt=k[2], **{key: float(np.mean([r[key] for r in group])) for key in keys})
+            for k, group in by.items()]
+
+
+def spread(rows, config):
+    """How widely a policy explores a prompt: std of reward, distance of pictures, plans."""
+    by = {}
+    for row in rows:
+        by.setdefault(row["prompt"], {}).setdefault(row["run"], []).append(row)
+    measures = {
+        "std of reward": lambda rs: np.std([r["reward"] for r in rs], ddof=1),
+        "distance of pictures": lambda rs: np.mean([r["distance"] for r in rs]),
+        "distinct plans": lambda rs: len({r["plan"] for r in rs}),
+    }
+    mean = lambda groups: np.mean(np.concatenate(groups))
+    return {name: bootstrap([np.array([f(rs) for rs in runs.values()]) for runs in by.values()],
+                            mean, config.resamples, config.seed) for name, f in measures.items()}
+
+
+def analyze(runs, records, config):
+    """Reduce a study to its numbers: what study.json holds."""
+    has = lambda *names: all(name in runs for name in names)
+    study = {"A": {}, "B": {}, "C": {}, "D": {}, "regimes": {}, "correlations": {}, "spread": {}}
+    for setting, (name,) in SETTINGS.items():
+        if has(name):
+            study["A"][setting] = {key: by_category(runs, name, key) for key in ("reward", "exact")}
+    if has("grpo", "eggrpo"):
+        categories = runs["grpo"][0]["scores"]["eval"]["categories"]
+        get = lambda split, key: lambda run: run["scores"][split][key]
+        of = lambda c, key: lambda run: run["scores"]["eval"]["categories"][c][key]
+        pair = lambda f: difference(runs, "eggrpo", "grpo", f)
+        study["A"]["EG-GRPO - GRPO"] = {
+            key: {"all": pair(get("eval", key)), **{c: pair(of(c, key)) for c in categories},
+                  "unseen": pair(get("unseen", key))} for key in ("reward", "exact")}
+    methods = [name for name in (*MAIN, *ABLATIONS) if has(name)]
+    for name in methods:
+        study["B"][name] = dict(describe(runs, name), minus_grpo=compare(runs, name, "grpo"))
+        study["D"][name] = stability(runs, name)
+    # values that methods of table B stand for
+    named = {"low-frac-0": "bonus", "low-frac-0.2": "eggrpo", "high-frac-0.5": "eggrpo",
+             "bonus-coef-0": "exclude", "bonus-coef-0.3": "eggrpo"}
+    swept = {name: name for name in runs if name.startswith(("low-frac", "high-frac", "bonus-coef"))}
+    for label, name in sorted((named | swept).items()):
+        if has(name):
+            study["C"][label] = dict(describe(runs, name), minus_grpo=compare(runs, name, "grpo"))
+    for regime in REGIMES:
+        names = f"{regime}-eggrpo", f"{regime}-grpo"
+        if has(*names):
+            study["regimes"][regime] = dict(grpo=describe(runs, names[1]),
+                                            eggrpo=describe(runs, names[0]),
+                                            difference=compare(runs, *names))
+    for setting, rows in records.items():
+        study["correlations"][setting] = correlations(rows, config)
+        study["spread"][setting] = spread(rows, config)
+    return study
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+def show(x, digits=3, sign=False):
+    """Print a mean and its half-width, or a value and its interval."""
+    if x is None:
+        return "-"
+    f = lambda v: "-" if v is None or np.isnan(v) else f"{v:{'+' if sign else ''}.{digits}f}"
+    if "low" in x:
+        return f"{f(x['value'])} [{f(x['low'])}, {f(x['high'])}]"
+    return f(x["mean"]) + ("" if x["n"] == 1 else f" ± {x['half']:.{digits}f}")
+
+
+def lay(head, rows):
+    """Lay rows out as a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def tables(study):
+    """Lay a study out. Returns {name: Markdown}, the text of study.md and of the README."""
+    found = {}
+    for key in ("reward", "exact"):
+        settings = study["A"].items()
+        head = ["runs", *next(iter(study["A"].values()))[key]]
+        found[f"A, {key}"] = lay([key, *head], [
+            [s, t[key]["all"]["n"], *(show(x, 3, "-" in s) for x in t[key].values())]
+            for s, t in settings])
+    ends = ("reward", "exact", "image_entropy", "plan_entropy")
+    heads = ["reward", "exact", "image entropy", "plan entropy", "reward - GRPO's",
+             "exact - GRPO's"]
+    line = lambda name, t: [
+        name, t["reward"]["n"], *(show(t[k]) for k in ends),
+        *(show(t["minus_grpo"][k], 3, True) for k in ("reward", "exact"))]
+    for name, title in (("B", "method"), ("C", "value")):
+        found[name] = lay([title, "runs", *heads],
+                          [line(f"`{n}`", t) for n, t in study[name].items()])
+    found["D"] = lay(["method", "runs", "worst reward", "runs that fell by .05", "largest fall",
+                      "image entropy at the end", "plan entropy at the end"],
+                     [[f"`{n}`", t["n"], f"{t['worst']:.3f}", f"{t['fell']:.0%}",
+                       f"{t['largest_fall']:.3f}", show(t["image_entropy"]),
+                       show(t["plan_entropy"])] for n, t in study["D"].items()])
+    found["regimes"] = lay(
+        ["regime", "runs", "reward, GRPO", "reward, EG-GRPO", "difference", "exact: difference",
+         "image entropy: difference"],
+        [[n, t["difference"]["reward"]["n"], show(t["grpo"]["reward"]), show(t["eggrpo"]["reward"]),
+          *(show(t["difference"][k], 3, True) for k in ("reward", "exact", "image_entropy"))]
+         for n, t in study["regimes"].items()])
+    found["correlations"] = lay(
+        ["reward against", *study["correlations"]],
+        [[k, *(show(t[k], 2, True) for t in study["correlations"].values())]
+         for k in next(iter(study["correlations"].values()), {})])
+    found["spread"] = lay(
+        ["within a prompt", *study["spread"]],
+        [[k, *(show(t[k]) for t in study["spread"].values())]
+         for k in next(iter(study["spread"].values()), {})])
+    return found
+
+
+def main(argv=None):
+    presets = {name: {} for name in runtime.PRESETS}
+    config, _ = runtime.parse("analyze.py", Config, presets, __doc__, argv)
+    folder = Path(config.out) / config.preset
+    runs, records = read_runs(folder), read_records(folder)
+    runtime.require(runs and records, f"no study in {folder}: make it with `python study.py "
+                    f"--preset {config.preset}`")
+    study = json.loads(json.dumps(runtime.plain(analyze(runs, records, config))))
+    runtime.write(folder / "study.json", (json.dumps(study, indent=1) + "\n").encode())
+    text = "\n\n".join(f"{name}\n\n{table}" for name, table in tables(study).items())
+    runtime.write(folder / "study.md", (text + "\n").encode())
+    print(text)
+    planned = {s: plans(rows) for s, rows in records.items() if s != "base"}
+    figures.draw_all(folder, runs, records, planned, study)
+    print(f"\nfigures: {folder / 'figures'}")
+
+
+if __name__ == "__main__":
+    runtime.run(main)
