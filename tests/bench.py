@@ -1,16 +1,19 @@
 """How fast, against what the machine could do and against what one would otherwise pick.
 
-    python -m tests.bench            about a minute; theirs too where transformers or TRL are installed
+    python -m tests.bench            two minutes; theirs too where transformers or TRL are installed
 
 One shape for all: a policy of 4 layers, width 128, 4 heads (on CUDA: 8, 512, 8), 64 sequences of 14
 prompt tokens, 15 plan tokens and 64 image tokens of 512 codes. The floor is arithmetic (operations
 over the measured rate of a large matrix product) or, on CUDA, bytes if that is more (weights and
 cache, read once a token). Medians of several runs; on a shared machine only the ratios mean much.
+Then how time and memory grow with batch, image tokens and width.
 """
 
+import re
 import statistics
 import tempfile
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -23,6 +26,7 @@ from scenes import WORDS, World, encode_words, make_scene
 from tiny_vq.vqvae import VQVAE
 
 S, C, L, CODES, B = 13, 15, 64, 512, 64
+SHAPE = {"cpu": (128, 4, 4), "cuda": (512, 8, 8)}         # width, layers, heads
 
 
 def seconds(function, device, repeats=7):
@@ -51,11 +55,10 @@ def copy_rate(device):
     return 2 * a.numel() * 4 / seconds(lambda: b.copy_(a), device)
 
 
-def make(device):
+def make(device, shape=None):
     """A random policy, a tokenizer, scenes and a config of the bench's shape."""
-    width, layers, heads = (512, 8, 8) if device.type == "cuda" else (128, 4, 4)
     torch.manual_seed(0)
-    policy = Policy(len(WORDS), CODES, S, C, L, width, layers, heads).to(device)
+    policy = Policy(len(WORDS), CODES, S, C, L, *(shape or SHAPE[device.type])).to(device)
     world = World(image_size=40, patch=5, plan_slots=C)       # 8 x 8 tokens
     tokenizer = VQVAE(world.patch, codes=CODES).to(device).requires_grad_(False)
     scenes = [make_scene(world, "train", 0, i, "knowledge") for i in range(8)]
@@ -191,13 +194,62 @@ def theirs_step(policy, device):
     return statistics.median(b - a for a, b in zip(marks[1:], marks[2:]))
 
 
+def peak(function, device):
+    """Bytes that a call needs at its peak above what was held before; None where nobody counts."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")                  # Linux: forget the peak
+        resident = lambda key: 1024 * int(re.search(
+            rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+        before = resident("VmRSS")
+        function()
+        return resident("VmHWM") - before
+    except OSError:
+        return None
+
+
+def growth(device):
+    """Print how a rollout grows with batch and image tokens, and an update with width."""
+    megabytes = lambda x: "-" if x is None else f"{x / 2 ** 20:.0f}"
+    print("\n| rollout of | seconds | us a token | cache, MiB | peak, MiB |\n|---|---|---|---|---|")
+    for batch, tokens in [(b, 64) for b in (8, 32, 128, 512)] + [(16, t) for t in (64, 256, 1024)]:
+        policy = Policy(len(WORDS), CODES, S, C, tokens, *SHAPE[device.type]).to(device)
+        prompt = torch.full((8, S), 20, device=device)
+        noise = torch.rand(batch, C + tokens, device=device)
+        call = lambda: generate(policy, prompt, noise)
+        time, memory = seconds(call, device, 2), peak(call, device)
+        policy.graphs.clear()
+        print(f"| {batch} sequences, {tokens} image tokens | {time:.3f} "
+              f"| {1e6 * time / batch / (C + tokens):.1f} "
+              f"| {megabytes(cache_bytes(policy, batch, device))} | {megabytes(memory)} |")
+    print("\n| update at width | parameters, M | seconds | GFLOP/s |\n|---|---|---|---|")
+    for width in (64, 128, 256, 512):
+        policy, eye, scenes, config = make(device, (width, *SHAPE[device.type][1:]))
+        rollout = eggrpo.make_rollout(policy, eye, scenes, config, 0)
+        batch = eggrpo.shape_rollout(rollout, config)
+        optimizer = torch.optim.AdamW(policy.parameters(), 0.0)
+        call = lambda: eggrpo.update(policy, policy, optimizer, batch, config, 0)
+        time = seconds(call, device, 2)
+        print(f"| {width} | {body(policy) / 1e6:.2f} | {time:.3f} "
+              f"| {8 * body(policy) * B * policy.slots / time / 1e9:.0f} |")
+
+
+def cache_bytes(policy, batch, device):
+    """2 (keys, values) x layers x sequences x slots x width numbers, of 4 bytes or of 2 on CUDA."""
+    size = 2 if device.type == "cuda" else 4
+    return 2 * policy.config["layers"] * batch * policy.slots * policy.config["width"] * size
+
+
 def main():
     device = runtime.pick_device()
     policy, eye, scenes, config = make(device)
     floor_decode, floor_step, rate, copy = floors(policy, device)
-    print(
-        f"{sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, {B} sequences, {C + L} new tokens; matrix product "
-        f"{rate / 1e9:.0f} GFLOP/s, copy {copy / 1e9:.0f} GB/s")
+    print(f"{sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, {B} sequences, "
+          f"{C + L} new tokens; matrix product {rate / 1e9:.0f} GFLOP/s, copy {copy / 1e9:.0f} GB/s")
     t = ours(policy, eye, scenes, config, device)
     rows = [("decoding, floor", floor_decode, floor_decode),
             ("decoding, ours", t["decode"], floor_decode),
@@ -208,9 +260,10 @@ def main():
     for name, value, floor in rows:
         print(f"| {name} | not installed | |" if value is
               None else f"| {name} | {value:.3f} | {value / floor:.1f} |")
-    print(
-        f"\nof our step: decoding {t['decode'] / t['step']:.0%}, reward {t['reward'] / t['step']:.1%}, shaping "
-        f"{t['shaping'] / t['step']:.1%}, update {t['update'] / t['step']:.0%}")
+    print(f"\nof our step: decoding {t['decode'] / t['step']:.0%}, "
+          f"reward {t['reward'] / t['step']:.1%}, shaping {t['shaping'] / t['step']:.1%}, "
+          f"update {t['update'] / t['step']:.0%}")
+    growth(device)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ GRPO codes that they catch."""
 
 import doctest
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -10,12 +11,13 @@ import torch
 
 import eggrpo
 from conftest import tiny_policy
-from eggrpo import (Config, METHODS, BadNumbers, check_numbers, differentiable_entropy, entropy_masks,
-                    entropy_stats, group_advantages, make_rollout, policy_loss, rollout_stats,
-                    shape_advantages,
-                    shape_rollout, token_entropy, update)
+from eggrpo import (METHODS, BadNumbers, Config, check_numbers, differentiable_entropy,
+                    entropy_masks, entropy_stats, group_advantages, make_rollout, policy_loss,
+                    rollout_stats, shape_advantages, shape_rollout, token_entropy, update)
+from evaluate import Eye
 from model import score, token_logp
 from scenes import make_scene
+from tiny_vq.vqvae import VQVAE
 
 
 def random_batch(b=6, t=20, seed=0):
@@ -637,3 +639,25 @@ def test_bad_values_are_refused_in_one_line(field, value):
     with pytest.raises(eggrpo.runtime.UserError, match=f"--{field.replace('_', '-')}") as error:
         Config(**{field: value}).check()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.gpu
+def test_the_host_waits_for_the_device_once_a_step(world):
+    """Sampling and scoring never, an update where it reads its numbers."""
+    eye = Eye(VQVAE(world.patch, width=16, blocks=1, codes=32, dim=4).cuda(), world,
+              torch.device("cuda"))
+    policy, reference = tiny_policy(world).cuda(), tiny_policy(world).cuda()
+    config = Config(prompts=2, group=4, micro_batch=4)
+    scenes = [make_scene(world, "train", 0, i) for i in range(2)]
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-3, fused=True)
+    for step in range(2):                                            # the first one captures graphs
+        rollout = make_rollout(policy, eye, scenes, config, step)
+        batch = shape_rollout(rollout, config)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            update(policy, reference, optimizer, batch, config, step,
+                   rollout_stats(rollout, batch, config))
+        torch.cuda.set_sync_debug_mode("default")
+        assert len([w for w in waits if "synchroniz" in str(w.message)]) == 1

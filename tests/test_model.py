@@ -150,6 +150,13 @@ def test_the_noise_at_its_ends_never_chooses_an_impossible_token():
         assert ((token >= 5) & (token < 507)).all() and logp.isfinite().all()
 
 
+@pytest.mark.parametrize("batch", [2, 6])
+def test_the_cache_takes_two_times_layers_sequences_slots_width_numbers(policy, prompt, batch):
+    from model import Decoder
+    held = sum(memory.numel() for memory in Decoder(policy, prompt[:2], batch).cache)
+    assert held == 2 * 2 * batch * policy.slots * 32                   # 2 layers of width 32
+
+
 @pytest.mark.gpu
 def test_the_cuda_graph_replays_what_runs_eagerly_with_new_weights_and_inputs(policy, prompt):
     """Captured once, replayed with the weights as they are: eager and graph agree to rounding."""
