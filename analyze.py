@@ -68,8 +68,8 @@ def bootstrap(groups, statistic, resamples, seed):
     """
     rng = np.random.RandomState(seed)
     picks = rng.randint(len(groups), size=(resamples, len(groups)))
-    low, high = np.nanpercentile([statistic([groups[i] for i in pick]) for pick in picks],
-                                 (2.5, 97.5))
+    values = [v for v in (statistic([groups[i] for i in pick]) for pick in picks) if v == v]
+    low, high = np.percentile(values, (2.5, 97.5)) if values else (np.nan, np.nan)
     return dict(value=float(statistic(groups)), low=float(low), high=float(high), n=len(groups))
 
 

@@ -186,6 +186,8 @@ METHODS = {                                             # one loop, one loss, on
                           dict(low_frac=0.8, high_frac=0.2, bonus_coef=0.0)),
     "entropy-coef": Method("GRPO and an entropy gradient on all tokens",
                            dict(NOTHING, high_frac=1.0, entropy_coef=0.01)),
+    "calm": Method("ours, the reverse: no reward gradient on the more entropic half of the image",
+                   dict(shaped="image", reverse=True, low_frac=0.5, bonus_coef=0.0)),
     "dr-grpo": Method("Dr. GRPO: no division by the std, constant denominator",
                       dict(NOTHING, no_std=True, constant_denominator=True)),
     "dapo": Method("DAPO: clip-higher (.2, .28), groups without variance dropped from the loss",
@@ -214,6 +216,7 @@ class Config:
     bonus_cap: float = 0.3        # largest bonus as a share of |A| (paper: .3)
     shaped: str = "both"          # modality that is shaped: both, plan or image (paper: both)
     threshold: str = "rank"       # rank, or released: strict thresholds (paper: released)
+    reverse: bool = False         # rank entropies the other way round (paper: no)
     entropy_coef: float = 0.0     # weight of an entropy gradient on high tokens (paper: none)
     no_std: bool = False          # advantages without division by the std (paper: divided)
     constant_denominator: bool = False  # divide by all slots, not by valid tokens (paper: valid)
@@ -339,6 +342,7 @@ def shape_rollout(rollout, config):
     shaped, low, high = [], [], []
     for name, part in (("plan", slice(None, c)), ("image", slice(c, None))):
         entropy, valid = rollout.entropy[:, part], rollout.valid[:, part]
+        entropy = 1 - entropy if config.reverse else entropy
         if config.shaped in ("both", name):
             masks = entropy_masks(entropy, valid, *knobs, config.threshold)
             advantage = shape_advantages(a, entropy, valid, *knobs, config.bonus_coef,
@@ -378,8 +382,8 @@ def part_loss(policy, reference, part, denominator, config):
 
 
 def deal(batch, config, step):
-    """Deal a batch's rows to updates: inner_epochs times round, each in `minibatches` parts. Returns
-    a list of (n,) row numbers."""
+    """Deal a batch's rows to updates: inner_epochs times round, each in `minibatches` parts.
+    Returns a list of (n,) row numbers."""
     size, device, dealt = len(batch.plan), batch.plan.device, []
     for epoch in range(config.inner_epochs):
         rows = torch.arange(size, device=device)
@@ -413,7 +417,7 @@ def update(policy, reference, optimizer, batch, config, step, known={}):
                                     denominator, config)
             loss.backward()
             parts.append(stats)
-        stats = known | merge(parts, torch.sum)      # each part holds its share of the update's mean
+        stats = known | merge(parts, torch.sum)      # each part holds its share of the mean
         stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         if logged:                                       # the learner has moved on from the sampler
             stats["gap"] = torch.zeros_like(stats["gap"])

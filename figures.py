@@ -84,18 +84,21 @@ def plan_entropy(folder, plans):
         for setting, ps in plans.items():
             colour, line, marker = STYLES[setting]
             inside = [p for p in ps if low <= p["image_entropy_std"] <= high]
-            if len(inside) < 20:
+            data += [(setting, panel + 1, f"{p['plan_entropy']:.5g}", f"{p['reward']:.5g}")
+                     for p in inside]
+            if len(inside) < 10:
                 continue
             x, y = np.array([(p["plan_entropy"], p["reward"]) for p in inside]).T
-            data += [(setting, panel + 1, f"{a:.5g}", f"{b:.5g}") for a, b in zip(x, y)]
             fifths = np.array_split(np.argsort(x), 5)
             axis.errorbar([x[f].mean() for f in fifths], [y[f].mean() for f in fifths],
                           [1.96 * y[f].std() / len(f) ** 0.5 for f in fifths], color=colour,
-                          linestyle=line, marker=marker, markersize=4, capsize=2, label=setting)
+                          linestyle=line, marker=marker, markersize=4, capsize=2)
         axis.set(title=f"image-entropy std {low:.3f} to {high:.3f}", xlabel="plan entropy")
         axis.title.set_fontsize(9)
     axes[0].set_ylabel("reward, mean of a plan's pictures")
-    axes[0].legend(frameon=False, fontsize=8)
+    handles = [plt.Line2D([], [], color=STYLES[s][0], linestyle=STYLES[s][1], marker=STYLES[s][2],
+                          markersize=4, label=s) for s in plans]
+    axes[0].legend(handles=handles, frameon=False, fontsize=8)
     save(folder, "plan-entropy", figure, ("setting", "third", "plan_entropy", "reward"), data)
 
 

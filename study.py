@@ -65,8 +65,8 @@ PRESETS = {
 # name: (what differs, flags of eggrpo.py). Names are folders: <name>-<seed>.
 MAIN = {"grpo": ["--method", "grpo"], "eggrpo": ["--method", "eggrpo"]}
 ABLATIONS = {m: ["--method", m] for m in
-             ("bonus", "exclude", "eggrpo-text", "eggrpo-image", "eggrpo-gradient", "top-entropy",
-              "entropy-coef", "dr-grpo", "dapo")}
+             ("calm", "bonus", "exclude", "eggrpo-text", "eggrpo-image", "eggrpo-gradient",
+              "top-entropy", "entropy-coef", "dr-grpo", "dapo")}
 SWEEPS = {f"{flag}-{value}": [f"--{flag}", value] for flag, values in (
     ("low-frac", ("0.1", "0.4")),          # 0 is `bonus`, .2 is `eggrpo`
     ("high-frac", ("0.25", "0.8")),        # .8 is all that low leaves, .5 is `eggrpo`
@@ -132,7 +132,7 @@ def record_rows(config, eye, policy, scene, number, **how):
     m, n = config.pictures, config.plans * config.pictures
     noise = torch.rand(n, policy.C + policy.L,
                        generator=runtime.generator(config.seed, "records", number))
-    noise[:, :policy.C] = noise[::m, :policy.C].repeat_interleave(m, 0)     # m pictures share a plan
+    noise[:, :policy.C] = noise[::m, :policy.C].repeat_interleave(m, 0)   # pictures share a plan
     prompt = word_tensors(eye.world, [scene])[0]
     drawn = generate(policy, prompt.to(eye.device), noise.to(eye.device), **how)
     images = eye.tokenizer.decode(drawn.codes).float()

@@ -1,0 +1,117 @@
+"""The study: its statistics by hand, its records against what was drawn, its figures from files
+alone, and the README's numbers."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import analyze
+import study
+from conftest import tiny_policy
+from scenes import make_scene
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_an_interval_over_runs_is_students():
+    """Three runs: mean 2, std 1, t = 4.303."""
+    x = analyze.over_runs([1.0, 2.0, 3.0])
+    assert x["mean"] == 2 and x["n"] == 3 and abs(x["half"] - 4.303 / 3 ** 0.5) < 1e-9
+
+
+def test_ranks_share_ties_and_correlations_are_numpys():
+    assert analyze.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [2.5, 0, 2.5, 1]
+    x, y = np.random.RandomState(0).randn(2, 50)
+    assert abs(analyze.pearson(x, y) - np.corrcoef(x, y)[0, 1]) < 1e-12
+    assert np.isnan(analyze.pearson(x, np.ones(50)))
+
+
+def test_correlation_within_prompts_does_not_see_what_is_between_them():
+    """Prompts with high x have high y; within each, y falls with x."""
+    x = np.arange(5.0)
+    groups = [np.stack([x + 10 * i, 30 * i - x], 1) for i in range(4)]
+    assert analyze.pooled(groups) > 0.9 and abs(analyze.within(groups) + 1) < 1e-12
+
+
+def test_a_bootstrap_interval_holds_the_truth_and_narrows_with_prompts():
+    draw = np.random.RandomState(1).randn
+    mean = lambda groups: np.mean(np.concatenate(groups))
+    wide, narrow = (analyze.bootstrap([draw(1) for _ in range(n)], mean, 300, 0)
+                    for n in (20, 500))
+    assert wide["low"] < 0 < wide["high"]
+    assert narrow["high"] - narrow["low"] < 0.4 * (wide["high"] - wide["low"])
+
+
+def test_a_paired_difference_cancels_what_a_seed_shares():
+    run = lambda x: dict(scores=x)
+    runs = {"a": {s: run(10.0 * s + 1) for s in range(4)}, "b": {s: run(10.0 * s) for s in (0, 2, 3)}}
+    d = analyze.difference(runs, "a", "b", lambda r: r["scores"])
+    assert d == dict(mean=1.0, half=0.0, n=3)
+    assert analyze.difference(runs, "a", "c", lambda r: r["scores"]) is None
+
+
+def test_every_job_has_a_name_of_its_own_and_what_matters_most_comes_first():
+    names = [job.name for job in study.jobs(study.Config(preset="cpu"))]
+    assert len(names) == len(set(names))
+    assert names[:4] == ["grpo-0", "eggrpo-0", "grpo-1", "eggrpo-1"]
+    assert sum(re.fullmatch(r"eggrpo-\d", name) is not None for name in names) == 5
+
+
+def test_records_tell_of_the_pictures_that_were_drawn(eye, world):
+    """Pictures of a plan share it; entropies lie in [0, 1]; distances are those of the pixels."""
+    policy, config = tiny_policy(world, codes=32), study.Config(plans=3, pictures=2)
+    scene = make_scene(world, "eval", 0, 4)
+    rows = study.record_rows(config, eye, policy, scene, 0)
+    assert [r["plan_index"] for r in rows] == [0, 0, 1, 1, 2, 2]
+    assert rows[0]["plan"] == rows[1]["plan"] != rows[2]["plan"]
+    assert rows[0]["plan_entropy"] == rows[1]["plan_entropy"] != rows[2]["plan_entropy"]
+    assert all(0 < r[k] < 1 for r in rows for k in ("plan_entropy", "image_entropy", "distance"))
+    again = study.record_rows(config, eye, policy, scene, 0)
+    direct = study.record_rows(config, eye, policy, scene, 0, direct=True)
+    assert again == rows and {r["plan"] for r in direct} == {""}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Half a dozen jobs of the smoke study, and its analysis."""
+    out = str(tmp_path_factory.mktemp("study"))
+    common, threads = ["--preset", "smoke", "--out", out], torch.get_num_threads()
+    study.stages(study.Config(preset="smoke", out=out))
+    torch.set_num_threads(1)
+    for job in ("grpo-0", "eggrpo-0", "records-base-direct", "records-base", "records-grpo-0",
+                "records-eggrpo-0", "records-pictures"):
+        study.main([*common, "--only", job])
+    torch.set_num_threads(threads)
+    analyze.main([*common, "--resamples", "20"])
+    return Path(out) / "smoke"
+
+
+def test_a_study_leaves_tables_figures_and_their_data(small):
+    for name in ("entropy-mean", "entropy-std", "plan-entropy", "spread", "curves"):
+        assert (small / "figures" / f"{name}.png").stat().st_size < 2e5
+        assert len((small / "figures" / f"{name}.csv").read_text().splitlines()) > 1
+    for name in ("study.json", "study.md", "figures/maps.png", "figures/before-after.png",
+                 "figures/training.gif"):
+        assert (small / name).exists(), name
+    numbers = json.loads((small / "study.json").read_text())
+    assert set(numbers["A"]) == {"base", "base + plan", "GRPO", "EG-GRPO", "EG-GRPO - GRPO"}
+    rows = [json.loads(x) for x in (small / "records" / "base.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 * 2 * 2                                  # categories, plans, pictures
+
+
+def test_a_study_that_is_not_there_is_named():
+    with pytest.raises(analyze.runtime.UserError, match="no study in nowhere/cpu: make it with"):
+        analyze.main(["--preset", "cpu", "--out", "nowhere"])
+
+
+@pytest.mark.slow
+def test_train_sh_makes_the_whole_study_and_goes_on_where_it_was(tmp_path):
+    from test_commands import run
+    command = ["bash", "train.sh", "study", "--preset", "smoke", "--out", tmp_path]
+    printed = run(*command)
+    assert "101 jobs, 98 to do" in printed and "| `dapo` |" in printed
+    assert "101 jobs, 0 to do" in run(*command)
