@@ -17,7 +17,7 @@ import numpy as np
 
 import figures
 import runtime
-from study import ABLATIONS, MAIN, REGIMES
+from study import ABLATIONS, MAIN, REGIMES, SWEEPS
 
 # two-sided 95 % quantiles of Student's t, by degrees of freedom
 T95 = (np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -209,10 +209,23 @@ def spread(rows, config):
                             mean, config.resamples, config.seed) for name, f in measures.items()}
 
 
+def tokens(rows, config):
+    """Average what is recorded of the tokens that draw objects, with intervals over prompts."""
+    by = {}
+    for row in rows:
+        by.setdefault(row["prompt"], []).append(row)
+    mean = lambda groups: np.mean(np.concatenate(groups))
+    keys = ("objects_share", "low_on_objects", "high_on_objects", "object_entropy",
+            "ground_entropy", "image_entropy", "plan_entropy")
+    return {key.replace("_", " "): bootstrap([np.array([r[key] for r in rs]) for rs in by.values()],
+                                             mean, config.resamples, config.seed) for key in keys}
+
+
 def analyze(runs, records, config):
     """Reduce a study to its numbers: what study.json holds."""
     has = lambda *names: all(name in runs for name in names)
-    study = {"A": {}, "B": {}, "C": {}, "D": {}, "regimes": {}, "correlations": {}, "spread": {}}
+    study = {"A": {}, "B": {}, "C": {}, "D": {}, "regimes": {}, "correlations": {}, "spread": {},
+             "tokens": {}}
     for setting, (name,) in SETTINGS.items():
         if has(name):
             study["A"][setting] = {key: by_category(runs, name, key) for key in ("reward", "exact")}
@@ -231,7 +244,7 @@ def analyze(runs, records, config):
     # values that methods of table B stand for
     named = {"low-frac-0": "bonus", "low-frac-0.2": "eggrpo", "high-frac-0.5": "eggrpo",
              "bonus-coef-0": "exclude", "bonus-coef-0.3": "eggrpo"}
-    swept = {name: name for name in runs if name.startswith(("low-frac", "high-frac", "bonus-coef"))}
+    swept = {name: name for name in runs if name in SWEEPS}
     for label, name in sorted((named | swept).items()):
         if has(name):
             study["C"][label] = dict(describe(runs, name), minus_grpo=compare(runs, name, "grpo"))
@@ -244,6 +257,7 @@ def analyze(runs, records, config):
     for setting, rows in records.items():
         study["correlations"][setting] = correlations(rows, config)
         study["spread"][setting] = spread(rows, config)
+        study["tokens"][setting] = tokens(rows, config)
     return study
 
 
@@ -294,14 +308,13 @@ def tables(study):
         [[n, t["difference"]["reward"]["n"], show(t["grpo"]["reward"]), show(t["eggrpo"]["reward"]),
           *(show(t["difference"][k], 3, True) for k in ("reward", "exact", "image_entropy"))]
          for n, t in study["regimes"].items()])
-    found["correlations"] = lay(
-        ["reward against", *study["correlations"]],
-        [[k, *(show(t[k], 2, True) for t in study["correlations"].values())]
-         for k in next(iter(study["correlations"].values()), {})])
-    found["spread"] = lay(
-        ["within a prompt", *study["spread"]],
-        [[k, *(show(t[k]) for t in study["spread"].values())]
-         for k in next(iter(study["spread"].values()), {})])
+    for name, title, digits, sign in (("correlations", "reward against", 2, True),
+                                      ("spread", "within a prompt", 3, False),
+                                      ("tokens", "mean over pictures", 3, False)):
+        columns = study[name]
+        found[name] = lay([title, *columns],
+                          [[k, *(show(t[k], digits, sign) for t in columns.values())]
+                           for k in next(iter(columns.values()), {})])
     return found
 
 

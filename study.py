@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import eggrpo
@@ -127,7 +128,8 @@ def record_rows(config, eye, policy, scene, number, **how):
 
     Entropies are those of the distributions that were sampled from, as fractions of log V, over
     valid plan tokens and over image tokens; nll in nats a token; distance is the mean distance to
-    the prompt's other pictures, as root mean square of the pixels' difference, 0 to 1.
+    the prompt's other pictures, as root mean square of the pixels' difference, 0 to 1. The last
+    five say which tokens draw objects, and how sure the policy is of those and of the ground.
     """
     m, n = config.pictures, config.plans * config.pictures
     noise = torch.rand(n, policy.C + policy.L,
@@ -148,6 +150,15 @@ def record_rows(config, eye, policy, scene, number, **how):
         columns[f"{part}_entropy"] = mean
         columns[f"{part}_entropy_std"] = (((h - mean[:, None]) ** 2 * valid).sum(1) / count).sqrt()
         columns[f"{part}_nll"] = -(drawn.logp[:, slots] * valid).sum(1) / count
+    # which tokens draw objects: a tenth of their patch is paint
+    h, valid = drawn.entropy[:, policy.C:], drawn.valid[:, policy.C:]
+    paint = F.avg_pool2d(rewards.ink(images).sum(1, keepdim=True), eye.world.patch).flatten(1) > 0.1
+    low, high = eggrpo.entropy_masks(h, valid)
+    share = lambda of, among: (of & among).sum(1) / among.sum(1).clamp(min=1)
+    columns |= dict(objects_share=share(paint, valid), low_on_objects=share(paint, low),
+                    high_on_objects=share(paint, high),
+                    object_entropy=(h * paint).sum(1) / paint.sum(1).clamp(min=1),
+                    ground_entropy=(h * ~paint).sum(1) / (~paint).sum(1).clamp(min=1))
     columns = {name: values.tolist() for name, values in columns.items()}
     return [runtime.plain(dict(prompt=scene.prompt, number=number, category=scene.category,
                                plan=decode_words(drawn.plan[i]), plan_index=i // m,
