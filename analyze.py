@@ -172,7 +172,7 @@ def correlations(rows, config):
             rows = plans(rows)
         by = {}
         for row in rows:
-            by.setdefault(row["prompt"], []).append((row[key], row["reward"]))
+            by.setdefault(row["number"], []).append((row[key], row["reward"]))
         groups = [np.array(g) for g in by.values()]
         for name, statistic in (("pooled", pooled), ("within", within)):
             found[f"{key}, {name}"] = bootstrap(groups, statistic, config.resamples, config.seed)
@@ -188,9 +188,9 @@ def plans(rows):
     """Average the pictures of each plan."""
     by = {}
     for row in rows:
-        by.setdefault((row["run"], row["number"], row["prompt"], row["plan_index"]), []).append(row)
+        by.setdefault((row["run"], row["number"], row["plan_index"]), []).append(row)
     keys = ("reward", "exact", "plan_entropy", "image_entropy_std")
-    return [dict(prompt=k[2], **{key: float(np.mean([r[key] for r in group])) for key in keys})
+    return [dict(number=k[1], **{key: float(np.mean([r[key] for r in group])) for key in keys})
             for k, group in by.items()]
 
 
@@ -198,7 +198,7 @@ def spread(rows, config):
     """How widely a policy explores a prompt: std of reward, distance of pictures, plans."""
     by = {}
     for row in rows:
-        by.setdefault(row["prompt"], {}).setdefault(row["run"], []).append(row)
+        by.setdefault(row["number"], {}).setdefault(row["run"], []).append(row)
     measures = {
         "std of reward": lambda rs: np.std([r["reward"] for r in rs], ddof=1),
         "distance of pictures": lambda rs: np.mean([r["distance"] for r in rs]),
@@ -213,7 +213,7 @@ def tokens(rows, config):
     """Average what is recorded of the tokens that draw objects, with intervals over prompts."""
     by = {}
     for row in rows:
-        by.setdefault(row["prompt"], []).append(row)
+        by.setdefault(row["number"], []).append(row)
     mean = lambda groups: np.mean(np.concatenate(groups))
     keys = ("objects_share", "low_on_objects", "high_on_objects", "object_entropy",
             "ground_entropy", "image_entropy", "plan_entropy")
@@ -286,7 +286,7 @@ def tables(study):
         settings = study["A"].items()
         head = ["runs", *next(iter(study["A"].values()))[key]]
         found[f"A, {key}"] = lay([key, *head], [
-            [s, t[key]["all"]["n"], *(show(x, 3, "-" in s) for x in t[key].values())]
+            [s, t[key]["all"]["n"], *(show(x, 3, " - " in s) for x in t[key].values())]
             for s, t in settings])
     ends = ("reward", "exact", "image_entropy", "plan_entropy")
     heads = ["reward", "exact", "image entropy", "plan entropy", "reward - GRPO's",

@@ -150,7 +150,8 @@ def theirs_step(policy, device):
     try:
         from datasets import Dataset
         from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+        from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
+                                  TrainerCallback)
         from trl import GRPOConfig, GRPOTrainer
     except ImportError:
         return None
@@ -249,7 +250,8 @@ def main():
     policy, eye, scenes, config = make(device)
     floor_decode, floor_step, rate, copy = floors(policy, device)
     print(f"{sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, {B} sequences, "
-          f"{C + L} new tokens; matrix product {rate / 1e9:.0f} GFLOP/s, copy {copy / 1e9:.0f} GB/s")
+          f"{C + L} new tokens; matrix product {rate / 1e9:.0f} GFLOP/s, copy "
+          f"{copy / 1e9:.0f} GB/s")
     t = ours(policy, eye, scenes, config, device)
     rows = [("decoding, floor", floor_decode, floor_decode),
             ("decoding, ours", t["decode"], floor_decode),

@@ -26,7 +26,8 @@ def rescored(policy, prompt, draw, **how):
     return token_logp(*score(policy, prompt, draw.plan, draw.codes, **how), draw.plan, draw.codes)
 
 
-@pytest.mark.parametrize("how", [{}, {"guidance": 3.0}, {"temperature": 0.7}, {"guidance": 0.5, "temperature": 1.3}])
+@pytest.mark.parametrize("how", [{}, {"guidance": 3.0}, {"temperature": 0.7},
+                                 {"guidance": 0.5, "temperature": 1.3}])
 @pytest.mark.parametrize("direct", [False, True])
 def test_cached_sampling_equals_uncached_scoring(policy, prompt, how, direct):
     """The uncached forward is the oracle: a wrong cache, mask, slot or guidance on one side only
@@ -47,7 +48,8 @@ def test_sampling_slot_by_slot_without_cache_gives_the_same_tokens(policy, promp
             ended = (plan == END).any(1)
             plan[:, j] = torch.where(ended, PAD, token + END)
         for j in range(policy.L):
-            codes[:, j], _, _ = choose(score(policy, prompt, plan, codes)[1][:, j], u[:, policy.C + j])
+            logits = score(policy, prompt, plan, codes)[1][:, j]
+            codes[:, j], _, _ = choose(logits, u[:, policy.C + j])
     assert torch.equal(plan, draw.plan) and torch.equal(codes, draw.codes)
 
 

@@ -29,8 +29,8 @@ def test_every_file_of_the_reading_order_is_there_and_every_local_link_leads_som
     root = Path(__file__).parent.parent
     for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (root / link).is_file(), link
-    for name in ("scenes", "model", "pretrain", "rewards", "eggrpo", "evaluate", "sample", "runtime",
-                 "methods", "study", "analyze", "figures", "bonus"):
+    for name in ("scenes", "model", "pretrain", "rewards", "eggrpo", "evaluate", "sample",
+                 "runtime", "methods", "study", "analyze", "figures", "bonus"):
         assert f"`{name}.py`" in README and (root / f"{name}.py").is_file()
 
 

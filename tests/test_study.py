@@ -48,7 +48,8 @@ def test_a_bootstrap_interval_holds_the_truth_and_narrows_with_prompts():
 
 def test_a_paired_difference_cancels_what_a_seed_shares():
     run = lambda x: dict(scores=x)
-    runs = {"a": {s: run(10.0 * s + 1) for s in range(4)}, "b": {s: run(10.0 * s) for s in (0, 2, 3)}}
+    runs = {"a": {s: run(10.0 * s + 1) for s in range(4)},
+            "b": {s: run(10.0 * s) for s in (0, 2, 3)}}
     d = analyze.difference(runs, "a", "b", lambda r: r["scores"])
     assert d == dict(mean=1.0, half=0.0, n=3)
     assert analyze.difference(runs, "a", "c", lambda r: r["scores"]) is None
