@@ -54,33 +54,46 @@ def ranks(values):
     return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
 
 
-def pearson(x, y):
-    """Correlation of two arrays; NaN where one does not vary."""
-    x, y = x - x.mean(), y - y.mean()
-    spread = ((x ** 2).sum() * (y ** 2).sum()) ** 0.5
-    return float((x * y).sum() / spread) if spread > 1e-12 else np.nan
+def bootstrap(sums, statistic, config):
+    """A statistic of prompts and its 95 % interval over resampled prompts (percentiles).
 
-
-def bootstrap(groups, statistic, resamples, seed):
-    """A statistic of groups and its 95 % interval over resampled groups (percentiles).
-
-    groups: a list of arrays, one a prompt; statistic: of such a list.
+    sums: (prompts, k), what each prompt adds to k sums; statistic: (..., k) sums -> (...).
     """
-    rng = np.random.RandomState(seed)
-    picks = rng.randint(len(groups), size=(resamples, len(groups)))
-    values = [v for v in (statistic([groups[i] for i in pick]) for pick in picks) if v == v]
-    low, high = np.percentile(values, (2.5, 97.5)) if values else (np.nan, np.nan)
-    return dict(value=float(statistic(groups)), low=float(low), high=float(high), n=len(groups))
+    n = len(sums)
+    picks = np.random.RandomState(config.seed).randint(n, size=(config.resamples, n))
+    values = statistic(sums[picks].sum(1))
+    values = values[~np.isnan(values)]
+    low, high = np.percentile(values, (2.5, 97.5)) if len(values) else (np.nan, np.nan)
+    value = float(statistic(sums.sum(0)))
+    return dict(value=value, low=float(low), high=float(high), n=n)
 
 
-def pooled(groups):
-    """Correlation of two columns over everything. groups: list of (n, 2)."""
-    return pearson(*np.concatenate(groups).T)
+def mean_of(groups, config):
+    """Mean of everything, with its bootstrap interval. groups: a list of (n,), one a prompt."""
+    sums = np.array([(len(g), np.sum(g)) for g in groups], float)
+    return bootstrap(sums, lambda s: s[..., 1] / s[..., 0], config)
+
+
+def correlation_of(groups, config):
+    """Pearson's correlation of everything, likewise. groups: a list of (n, 2), one a prompt."""
+    centre = np.concatenate(groups).mean(0)                                      # for precision
+    def add(group):
+        x, y = (group - centre).T
+        return len(x), x.sum(), y.sum(), x @ x, y @ y, x @ y
+    return bootstrap(np.array([add(g) for g in groups], float), correlation, config)
+
+
+def correlation(sums):
+    """Pearson's correlation from the sums of 1, x, y, x x, y y, x y; NaN where one does not vary.
+    (..., 6) -> (...)."""
+    n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
+    square = (xx - x * x / n) * (yy - y * y / n)
+    return np.where(square > 1e-12, (xy - x * y / n) / np.sqrt(np.maximum(square, 1e-12)), np.nan)
 
 
 def within(groups):
-    """Correlation after each prompt's mean is taken off: what difficulty cannot explain."""
-    return pooled([g - g.mean(0) for g in groups])
+    """Take each prompt's mean off: what is left, the prompt's difficulty cannot explain."""
+    return [g - g.mean(0) for g in groups]
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -163,24 +176,28 @@ def stability(runs, name):
                 largest_fall=max(falls), **describe(runs, name))
 
 
+def by_prompt(rows, *keys):
+    """Collect columns of rows by prompt. Returns a list of (n, keys)."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["number"], []).append([row[key] for key in keys])
+    return [np.array(group, float) for group in groups.values()]
+
+
 def correlations(rows, config):
     """Correlate reward with each entropy. Over pictures; for the plan's entropy over plans, each
     with the mean reward of its pictures."""
     found = {}
     for key in ENTROPIES:
-        if key == "plan_entropy":
-            rows = plans(rows)
-        by = {}
-        for row in rows:
-            by.setdefault(row["number"], []).append((row[key], row["reward"]))
-        groups = [np.array(g) for g in by.values()]
-        for name, statistic in (("pooled", pooled), ("within", within)):
-            found[f"{key}, {name}"] = bootstrap(groups, statistic, config.resamples, config.seed)
-        both = ranks(np.concatenate(groups)[:, 0]), ranks(np.concatenate(groups)[:, 1])
-        cuts = np.cumsum([len(g) for g in groups])[:-1]
-        groups = np.split(np.stack(both, 1), cuts)         # Spearman: ranks over everything
-        found[f"{key}, pooled, ranks"] = bootstrap(groups, pooled, config.resamples, config.seed)
-        found[f"{key}, within, ranks"] = bootstrap(groups, within, config.resamples, config.seed)
+        groups = by_prompt(plans(rows) if key == "plan_entropy" else rows, key, "reward")
+        together = np.concatenate(groups)
+        ranked = np.stack([ranks(column) for column in together.T], 1)
+        ranked = np.split(ranked, np.cumsum([len(g) for g in groups])[:-1])
+        name = key.replace("_", " ")
+        found[name] = correlation_of(groups, config)
+        found[f"{name}, ranks"] = correlation_of(ranked, config)
+        found[f"{name}, within prompts"] = correlation_of(within(groups), config)
+        found[f"{name}, within prompts, ranks"] = correlation_of(within(ranked), config)
     return found
 
 
@@ -204,21 +221,16 @@ def spread(rows, config):
         "distance of pictures": lambda rs: np.mean([r["distance"] for r in rs]),
         "distinct plans": lambda rs: len({r["plan"] for r in rs}),
     }
-    mean = lambda groups: np.mean(np.concatenate(groups))
-    return {name: bootstrap([np.array([f(rs) for rs in runs.values()]) for runs in by.values()],
-                            mean, config.resamples, config.seed) for name, f in measures.items()}
+    return {name: mean_of([[f(rs) for rs in runs.values()] for runs in by.values()], config)
+            for name, f in measures.items()}
 
 
 def tokens(rows, config):
     """Average what is recorded of the tokens that draw objects, with intervals over prompts."""
-    by = {}
-    for row in rows:
-        by.setdefault(row["number"], []).append(row)
-    mean = lambda groups: np.mean(np.concatenate(groups))
     keys = ("objects_share", "low_on_objects", "high_on_objects", "object_entropy",
             "ground_entropy", "image_entropy", "plan_entropy")
-    return {key.replace("_", " "): bootstrap([np.array([r[key] for r in rs]) for rs in by.values()],
-                                             mean, config.resamples, config.seed) for key in keys}
+    return {key.replace("_", " "): mean_of([g[:, 0] for g in by_prompt(rows, key)], config)
+            for key in keys}
 
 
 def analyze(runs, records, config):

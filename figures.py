@@ -7,6 +7,7 @@ figures/<name>.png and, where the data are not another file already, figures/<na
 import csv
 import io
 import shutil
+import textwrap
 
 import matplotlib
 
@@ -75,29 +76,30 @@ def joint(folder, name, records, key, label):
 
 
 def plan_entropy(folder, plans):
-    """Reward of a plan against its entropy, within thirds of the spread of image entropy."""
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), sharey=True)
+    """Reward of a plan against its entropy, both less their prompt's mean, within thirds of the
+    spread of image entropy."""
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), sharey=True, sharex=True)
     spread = np.concatenate([[p["image_entropy_std"] for p in ps] for ps in plans.values()])
-    cuts, data = np.quantile(spread, (0, 1 / 3, 2 / 3, 1)), []
+    cuts, data, handles = np.quantile(spread, (0, 1 / 3, 2 / 3, 1)), [], []
+    for setting, ps in plans.items():
+        colour, line, marker = STYLES[setting]
+        how = dict(color=colour, linestyle=line, marker=marker, markersize=4)
+        handles.append(plt.Line2D([], [], label=setting, **how))
+        numbers = np.unique([p["number"] for p in ps], return_inverse=True)[1]
+        x, y = (np.array([p[key] for p in ps]) for key in ("plan_entropy", "reward"))
+        x, y = (v - (np.bincount(numbers, v) / np.bincount(numbers))[numbers] for v in (x, y))
+        third = np.searchsorted(cuts[1:3], [p["image_entropy_std"] for p in ps])
+        data += [(setting, t + 1, f"{a:.5g}", f"{b:.5g}") for t, a, b in zip(third, x, y)]
+        for panel, axis in enumerate(axes):
+            inside = np.flatnonzero(third == panel)
+            if len(inside) >= 10:
+                fifths = np.array_split(inside[np.argsort(x[inside])], 5)
+                axis.errorbar([x[f].mean() for f in fifths], [y[f].mean() for f in fifths],
+                              [1.96 * y[f].std() / len(f) ** 0.5 for f in fifths], capsize=2, **how)
     for panel, axis in enumerate(axes):
-        low, high = cuts[panel], cuts[panel + 1]
-        for setting, ps in plans.items():
-            colour, line, marker = STYLES[setting]
-            inside = [p for p in ps if low <= p["image_entropy_std"] <= high]
-            data += [(setting, panel + 1, f"{p['plan_entropy']:.5g}", f"{p['reward']:.5g}")
-                     for p in inside]
-            if len(inside) < 10:
-                continue
-            x, y = np.array([(p["plan_entropy"], p["reward"]) for p in inside]).T
-            fifths = np.array_split(np.argsort(x), 5)
-            axis.errorbar([x[f].mean() for f in fifths], [y[f].mean() for f in fifths],
-                          [1.96 * y[f].std() / len(f) ** 0.5 for f in fifths], color=colour,
-                          linestyle=line, marker=marker, markersize=4, capsize=2)
-        axis.set(title=f"image-entropy std {low:.3f} to {high:.3f}", xlabel="plan entropy")
-        axis.title.set_fontsize(9)
-    axes[0].set_ylabel("reward, mean of a plan's pictures")
-    handles = [plt.Line2D([], [], color=STYLES[s][0], linestyle=STYLES[s][1], marker=STYLES[s][2],
-                          markersize=4, label=s) for s in plans]
+        axis.set_title(f"image-entropy std {cuts[panel]:.3f} to {cuts[panel + 1]:.3f}", fontsize=9)
+        axis.set_xlabel("plan entropy less its prompt's mean")
+    axes[0].set_ylabel("reward less its prompt's mean")
     axes[0].legend(handles=handles, frameon=False, fontsize=8)
     save(folder, "plan-entropy", figure, ("setting", "third", "plan_entropy", "reward"), data)
 
@@ -148,14 +150,14 @@ def curves(folder, runs, names):
 def maps(folder, shown):
     """Pictures, the entropy of their tokens, the masks over it, and the plans by word. shown: the
     rows of records/pictures.jsonl."""
-    figure, axes = plt.subplots(3, len(shown), figsize=(3.1 * len(shown), 7.6), squeeze=False,
-                                height_ratios=(3, 3, 1.3))
+    figure, axes = plt.subplots(3, len(shown), figsize=(3 * len(shown), 6.6), squeeze=False,
+                                height_ratios=(3, 3, 1))
     for column, row in enumerate(shown):
         entropy = np.array(row["image_entropy"])
         side = int(len(entropy) ** 0.5)
         picture, heat, words = axes[:, column]
         picture.imshow(np.array(row["picture"], dtype=np.uint8))
-        picture.set_title(row["prompt"], fontsize=7)
+        picture.set_title(textwrap.fill(row["prompt"], 32), fontsize=7)
         drawn = heat.imshow(entropy.reshape(side, side), cmap="gray", vmin=0, vmax=1)
         for i in range(len(entropy)):
             mark = "x" if row["image_low"][i] else "+" if row["image_high"][i] else ""

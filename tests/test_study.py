@@ -23,27 +23,34 @@ def test_an_interval_over_runs_is_students():
     assert x["mean"] == 2 and x["n"] == 3 and abs(x["half"] - 4.303 / 3 ** 0.5) < 1e-9
 
 
+CONFIG = analyze.Config(resamples=300)
+
+
 def test_ranks_share_ties_and_correlations_are_numpys():
     assert analyze.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [2.5, 0, 2.5, 1]
-    x, y = np.random.RandomState(0).randn(2, 50)
-    assert abs(analyze.pearson(x, y) - np.corrcoef(x, y)[0, 1]) < 1e-12
-    assert np.isnan(analyze.pearson(x, np.ones(50)))
+    points = np.random.RandomState(0).randn(50, 2)
+    found = analyze.correlation_of(np.split(points, 10), CONFIG)
+    assert abs(found["value"] - np.corrcoef(points.T)[0, 1]) < 1e-12 and found["n"] == 10
+    assert np.isnan(analyze.correlation_of([np.ones((5, 2))] * 3, CONFIG)["value"])
 
 
 def test_correlation_within_prompts_does_not_see_what_is_between_them():
     """Prompts with high x have high y; within each, y falls with x."""
     x = np.arange(5.0)
     groups = [np.stack([x + 10 * i, 30 * i - x], 1) for i in range(4)]
-    assert analyze.pooled(groups) > 0.9 and abs(analyze.within(groups) + 1) < 1e-12
+    assert analyze.correlation_of(groups, CONFIG)["value"] > 0.9
+    assert abs(analyze.correlation_of(analyze.within(groups), CONFIG)["value"] + 1) < 1e-12
 
 
 def test_a_bootstrap_interval_holds_the_truth_and_narrows_with_prompts():
+    """Prompts are resampled, not pictures: ten copies of each picture narrow nothing."""
     draw = np.random.RandomState(1).randn
-    mean = lambda groups: np.mean(np.concatenate(groups))
-    wide, narrow = (analyze.bootstrap([draw(1) for _ in range(n)], mean, 300, 0)
-                    for n in (20, 500))
-    assert wide["low"] < 0 < wide["high"]
-    assert narrow["high"] - narrow["low"] < 0.4 * (wide["high"] - wide["low"])
+    prompts = [draw(1) for _ in range(500)]
+    few, copied, many = (analyze.mean_of(groups, CONFIG) for groups in (
+        prompts[:20], [np.repeat(g, 10) for g in prompts[:20]], prompts))
+    width = lambda x: x["high"] - x["low"]
+    assert few["low"] < 0 < few["high"] and width(many) < 0.4 * width(few)
+    assert abs(width(copied) - width(few)) < 1e-9
 
 
 def test_a_paired_difference_cancels_what_a_seed_shares():
