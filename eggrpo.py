@@ -417,8 +417,12 @@ def main(argv=None):
             batch = shape_rollout(rollout, config)            # <- the only line that makes it EG
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * min(1, (step + 1) / 10)
-            stats = update(policy, reference, optimizer, batch, config, step,
-                           rollout_stats(rollout, batch, config))
+            try:
+                stats = update(policy, reference, optimizer, batch, config, step,
+                               rollout_stats(rollout, batch, config))
+            except BadNumbers as error:
+                rewards.require_sound(rollout.rewards, rollout.parts)      # a user's, perhaps
+                runtime.refuse(step, str(error), path, batch._asdict())
             stats["seconds"] = time.time() - tick
             bar.set_postfix({k: f"{stats[k]:.2f}" for k in ("reward", "exact", "kl")})
             ended = step + 1 == config.steps
@@ -431,7 +435,7 @@ def main(argv=None):
                 evaluate.animate(folder)
             if ended or stop.signal or (step + 1) % config.save_every == 0:
                 runtime.save_stage(path, "policy", config, step + 1, policy, optimizer)
-                if stop.signal and not ended:
+                if stop.signal:
                     stop.leave(path, maker)
     print(f"{config.method}: held-out reward {stats['eval_reward']:.3f}, "
           f"exact {stats['eval_exact']:.3f} after {config.steps} steps, "

@@ -166,15 +166,18 @@ def main(argv=None):
             image = -logp[:, policy.C:].mean()
             (words + image).backward()    # each modality's mean: plans are short and must not drown
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            values = torch.stack([words, image, norm]).tolist()
+            terms = dict(zip(("plan_nll", "image_nll", "grad_norm"), values))
+            runtime.require_finite(step, terms, path, dict(prompt=prompt, plan=plan, codes=codes))
             optimizer.step()
             optimizer.zero_grad()
-            if step % 20 == 0 or step + 1 == config.steps:
-                log(step=step, plan_nll=words.item(), image_nll=image.item(), grad_norm=norm.item())
-                bar.set_postfix(plan=f"{words.item():.2f}", image=f"{image.item():.2f}")
             ended = step + 1 == config.steps
+            if step % 20 == 0 or ended:
+                log(step=step, **terms)
+                bar.set_postfix(plan=f"{words.item():.2f}", image=f"{image.item():.2f}")
             if ended or stop.signal or (step + 1) % config.save_every == 0:
                 runtime.save_stage(path, "base", config, step + 1, policy, optimizer)
-                if stop.signal and not ended:
+                if stop.signal:
                     stop.leave(path, maker)
     print(
         f"base policy: plan {words.item():.2f}, image {image.item():.2f} nats a token, "

@@ -154,6 +154,9 @@ def save(path, record):
 def save_stage(path, kind, config, step, model, optimizer, **more):
     """Write a stage's checkpoint; a finished one (step == config.steps) needs no optimizer."""
     ended = step == config.steps
+    whole = all(value.isfinite().all() for value in model.state_dict().values())
+    require(whole, f"step {step - 1} made weights that are not finite: they are not saved; lower "
+            f"--lr. {_last_good(path)}")
     save(path, dict(kind=kind, settings=settings(config), step=step, steps=config.steps,
                     model_config=model.config, model=model.state_dict(),
                     optimizer={} if ended else optimizer.state_dict(), **more))
@@ -274,6 +277,26 @@ def _step_of(line):
         return json.loads(line).get("step", -1)
     except json.JSONDecodeError:                      # a line torn by a kill: its step is run again
         return float("inf")
+
+
+def require_finite(step, terms, path, batch):
+    """Refuse a batch of which a term is not finite. terms: {name: float}; else as for refuse."""
+    wrong = [f"{name} is {value}" for name, value in terms.items() if not math.isfinite(value)]
+    if wrong:
+        refuse(step, ", ".join(wrong), path, batch)
+
+
+def refuse(step, why, path, batch):
+    """Stop before an update that would do harm: write its batch, {name: tensor}, to bad-batch.pt
+    beside the run's checkpoint, `path`, and raise UserError."""
+    dump = Path(path).with_name("bad-batch.pt")
+    save(dump, dict(kind="bad batch", step=step, why=why, batch=batch))
+    raise UserError(f"step {step}: {why}; no update was made: lower --lr, or look at the batch in "
+                    f"{dump}. {_last_good(path)}")
+
+
+def _last_good(path):
+    return f"Last good checkpoint: {path if Path(path).exists() else 'none yet'}"
 
 
 class Interruptible:

@@ -130,27 +130,29 @@ def main(argv=None):
             error, commitment, features, codes = loss_terms(model, images, config.ink_weight)
             # 20 brings an error of squared [0, 1] pixels to the commitment's size
             (20 * error + config.commitment * commitment).backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            values = torch.stack([error, commitment, norm]).tolist()
+            terms = dict(zip(("error", "commitment", "grad_norm"), values))
+            runtime.require_finite(step, terms, path, dict(images=images))
             optimizer.step()
             optimizer.zero_grad()
             model.quantizer.update(features, codes)
             restarted = 0
             if step % 20 == 0 and step < 0.7 * config.steps:      # then let the codebook settle
                 restarted = model.quantizer.restart(features, draw)
-            if step % 20 == 0 or step + 1 == config.steps:
-                log(step=step,
-                    error=error.item(),
-                    commitment=commitment.item(),
-                    codes_in_use=len(codes.unique()),
-                    perplexity=perplexity(codes, config.codes),
-                    restarted=restarted)
             ended = step + 1 == config.steps
+            if step % 20 == 0 or ended:
+                log(step=step, **terms, codes_in_use=len(codes.unique()),
+                    perplexity=perplexity(codes, config.codes), restarted=restarted)
+            results = {}
+            if ended:
+                results = ceiling(model, world, device, config.scored)
+                log(step=config.steps, **results, seconds=time.time() - started)
             if ended or stop.signal or (step + 1) % config.save_every == 0:
-                results = ceiling(model, world, device, config.scored) if ended else {}
                 runtime.save_stage(path, "tokenizer", config, step + 1, model, optimizer,
                                    results=results)
-                if stop.signal and not ended:
+                if stop.signal:
                     stop.leave(path, maker)
-    log(**results, seconds=time.time() - started)
     print(
         f"tokenizer: ceiling {results['ceiling']:.3f} (exact {results['ceiling_exact']:.3f}), "
         f"{results['codes_in_use']} of {config.codes} codes in use, "
