@@ -383,6 +383,7 @@ def main(argv=None):
     name = config.name or f"{config.method}-{config.seed}"
     folder = Path(config.out) / config.preset / name
     path = folder / "policy.pt"
+    claim = runtime.lock(path)                                      # until main returns
     record = runtime.resume(path, config, maker)
     if record and record["step"] == config.steps:
         return print(f"{config.method}: finished earlier, {path}")

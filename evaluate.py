@@ -9,6 +9,7 @@ colour-shape pair that nothing the policy learns from has. All policies answer t
 the same noise.
 """
 
+import io
 import json
 import time
 from dataclasses import dataclass
@@ -189,10 +190,10 @@ def gallery_row(eye, policy, **how):
 
 
 def save_image(image, path, **options):
-    """Write a PIL image by way of a temporary name."""
-    temporary = Path(path).with_name("." + Path(path).name)
-    image.save(temporary, **options)
-    temporary.replace(path)
+    """Write a PIL image in the format that the name ends with, whole or not at all."""
+    buffer = io.BytesIO()
+    image.save(buffer, Path(path).suffix[1:], **options)
+    runtime.write(path, buffer.getvalue())
 
 
 def look(eye, policy, prompts, folder, step, guidance):

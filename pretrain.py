@@ -120,6 +120,7 @@ def load_base(preset, out="out", device="cpu"):
 def main(argv=None):
     config, maker = runtime.parse("pretrain.py", Config, PRESETS, __doc__, argv)
     path = f"{config.out}/{config.preset}/base.pt"
+    claim = runtime.lock(path)                                      # until main returns
     record = runtime.resume(path, config, maker)
     if record and record["step"] == config.steps:
         return print(f"base policy: finished earlier, {path}")

@@ -1,6 +1,7 @@
 """Device, seeds, checkpoints, log, flags: what every command needs. Read last or never."""
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -9,6 +10,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,11 @@ from pathlib import Path
 
 import numpy
 import torch
+
+try:
+    import fcntl
+except ImportError:                                     # Windows: no lock there
+    fcntl = None
 
 MAGIC = b"eggrpo checkpoint 1\n"
 PRESETS = ("smoke", "cpu", "gpu")
@@ -130,16 +137,47 @@ def generator(*key):
 
 # --- files ----------------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def writing(path):
+    """Say in one line what the system refuses: a full disk, a folder that is none."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; mend that and run the same "
+                        "command again: what was saved is kept") from None
+
+
 def write(path, data):
     """Write bytes to a temporary name, then rename: a file is whole or is not there."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def lock(path):
+    """Claim a checkpoint for this process: two runs at once would mix. Returns what holds the
+    claim as long as it lives; the system frees it however the process ends."""
+    hidden = Path(path).with_name(f".{Path(path).name}.lock")
+    with writing(path):
+        hidden.parent.mkdir(parents=True, exist_ok=True)
+        file = open(hidden, "w")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path}: another run is at it; let it end, or choose another --out"
+                        ) from None
+    return file
 
 
 def save(path, record):
@@ -235,27 +273,31 @@ class Log:
         self.path = Path(path)
         lines = []
         if first_step:
-            lines = [
-                line for line in self.path.read_text().splitlines() if _step_of(line) < first_step
-            ]
+            require(self.path.is_file(), f"{path} is not there, and its checkpoint is: remove that "
+                    "too, to start over")
+            lines = self.path.read_text().splitlines()
+            lines = [line for line in lines if _step_of(line) < first_step]
         else:
-            here = Path(__file__).parent
-            commit = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"],
-                                    capture_output=True,
-                                    text=True)
-            lines.append(
-                json.dumps(
-                    dict(commit=commit.stdout.strip() or "unknown",
-                         device=str(device),
-                         settings=settings(config),
-                         torch=torch.__version__,
-                         numpy=numpy.__version__,
-                         python=platform.python_version())))
+            lines.append(json.dumps(dict(
+                commit=_commit(), device=str(device), settings=settings(config),
+                torch=torch.__version__, numpy=numpy.__version__,
+                python=platform.python_version())))
         write(self.path, "".join(line + "\n" for line in lines).encode())
 
     def __call__(self, **record):
-        with open(self.path, "a") as file:
+        with writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps(plain(record)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())          # a checkpoint is never newer than the log
+
+
+def _commit():
+    if not shutil.which("git"):
+        return "unknown"
+    described = subprocess.run(
+        ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
+        capture_output=True, text=True)
+    return described.stdout.strip() or "unknown"
 
 
 def read_lines(path):

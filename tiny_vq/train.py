@@ -97,6 +97,7 @@ def load_tokenizer(preset, out="out", device="cpu"):
 def main(argv=None):
     config, maker = runtime.parse("-m tiny_vq.train", Config, PRESETS, __doc__, argv)
     path = f"{config.out}/{config.preset}/tokenizer.pt"
+    claim = runtime.lock(path)                                      # until main returns
     record = runtime.resume(path, config, maker)
     if record and record["step"] == config.steps:
         return print(
