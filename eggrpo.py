@@ -394,7 +394,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(0.9, 0.95),
                                   weight_decay=0.0, fused=device.type == "cuda")
     if record:
-        policy.load_state_dict(record["model"])
+        runtime.restore(policy, record, path, maker)
         optimizer.load_state_dict(record["optimizer"])
     first, started = (record["step"] if record else 0), time.time()
     log = runtime.Log(folder / "log.jsonl", config, device, first)

@@ -220,7 +220,7 @@ def finished_runs(folder):
     """List the (name, path, guidance) of the finished reinforcement-learning runs in a folder."""
     paths = sorted(folder.glob("*/policy.pt"))
     records = [(p, runtime.load(p, "python eggrpo.py")) for p in paths]
-    return [(p.parent.name, p, r["settings"]["guidance"]) for p, r in records
+    return [(p.parent.name, p, r["settings"].get("guidance", 1.0)) for p, r in records
             if r["step"] == r["steps"]]
 
 

@@ -108,7 +108,7 @@ def load_policy(path, maker, kind, preset, device="cpu"):
     """Read a finished policy. Returns the model, frozen."""
     record = runtime.load_finished(path, maker, kind, preset)
     policy = Policy(**record["model_config"])
-    policy.load_state_dict(record["model"])
+    runtime.restore(policy, record, path, maker)
     return policy.to(device).requires_grad_(False)
 
 
@@ -135,7 +135,7 @@ def main(argv=None):
         f"{policy.slots} slots"
     )
     if record:
-        policy.load_state_dict(record["model"])
+        runtime.restore(policy, record, path, maker)
     policy.to(device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(0.9, 0.95),
                                   weight_decay=0.05, fused=device.type == "cuda")

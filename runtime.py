@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import pickle
 import platform
 import shlex
 import shutil
@@ -25,6 +26,7 @@ except ImportError:                                     # Windows: no lock there
     fcntl = None
 
 MAGIC = b"eggrpo checkpoint 1\n"
+RECORD = {"kind", "settings", "step", "steps", "model_config", "model", "optimizer"}
 PRESETS = ("smoke", "cpu", "gpu")
 
 
@@ -186,7 +188,11 @@ def save(path, record):
     buffer = io.BytesIO()
     torch.save(record, buffer)
     data = buffer.getvalue()
-    write(path, MAGIC + hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
+    write(path, _header(data) + data)
+
+
+def _header(data):
+    return MAGIC + hashlib.sha256(data).hexdigest().encode() + b"\n"
 
 
 def save_stage(path, kind, config, step, model, optimizer, **more):
@@ -200,20 +206,32 @@ def save_stage(path, kind, config, step, model, optimizer, **more):
                     optimizer={} if ended else optimizer.state_dict(), **more))
 
 
-def load(path, maker):
+def load(path, maker, keys=RECORD):
     """Read a checkpoint. maker: the command that makes it, named where it is missing or unusable.
     Raises UserError."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is not there: make it with `{maker}`")
+    path, remedy = Path(path), f"remove it and run `{maker}`"
+    require(path.exists(), f"{path} is not there: make it with `{maker}`")
+    require(path.is_file(), f"{path} is not a file: {remedy}")
     content = path.read_bytes()
-    remedy = f"remove it and run `{maker}`"
-    if not content.startswith(MAGIC):
-        raise UserError(f"{path} is not a checkpoint of this version: {remedy}")
-    digest, data = content[len(MAGIC):len(MAGIC) + 64], content[len(MAGIC) + 65:]
-    if hashlib.sha256(data).hexdigest().encode() != digest:
-        raise UserError(f"{path} is truncated or damaged: {remedy}")
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    require(content.startswith(MAGIC), f"{path} is not a checkpoint of this version: {remedy}")
+    data = content[len(_header(b"")):]
+    require(content == _header(data) + data, f"{path} is truncated or damaged: {remedy}")
+    try:
+        record = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        record = None
+    require(isinstance(record, dict) and record.keys() >= keys,
+            f"{path} does not hold what this version writes: {remedy}")
+    return record
+
+
+def restore(model, record, path, maker):
+    """Give a model the weights of a checkpoint. Raises UserError where they do not fit it."""
+    try:
+        model.load_state_dict(record["model"])
+    except (RuntimeError, TypeError):
+        raise UserError(f"{path} holds weights of another version: remove it and run `{maker}`"
+                        ) from None
 
 
 def resume(path, config, maker):

@@ -32,6 +32,9 @@ def record(**change):
                 settings=runtime.settings(Config(preset="cpu")),
                 step=2,
                 steps=2,
+                model_config={},
+                model={},
+                optimizer={},
                 x=torch.arange(1000)) | change
 
 
@@ -46,18 +49,64 @@ def test_damaged_foreign_and_missing_checkpoints_are_named_with_the_remedy(tmp_p
     path = tmp_path / "a.pt"
     save(path, record())
     whole = path.read_bytes()
-    for i in range(60):
+    for i in range(200):
         place = torch.randint(len(whole), (), generator=generator("damage", i)).item()
         flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:]
         for damaged in (whole[:place], flipped):
             path.write_bytes(damaged)
             with pytest.raises(UserError, match=r"a\.pt.*remove it and run `make it`"):
                 load(path, "make it")
+    for place in range(len(runtime.MAGIC) + 65):                       # the header, byte by byte
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
+        with pytest.raises(UserError, match=r"a\.pt.*remove it and run `make it`"):
+            load(path, "make it")
     torch.save({"x": 1}, path)
-    with pytest.raises(UserError, match="not a checkpoint of this version"):
-        load(path, "make it")
+    foreign = path.read_bytes()
+    older = whole.replace(b"checkpoint 1", b"checkpoint 0", 1)
+    for content in (foreign, older, b"", b"\n", whole[100:]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"a\.pt.*not a checkpoint of this version"):
+            load(path, "make it")
     with pytest.raises(UserError, match="not there: make it with `make it`"):
         load(tmp_path / "none.pt", "make it")
+
+
+def test_a_whole_file_of_the_wrong_content_is_refused(tmp_path):
+    """The checksum fits: someone or some other version wrote it so."""
+    path = tmp_path / "a.pt"
+    lacking = [{k: v for k, v in record().items() if k != key} for key in runtime.RECORD]
+    for content in ([1, 2], 7, {}, None, torch.ones(3), *lacking):
+        save(path, content)
+        with pytest.raises(UserError, match="not hold what this version writes: remove it and run"):
+            load(path, "make it")
+    for data in (b"", b"garbage", bytes(1000), b"PK\3\4 and more"):
+        path.write_bytes(runtime._header(data) + data)
+        with pytest.raises(UserError, match="not hold what this version writes: remove it and run"):
+            load(path, "make it")
+
+
+def test_a_folder_in_place_of_a_checkpoint_and_weights_of_another_shape_are_refused(tmp_path):
+    (tmp_path / "a.pt").mkdir()
+    for read in (lambda p: load(p, "make it"), lambda p: resume(p, Config(), "make it")):
+        with pytest.raises(UserError, match="is not a file: remove it and run `make it`"):
+            read(tmp_path / "a.pt")
+    for weights in ({}, {"weight": torch.ones(3, 3), "bias": torch.ones(2)}, [1]):
+        with pytest.raises(UserError, match="weights of another version: remove it and run"):
+            runtime.restore(torch.nn.Linear(2, 2), dict(model=weights), "a.pt", "make it")
+
+
+def test_a_file_that_may_not_be_read_is_one_line(tmp_path, monkeypatch, capsys):
+    """Tests may run as root, who may read all: the refusal is put in."""
+    save(tmp_path / "a.pt", record())
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(runtime.Path, "read_bytes", refuse)
+    with pytest.raises(SystemExit) as stop:
+        runtime.run(lambda: load(tmp_path / "a.pt", "make it"))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'a.pt'}: Permission denied\n"
 
 
 def test_unfinished_and_wrong_stages_are_refused(tmp_path):

@@ -88,9 +88,10 @@ def ceiling(model, world, device, number, seed=0):
 def load_tokenizer(preset, out="out", device="cpu"):
     """Read the finished tokenizer of a preset. Returns the model, frozen."""
     maker = runtime.maker_of("-m tiny_vq.train", preset, out)
-    record = runtime.load_finished(f"{out}/{preset}/tokenizer.pt", maker, "tokenizer", preset)
+    path = f"{out}/{preset}/tokenizer.pt"
+    record = runtime.load_finished(path, maker, "tokenizer", preset)
     model = VQVAE(**record["model_config"])
-    model.load_state_dict(record["model"])
+    runtime.restore(model, record, path, maker)
     return model.to(device).requires_grad_(False)
 
 
@@ -109,7 +110,7 @@ def main(argv=None):
     torch.manual_seed(config.seed)
     model = VQVAE(world.patch, config.width, config.blocks, config.codes, config.dim)
     if record:
-        model.load_state_dict(record["model"])
+        runtime.restore(model, record, path, maker)
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(),
                                   lr=config.lr,
