@@ -89,9 +89,11 @@ def make_corpus(config, world, tokenizer, device):
     with ExitStack() as stack:
         drawn = map(draw, pieces)
         if len(pieces) > 10:
-            # spawned, not forked: threads of torch are running. Ctrl-C is the main process's affair
-            context, quiet = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
-            pool = stack.enter_context(context.Pool(initializer=signal.signal, initargs=quiet))
+            # Ctrl-C is the main process's affair: the others inherit that it is ignored
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            # spawned, not forked: threads of torch are running
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool())
+            signal.signal(signal.SIGINT, handler)
             drawn = pool.imap(draw, pieces)
         for *words, pictures in tqdm(drawn, "corpus", len(pieces), leave=False):
             codes = tokenizer.encode(as_images(pictures).to(device) / 255).cpu().to(torch.int16)

@@ -35,12 +35,39 @@ class UserError(ValueError):
 
 
 def run(main):
-    """Run a command's main, turning UserError into one line and exit status 2."""
+    """Run a command's main. What the user can mend, files that the system refuses, memory that runs
+    out and interruptions end as one line on stderr, with exit status 2, or 128 + signal."""
+    status = 2
     try:
-        main()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
+        return main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = f"error: {error}"
+    except (OSError, MemoryError, RuntimeError) as error:
+        message = _explain(error)
+        if not message:
+            raise
+    except KeyboardInterrupt as stop:
+        print(file=sys.stderr)                                        # below ^C or a progress bar
+        message = "interrupted; the same command goes on from what is saved"
+        status = (*stop.args, 130)[0]
+    print("".join(c if c.isprintable() else " " for c in message), file=sys.stderr)
+    sys.exit(status)
+
+
+def _interrupt(number, frame):
+    raise KeyboardInterrupt(128 + number)
+
+
+def _explain(error):
+    """Put an error of the system into one line; None for one that is a bug of ours."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"error: {error.filename or 'output'}: {error.strerror}"
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
+            "can't allocate memory" in str(error)):
+        return ("error: out of memory: lower --micro-batch first (results stay the same), then "
+                "--prompts or --group; in the other commands --batch")
 
 
 def require(truth, message):
@@ -361,14 +388,16 @@ def _last_good(path):
 
 class Interruptible:
     """Within it, Ctrl-C and SIGTERM are noted, and the loop ends after the step in hand; a second
-    Ctrl-C ends at once."""
+    one ends at once."""
 
     def __enter__(self):
         self.signal = 0
         self.old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
+        if kind not in (None, SystemExit):
+            print(file=sys.stderr)                    # the message stands below the progress bar
         for s, handler in self.old.items():
             signal.signal(s, handler)
 
