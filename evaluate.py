@@ -83,6 +83,7 @@ def evaluate(eye, policy, split, prompts, batch=128, seed=0, title=None, **how):
                           eye.world))
     reward, parts, exact = zip(*found)
     parts = {name: torch.cat([p[name] for p in parts]).cpu() for name in parts[0]}
+    rewards.require_sound(torch.cat(reward).cpu(), parts)
     return Scores([s.category for s in scenes],
                   torch.cat(reward).cpu(), parts,
                   torch.cat(exact).cpu())

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runtime import UserError
 from scenes import COLOURS, GROUND, RELATIONS, SHAPES, stamp
 
 INK_FLOOR = 0.3        # coverage below this is ground: its light and grain reach 0.2
@@ -201,11 +202,41 @@ REWARDS = {
 }
 
 
+def call(name, function, images, found, want):
+    """Call a reward function, which may be the user's: what is wrong with it is said in its
+    name."""
+    yours = f"the reward function {name!r} in rewards.REWARDS, which is yours to mend,"
+    try:
+        part = function(images, found, want)
+    except Exception as error:                                # a user's code may raise anything
+        raise UserError(f"{yours} raised {type(error).__name__}: {error}") from error
+    wanted = f"must return floats ({len(images)},) on {images.device}, not"
+    if not isinstance(part, Tensor):
+        raise UserError(f"{yours} {wanted} {type(part).__name__}")
+    here = part.device == images.device and part.is_floating_point()
+    if not here or part.shape != (len(images),):
+        raise UserError(f"{yours} {wanted} {part.dtype} {tuple(part.shape)} on {part.device}")
+    return part
+
+
+def require_sound(rewards, parts):
+    """Raise UserError, naming the function, where a reward is infinite or none applies.
+
+    It waits for the device, so score leaves it to callers, where they wait anyway. rewards: any
+    shape, parts: {name: the same}.
+    """
+    if not rewards.isfinite().all():
+        wrong = [name for name, part in parts.items() if part.isinf().any()]
+        fault = f"an infinite value came from {wrong[0]!r}" if wrong else (
+            "every one of them was NaN for some picture, as if none applied to it")
+        raise UserError(f"the reward functions in rewards.REWARDS are yours to mend: {fault}")
+
+
 def score(images, want, world):
     """Score pictures. images (B, 3, h, w) in [0, 1] -> rewards (B,), parts {name: (B,)}, exact
     (B,)."""
     found = detect(images, world)
-    parts = {name: function(images, found, want) for name, function in REWARDS.items()}
+    parts = {name: call(name, function, images, found, want) for name, function in REWARDS.items()}
     rewards = torch.stack(list(parts.values())).nanmean(0)
     related = relation(images, found, want).nan_to_num(1.0) == 1
     exact = (found.kinds == want.kinds).all(1) & related & (cleanliness(images, found, want)

@@ -78,7 +78,8 @@ def ceiling(model, world, device, number, seed=0):
     images = as_images([render(world, s) for s in scenes]).to(device) / 255
     codes = torch.cat([model.encode(batch) for batch in images.split(64)])
     restored = torch.cat([model.decode(batch) for batch in codes.split(64)])
-    reward, _, exact = rewards.score(restored, rewards.make_want(world, scenes, device), world)
+    reward, parts, exact = rewards.score(restored, rewards.make_want(world, scenes, device), world)
+    rewards.require_sound(reward, parts)
     return dict(ceiling=reward.mean().item(),
                 ceiling_exact=exact.mean().item(),
                 codes_in_use=len(codes.unique()),
