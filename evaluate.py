@@ -40,6 +40,7 @@ class Config:
 
     def check(self):
         runtime.require_at_least(1, self, "prompts", "batch")
+        runtime.require_at_least(0, self, "seed")
 
 
 PRESETS = {"smoke": dict(prompts=24, batch=24), "cpu": dict(), "gpu": dict(prompts=2100, batch=256)}

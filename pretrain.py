@@ -46,8 +46,9 @@ class Config:
     save_every: int = 200
 
     def check(self):
-        runtime.require_at_least(1, self, "items", "steps", "batch", "layers", "heads", "save_every")
-        runtime.require_at_least(0, self, "seed")
+        runtime.require_at_least(1, self, "items", "steps", "batch", "layers", "heads",
+                                 "save_every")
+        runtime.require_at_least(0, self, "seed", "lr")
         runtime.require(self.width > 0 and self.width % self.heads == 0,
                         f"--width {self.width} must be a multiple of --heads {self.heads}")
         runtime.require(0 <= self.drop_plan < 1 and 0 <= self.drop_prompt < 1,

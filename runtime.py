@@ -108,17 +108,13 @@ def parse(script, config_class, presets, description, argv=None, methods=None):
         shown = {p: presets[p][field.name] for p in presets if field.name in presets[p]}
         help = f"default {field.default!r}" + "".join(f", {p} {v}" for p, v in shown.items())
         kind = type(field.default)
-        if kind is bool:
-            parser.add_argument("--" + field.name.replace("_", "-"),
-                                action="store_true",
-                                default=None,
-                                help=help)
-        else:
-            parser.add_argument("--" + field.name.replace("_", "-"),
-                                type=kind,
-                                help=help,
-                                metavar=kind.__name__)
+        how = dict(action="store_true") if kind is bool else dict(type=kind, metavar=kind.__name__)
+        parser.add_argument("--" + field.name.replace("_", "-"), default=None, help=help, **how)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    for name, value in given.items():
+        right = value != "" if isinstance(value, str) else abs(value) < 2 ** 31     # NaN is not
+        require(right, f"--{name.replace('_', '-')} {value!r}: must be neither empty nor NaN, and "
+                "below 2 ** 31")
     preset = given.get("preset") or default_preset()
     if preset not in presets:
         raise UserError(f"no preset {preset!r}: choose one of {', '.join(presets)}")

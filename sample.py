@@ -36,8 +36,14 @@ class Config:
 
     def check(self):
         runtime.require(1 <= self.number <= 64, "--number must lie between 1 and 64")
-        runtime.require(0 < self.temperature < math.inf, "--temperature must be above 0, finite")
+        # colder, and logits leave the range of float32
+        runtime.require(0.01 <= self.temperature <= 100, "--temperature must lie in [0.01, 100]")
         runtime.require(math.isfinite(self.guidance), "--guidance must be finite")
+
+
+def file_name(prompt):
+    """Spell a prompt as a file's name, whatever is in it: letters a to z, digits and dashes."""
+    return re.sub("[^a-z0-9]+", "-", prompt.lower())[:80].strip("-") or "prompt"
 
 
 def main(argv=None):
@@ -67,9 +73,7 @@ def main(argv=None):
     plans = [decode_words(p) or "(no plan)" for p in drawn.plan]
     for plan in plans:
         print(plan)
-    name = re.sub("[^a-z0-9]+", "-", prompt.lower()).strip("-")[:80]
-    path = Path(config.out) / config.preset / "samples" / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(config.out) / config.preset / "samples" / f"{file_name(prompt)}.png"
     save_image(gallery([images], plans), path)
     print(f"picture: {path}")
 

@@ -44,7 +44,9 @@ class Config:
     def check(self):
         runtime.require_at_least(1, self, "pictures", "steps", "batch", "codes", "dim", "scored",
                                  "save_every")
-        runtime.require_at_least(0, self, "seed")
+        runtime.require_at_least(0, self, "seed", "lr", "blocks", "ink_weight", "commitment")
+        runtime.require(self.codes <= 2 ** 15, f"--codes {self.codes}: at most {2 ** 15}, which is "
+                        "what the corpus can hold")
         runtime.require(self.width > 0 and self.width % 8 == 0,
                         f"--width {self.width} must be a multiple of 8")
 
