@@ -146,9 +146,8 @@ def pick_device(name="auto"):
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"device {name!r} cannot be used ({str(error).splitlines()[0]}): try --device cpu"
-        ) from None
+        raise UserError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}): try "
+                        "--device cpu") from None
     print(f"device: {device} ({why}), torch {torch.__version__}, {torch.get_num_threads()} threads")
     return device
 
@@ -266,15 +265,10 @@ def resume(path, config, maker):
         return None
     record = load(path, maker)
     now = settings(config)
-    changed = [
-        f"{k} {record['settings'].get(k)!r}, now {v!r}" for k, v in now.items()
-        if record["settings"].get(k) != v
-    ]
-    if changed:
-        raise UserError(
-            f"{path} was made with {'; '.join(changed)}: use the old settings, another --out, or "
-            "remove it"
-        )
+    old = record["settings"]
+    changed = [f"{k} {old.get(k)!r}, now {v!r}" for k, v in now.items() if old.get(k) != v]
+    require(not changed, f"{path} was made with {'; '.join(changed)}: use the old settings, "
+            "another --out, or remove it")
     return record
 
 
@@ -286,11 +280,8 @@ def load_finished(path, maker, kind, preset):
         raise UserError(
             f"{path} is a {record['settings']['preset']} {record.get('kind')}, not a {preset} "
             f"{kind}: remove it and run `{maker}`")
-    if record["step"] < record["steps"]:
-        raise UserError(
-            f"{path} is unfinished (step {record['step']} of {record['steps']}): go on with "
-            f"`{maker}`"
-        )
+    require(record["step"] >= record["steps"], f"{path} is unfinished (step {record['step']} of "
+            f"{record['steps']}): go on with `{maker}`")
     return record
 
 
