@@ -1,10 +1,16 @@
-"""Small things that many tests share: a tiny random policy and tokenizer, no weights and no
-network."""
+"""What many tests share: a tiny random policy and tokenizer, and the smoke preset's pipeline, run
+once. No weights and no network."""
+
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
 from evaluate import Eye
+from kills import ROOT, STAGES, finish, prepare
 from model import Policy
 from scenes import WORDS, WORLDS
 from tiny_vq.vqvae import VQVAE
@@ -14,6 +20,42 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA"))
+
+
+def run(*command, status=0):
+    """Run a command in the repository; return what it printed (both streams)."""
+    done = subprocess.run([*map(str, command)],
+                          cwd=ROOT,
+                          capture_output=True,
+                          text=True,
+                          env={**os.environ, "PYTHON": sys.executable})
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def out(tmp_path_factory):
+    """The whole pipeline, once, by train.sh."""
+    folder = tmp_path_factory.mktemp("out")
+    started = time.time()
+    printed = run("bash", "train.sh", "--preset", "smoke", "--out", folder)
+    return folder, printed, time.time() - started
+
+
+@pytest.fixture(scope="session")
+def whole(out, tmp_path_factory):
+    """A function: name of a stage -> the output folder of its run, uninterrupted, and seconds."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("whole") / name
+            prepare(STAGES[name], out[0], folder)
+            made[name] = folder, finish(STAGES[name], folder)
+        return made[name]
+
+    return make
 
 
 @pytest.fixture

@@ -2,14 +2,11 @@
 input."""
 
 import json
-import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,31 +14,9 @@ from PIL import Image
 
 import eggrpo
 import pretrain
-import runtime
+from conftest import run
+from kills import ROOT, STAGES, assert_same, prepare, start
 from tiny_vq import train as tiny_vq_train
-
-ROOT = Path(__file__).parent.parent
-
-
-def run(*command, status=0):
-    """Run a command in the repository; return what it printed (both streams)."""
-    done = subprocess.run([*map(str, command)],
-                          cwd=ROOT,
-                          capture_output=True,
-                          text=True,
-                          env={**os.environ, "PYTHON": sys.executable})
-    assert done.returncode == status, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
-
-
-@pytest.fixture(scope="session")
-def out(tmp_path_factory):
-    """The whole pipeline, once, by train.sh."""
-    folder = tmp_path_factory.mktemp("out")
-    started = time.time()
-    printed = run("bash", "train.sh", "--preset", "smoke", "--out", folder)
-    return folder, printed, time.time() - started
 
 
 def test_train_sh_runs_all_stages_and_writes_all_outputs(out):
@@ -130,45 +105,26 @@ def test_train_sh_refuses_what_it_does_not_know():
     assert "no preset 'big'" in run("bash", "train.sh", "--preset", "big", status=2)
 
 
-LONG = {"tiny_vq": ["-m", "tiny_vq.train", "--steps", "60", "--save-every", "7"],
-        "base": ["pretrain.py", "--steps", "60", "--save-every", "7"],
-        "eggrpo": ["eggrpo.py", "--steps", "12", "--save-every", "5", "--eval-every", "6"]}
-LEFT = {"tiny_vq": ("tokenizer.pt", "tokenizer.jsonl"), "base": ("base.pt", "base.jsonl"),
-        "eggrpo": ("eggrpo-0/policy.pt", "eggrpo-0/log.jsonl")}
-
-
-def without_seconds(path):
-    """The records of a log, but for its header and its clock."""
-    records = [json.loads(line) for line in path.read_text().splitlines()[1:]]
-    return [{k: v for k, v in r.items() if "seconds" not in k} for r in records]
-
-
-@pytest.mark.parametrize("stage", list(LONG))
+@pytest.mark.parametrize("stage, number", [("tiny_vq", signal.SIGINT), ("base", signal.SIGTERM),
+                                           ("eggrpo", signal.SIGINT)])
 def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_is_the_uninterrupted_one(
-        out, tmp_path, stage):
-    """Bit for bit: the same log, but for its clock, and the same weights. The command that goes on
-    is the one that was printed."""
-    folders = [tmp_path / "whole", tmp_path / "cut"]
-    for folder in folders:
-        (folder / "smoke").mkdir(parents=True)
-        for name in ("tokenizer.pt", "base.pt")[:list(LONG).index(stage)]:
-            (folder / "smoke" / name).write_bytes((out[0] / "smoke" / name).read_bytes())
-    command = lambda folder: [sys.executable, *LONG[stage], "--preset", "smoke", "--out", str(folder)]
-    run(*command(folders[0]))
-    process = subprocess.Popen(command(folders[1]), cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    checkpoint, log = (folders[1] / "smoke" / name for name in LEFT[stage])
+        out, whole, tmp_path, stage, number):
+    """Bit for bit: the same log, but for its clock, the same weights and pictures. The command that
+    goes on is the one that was printed."""
+    there, stage = whole(stage)[0], STAGES[stage]
+    cut = tmp_path / "cut"
+    prepare(stage, out[0], cut)
+    process, log = start(stage, cut), cut / "smoke" / stage.log
     deadline = time.time() + 60
     while not (log.exists() and '"step": 0' in log.read_text()) and time.time() < deadline:
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, printed = process.communicate(timeout=60)
-    assert process.returncode == 130, printed
+    assert process.returncode == 128 + number, printed
     go_on = re.search("go on with `python (.*)`", printed)[1]
     run(sys.executable, *shlex.split(go_on))
-    assert without_seconds(log) == without_seconds(folders[0] / "smoke" / LEFT[stage][1])
-    ours, theirs = (runtime.load(f / "smoke" / LEFT[stage][0], "")["model"] for f in folders)
-    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert_same(stage, cut, there)
 
 
 def test_learner_and_reference_are_loaded_apart_and_frozen(out):

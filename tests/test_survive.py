@@ -1,0 +1,431 @@
+"""It survives: kills, full disks, bad numbers, bad input. What is finished is never lost, and what
+is wrong is said in one line."""
+
+import contextlib
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import eggrpo
+import evaluate
+import pretrain
+import rewards
+import runtime
+import sample
+from kills import ROOT, STAGES, assert_same, kill, prepare, without_seconds
+from runtime import UserError
+from scenes import WORDS, WORLDS, encode_words, make_scene
+from tiny_vq import train as tiny_vq_train
+
+TINY = {"tiny_vq": (tiny_vq_train, "--pictures 16 --steps 5 --batch 4 --scored 7 --save-every 2"),
+        "base": (pretrain, "--items 16 --steps 5 --batch 4 --save-every 2"),
+        "eggrpo": (eggrpo, "--steps 3 --prompts 1 --group 2 --eval-prompts 2 --eval-every 2 "
+                   "--save-every 2")}
+
+
+def tiny(name, out):
+    """Run a stage in this process, as small as it goes; what it left is in `out`."""
+    module, flags = TINY[name]
+    runtime.run(lambda: module.main([*flags.split(), "--preset", "smoke", "--out", str(out)]))
+
+
+@pytest.fixture
+def folders(out, tmp_path):
+    """A function: name of a stage -> two output folders, in the first of which it has run."""
+    def make(name):
+        for folder in ("whole", "other"):
+            prepare(STAGES[name], out[0], tmp_path / folder)
+        tiny(name, tmp_path / "whole")
+        return tmp_path / "whole", tmp_path / "other"
+
+    return make
+
+
+def one_line(capsys, status, function, *arguments):
+    """Call a function that must exit with this status; return the one line it has to say."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        function(*arguments)
+    printed = capsys.readouterr().err
+    lines = [line for line in printed.split("\n") if re.match("error|interrupted", line)]
+    assert stop.value.code == status and len(lines) == 1 and "Traceback" not in printed
+    return lines[0]
+
+
+# --- interruption ---------------------------------------------------------------------------------
+
+def test_stages_killed_three_times_at_random_end_as_if_they_never_were(out, whole, tmp_path):
+    """`python -m tests.kills 20` does it at length."""
+    runs = {name: whole(name) for name in STAGES}
+    with ThreadPoolExecutor(2) as pool:
+        for job in [pool.submit(kill, STAGES[name], out[0], *runs[name], tmp_path / name, 3)
+                    for name in STAGES]:
+            assert job.result()[2] > 0
+
+
+class Killed(BaseException):
+    """Ends a run as SIGKILL would: no handler of ours sees it."""
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_killed_at_any_of_its_renames_or_records_ends_as_if_it_never_was(
+        out, folders, tmp_path, monkeypatch, name):
+    """Random kills hardly ever land in the narrow windows between two writes: here each is hit."""
+    whole, _ = folders(name)
+    fsync, calls = os.fsync, []
+
+    def fatal(file):
+        fsync(file)
+        calls.append(file)
+        if len(calls) == deadly:
+            raise Killed
+
+    monkeypatch.setattr(os, "fsync", fatal)          # each rename and each record has one
+    for deadly in range(1, 100):
+        other = tmp_path / str(deadly)
+        prepare(STAGES[name], out[0], other)
+        calls.clear()
+        with contextlib.suppress(Killed):
+            tiny(name, other)
+            break
+        tiny(name, other)                                    # its calls are counted on: it lives
+        assert_same(STAGES[name], other, whole)
+    assert deadly > 5
+
+
+def test_a_second_signal_ends_at_once():
+    code = ("import os, signal, runtime\n"
+            "with runtime.Interruptible() as stop:\n"
+            "    os.kill(os.getpid(), signal.SIGINT)\n"
+            "    print('noted', stop.signal, flush=True)\n"
+            "    os.kill(os.getpid(), signal.SIGTERM)\n"
+            "    print('still there', flush=True)\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "noted 2\n", "")
+
+
+@pytest.mark.parametrize("stage, command, doing, number", [
+    ("tiny_vq", ["-m", "tiny_vq.train", "--pictures", "1000000"], "render", signal.SIGINT),
+    ("base", ["pretrain.py", "--items", "1000000"], "corpus", signal.SIGTERM),
+    ("eggrpo", ["evaluate.py", "--prompts", "3000"], "base, direct, eval", signal.SIGINT)])
+def test_a_signal_outside_the_loop_is_one_line(out, tmp_path, stage, command, doing, number):
+    prepare(STAGES[stage], out[0], tmp_path)
+    process = subprocess.Popen([sys.executable, *command, "--preset", "smoke", "--out", tmp_path],
+                               cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    printed = ""
+    while doing not in printed and process.poll() is None:
+        printed += process.stderr.read(1)
+    process.send_signal(number)
+    printed = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number and "Traceback" not in printed, printed
+    assert printed.split("\n")[-2].startswith("interrupted; the same command goes on")
+
+
+def test_train_sh_ends_with_the_stage_that_is_interrupted(tmp_path):
+    process = subprocess.Popen(["bash", "train.sh", "--preset", "smoke", "--out", tmp_path],
+                               cwd=ROOT, start_new_session=True, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env={**os.environ, "PYTHON": sys.executable})
+    log = tmp_path / "smoke" / "tokenizer.jsonl"
+    while not log.exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)                        # as a terminal sends it
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in printed, printed
+    assert "go on with `python -m tiny_vq.train" in printed and "corpus" not in printed
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def full_disk(size):
+    """Within it no file grows beyond so many bytes; Python ignores the signal and sees EFBIG."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_the_run_goes_on_from_it(
+        folders, monkeypatch, capsys, name):
+    whole, other = folders(name)
+    save, path = runtime.save_stage, other / "smoke" / STAGES[name].checkpoint
+    with contextlib.ExitStack() as stack:
+
+        def save_and_fill(*arguments, **more):
+            save(*arguments, **more)
+            stack.enter_context(full_disk(20000))
+
+        monkeypatch.setattr(runtime, "save_stage", save_and_fill)
+        line = one_line(capsys, 2, tiny, name, other)
+    assert re.match(f"error: cannot write {path.parent}/.*: File too large; .*same command", line)
+    assert runtime.load(path, "")["step"] == 2 and not list(other.rglob("*.tmp"))
+    monkeypatch.undo()
+    tiny(name, other)
+    assert_same(STAGES[name], other, whole)
+
+
+def test_a_picture_on_a_full_disk_is_one_line_and_status_2(out, tmp_path):
+    prepare(STAGES["eggrpo"], out[0], tmp_path / "out")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    done = subprocess.run([sys.executable, "sample.py", "a red circle and a blue square",
+                           "--preset", "smoke", "--out", tmp_path / "out", "--policy", "base"],
+                          cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert re.match("error: cannot write .*blue-square.png: File too large", done.stderr)
+
+
+def test_a_record_that_did_not_fit_is_dropped_when_the_run_goes_on(tmp_path):
+    path, config = tmp_path / "log.jsonl", eggrpo.Config(preset="smoke")
+    log = runtime.Log(path, config, "cpu")
+    log(step=0, x=1)
+    with full_disk(path.stat().st_size + 5), pytest.raises(UserError, match="cannot write"):
+        log(step=1, x=1)
+    runtime.Log(path, config, "cpu", 1)(step=1, x=2)
+    assert without_seconds(path) == [dict(step=0, x=1), dict(step=1, x=2)]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_folder_that_is_none_is_one_line(tmp_path, capsys, name):
+    (tmp_path / "file").write_bytes(b"")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert "cannot write" in one_line(capsys, 2, tiny, name, out)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys, name):
+    claim = runtime.lock(tmp_path / "smoke" / STAGES[name].checkpoint)
+    assert "another run is at it" in one_line(capsys, 2, tiny, name, tmp_path)
+    claim.close()
+    if name != "tiny_vq":
+        assert "not there: make it with" in one_line(capsys, 2, tiny, name, tmp_path)
+
+
+def test_memory_that_runs_out_is_one_line_that_says_what_to_lower(capsys):
+    def allocate():
+        torch.empty(10 ** 15)
+
+    def cuda():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    for function in (allocate, cuda):
+        line = one_line(capsys, 2, runtime.run, function)
+        assert re.search("lower --micro-batch first.*--prompts or --group.*--batch", line)
+
+
+def test_a_bug_of_ours_keeps_its_traceback():
+    def bug():
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        runtime.run(bug)
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, function, term, tensors", [
+    ("tiny_vq", "loss_terms", "error", {"images"}),
+    ("base", "token_logp", "plan_nll", {"prompt", "plan", "codes"}),
+    ("eggrpo", "part_loss", "loss", set(eggrpo.Batch._fields))])
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(
+        folders, monkeypatch, capsys, name, function, term, tensors):
+    whole, other = folders(name)
+    module, calls = TINY[name][0], []
+    right = getattr(module, function)
+
+    def wrong(*arguments):
+        calls.append(arguments)
+        result = right(*arguments)
+        if len(calls) != 3:                                                 # step 2 is the third
+            return result
+        if name == "eggrpo":
+            return result[0], result[1] | dict(loss=torch.tensor(float("nan")))
+        return (result[0] * float("nan"), *result[1:]) if name == "tiny_vq" else result / 0
+
+    monkeypatch.setattr(module, function, wrong)
+    line = one_line(capsys, 2, tiny, name, other)
+    path = other / "smoke" / STAGES[name].checkpoint
+    dump = path.with_name("bad-batch.pt")
+    assert re.match(f"error: step 2: {term} is .*{dump}.*Last good checkpoint: {path}$", line)
+    record, batch = runtime.load(path, ""), runtime.load(dump, "", keys=set())
+    assert record["step"] == batch["step"] == 2 and set(batch["batch"]) == tensors
+    assert len({len(x) for x in batch["batch"].values()}) == 1
+    monkeypatch.undo()
+    tiny(name, other)
+    assert_same(STAGES[name], other, whole)
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    model, path = torch.nn.Linear(2, 2), tmp_path / "a.pt"
+    model.config = {}
+    model.weight.data[0, 0] = float("inf")
+    with pytest.raises(UserError, match="weights that are not finite.*checkpoint: none yet"):
+        runtime.save_stage(path, "base", pretrain.Config(steps=1), 1, model, None)
+    assert not path.exists()
+
+
+# --- input ----------------------------------------------------------------------------------------
+
+def raises(images, found, want):
+    return images[0, 0, 0, 0, 0]
+
+
+BAD_REWARDS = {
+    "shape": (lambda images, found, want: images.mean(), r"must return floats \(2,\)"),
+    "column": (lambda images, found, want: images[:, 0, 0, :1], r"must return floats \(2,\)"),
+    "type": (lambda images, found, want: [1.0, 2.0], "not list"),
+    "none": (lambda images, found, want: None, "not NoneType"),
+    "integer": (lambda images, found, want: torch.ones(2, dtype=torch.long), "torch.int64"),
+    "signature": (lambda images: images[:, 0, 0, 0], "raised TypeError"),
+    "raises": (raises, "raised IndexError"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_REWARDS)
+def test_what_is_wrong_with_a_users_reward_is_said_in_its_name(monkeypatch, world, name):
+    function, words = BAD_REWARDS[name]
+    monkeypatch.setitem(rewards.REWARDS, name, function)
+    want = rewards.make_want(world, [make_scene(world, "eval", 0, i) for i in range(2)])
+    with pytest.raises(UserError, match=f"{name!r} in rewards.REWARDS, which is yours.*{words}"):
+        rewards.score(torch.rand(2, 3, world.image_size, world.image_size), want, world)
+
+
+def test_a_reward_without_bounds_stops_a_run_and_is_named(folders, monkeypatch, capsys):
+    def endless(images, found, want):
+        return torch.full_like(images[:, 0, 0, 0], float("inf"))
+
+    whole, other = folders("eggrpo")
+    monkeypatch.setattr(evaluate, "look", lambda *arguments: monkeypatch.setitem(
+        rewards.REWARDS, "endless", endless) or {})
+    line = one_line(capsys, 2, tiny, "eggrpo", other)
+    assert "yours to mend: an infinite value came from 'endless'" in line
+
+
+def test_a_reward_without_bounds_is_named_and_so_is_a_picture_that_none_judges(
+        monkeypatch, policy, eye):
+    full = lambda value: lambda images, found, want: torch.full_like(images[:, 0, 0, 0], value)
+    monkeypatch.setitem(rewards.REWARDS, "endless", full(float("inf")))
+    with pytest.raises(UserError, match="yours to mend: an infinite value came from 'endless'"):
+        evaluate.evaluate(eye, policy, "eval", 2)
+    monkeypatch.setattr(rewards, "REWARDS", {"mute": full(float("nan"))})
+    with pytest.raises(UserError, match="yours to mend: every one of them was NaN"):
+        evaluate.evaluate(eye, policy, "eval", 2)
+
+
+NASTY = ("", " ", "\0", "\x1b[31mred", "\n", "🟥", "../../etc/passwd", "/", ".", "..", "-", ";",
+         "; ;", "a " * 1000, "circle" * 1000, "RED", "<end>", "<pad>", "a/b\\c", "\udcff", "nan",
+         "inf", "-inf", "1e400", "-1", "0", "99999999999999999999", "9" * 5000, "1.5", "true",
+         "0x10", "%s", "١", "cpu", "smoke", "--", "-x", "=", "--seed")
+
+
+def noise(draw):
+    """A word, a number, something nasty, or a few characters from anywhere."""
+    return draw.choice((
+        lambda: draw.choice(NASTY), lambda: draw.choice(WORDS), lambda: str(draw.randint(-9, 9)),
+        lambda: str(draw.uniform(-2, 2)),
+        lambda: "".join(map(chr, draw.choices(range(0xd800), k=5))),
+    ))()
+
+
+def test_any_prompt_is_words_of_the_grammar_or_one_line_and_its_file_stays_in_its_folder():
+    draw = random.Random("prompts")
+    for i in range(2000):
+        prompt = " ".join(noise(draw) for _ in range(draw.choice((1, 1, 2, 5))))
+        if i % 4 == 0:
+            prompt = " ".join(draw.choices(WORDS[4:], k=draw.randint(1, 20)))
+        try:
+            ids = encode_words(prompt, WORLDS["cpu"].prompt_slots)
+            assert len(ids) == WORLDS["cpu"].prompt_slots
+        except ValueError as error:
+            assert str(error).isprintable() and len(str(error)) < 400
+        assert re.fullmatch("[a-z0-9][a-z0-9-]{0,79}", sample.file_name(prompt))
+
+
+COMMANDS = [("-m tiny_vq.train", tiny_vq_train, None), ("pretrain.py", pretrain, None),
+            ("eggrpo.py", eggrpo, eggrpo.METHODS), ("evaluate.py", evaluate, None),
+            ("sample.py", sample, None)]
+
+
+@pytest.mark.parametrize("script, module, methods", COMMANDS, ids=[c[0] for c in COMMANDS])
+def test_any_flags_are_a_config_or_one_line(script, module, methods, capsys):
+    """Half of the flags are right ones with any value, or none."""
+    draw, presets = random.Random(script), getattr(module, "PRESETS", {"smoke": {}, "cpu": {}})
+    names = [name.replace("_", "-") for name in module.Config.__dataclass_fields__]
+    accepted = 0
+    for _ in range(400):
+        argv = ["--preset", "smoke"]
+        for _ in range(draw.randint(1, 3)):
+            argv.append(f"--{draw.choice(names)}" if draw.random() < 0.9 else noise(draw))
+            argv += [noise(draw)] * (draw.random() < 0.8)
+        if {"-h", "--help"} & set(argv):
+            continue
+        try:
+            runtime.parse(script, module.Config, presets, "", argv, methods)
+            accepted += 1
+        except UserError as error:
+            line = one_line(capsys, 2, runtime.run, lambda: runtime.require(False, str(error)))
+            assert line.isprintable()
+    assert accepted > 5
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--steps", "99999999999999999999"], "--steps 99999999999999999999: must be"),
+    (["--seed", "4294967296"], "--seed 4294967296: must be"), (["--seed", "-1"], "--seed -1: must"),
+    (["--lr", "nan"], "--lr nan: must be"), (["--lr", "inf"], "--lr inf: must be"),
+    (["--out", ""], "--out '': must be"), (["--width", "0"], "--width 0 must be")])
+def test_numbers_out_of_range_are_named(argv, words):
+    for script, module, _ in COMMANDS[:2]:
+        with pytest.raises(UserError, match=re.escape(words)):
+            runtime.parse(script, module.Config, module.PRESETS, "", argv)
+
+
+# --- determinism ----------------------------------------------------------------------------------
+
+def test_the_same_seed_gives_the_same_run_and_evaluating_more_often_changes_nothing(
+        folders, monkeypatch):
+    whole, other = folders("eggrpo")
+    tiny("eggrpo", other)
+    assert_same(STAGES["eggrpo"], other, whole)
+    (other / "smoke" / "eggrpo-0" / "policy.pt").unlink()
+    monkeypatch.setitem(TINY, "eggrpo", (eggrpo, TINY["eggrpo"][1].replace("every 2", "every 1")))
+    tiny("eggrpo", other)
+    logs = [[{k: v for k, v in r.items() if not k.startswith("eval_")}
+             for r in without_seconds(f / "smoke" / "eggrpo-0" / "log.jsonl")]
+            for f in (whole, other)]
+    weights = [runtime.load(f / "smoke" / "eggrpo-0" / "policy.pt", "")["model"]
+               for f in (whole, other)]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_memory_after_500_steps_is_that_after_50(out, tmp_path):
+    prepare(STAGES["eggrpo"], out[0], tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "eggrpo.py", "--preset", "smoke", "--out", tmp_path, "--steps", "501",
+         "--eval-every", "501", "--eval-prompts", "2", "--save-every", "100"], cwd=ROOT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, pages = tmp_path / "smoke" / "eggrpo-0" / "log.jsonl", []
+    for lines in (52, 502):                                     # the header, step -1, and the steps
+        while not log.exists() or log.read_bytes().count(b"\n") < lines:
+            assert process.poll() is None
+            time.sleep(0.01)
+        pages.append(int(open(f"/proc/{process.pid}/statm").read().split()[1]))
+    assert process.wait() == 0
+    print(f"resident: {pages[0] * 4096 / 1e6:.1f} MB after 50 steps, "
+          f"{pages[1] * 4096 / 1e6:.1f} MB after 500")
+    assert abs(pages[1] / pages[0] - 1) < 0.02
