@@ -144,8 +144,8 @@ def pick_device(name="auto"):
             name, why = "mps", "no CUDA"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()                           # some hold no numbers
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}): try "
                         "--device cpu") from None
     print(f"device: {device} ({why}), torch {torch.__version__}, {torch.get_num_threads()} threads")
@@ -292,9 +292,10 @@ def maker_of(script, preset, out):
 
 
 def settings(config):
-    """The part of a config that decides results: everything but where it runs and where it
-    writes."""
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in ("device", "out")}
+    """The part of a config that decides results: everything but where it runs, in what portions,
+    and where it writes."""
+    free = ("device", "micro_batch", "out")
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
 
 
 class Log:

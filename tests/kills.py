@@ -54,13 +54,20 @@ def start(stage, out):
                             stderr=subprocess.PIPE, text=True)
 
 
+def await_log(process, log, since):
+    """Wait until a process has opened its log, which it does as its loop begins, or has ended."""
+    while process.poll() is None and not (log.exists() and log.stat().st_mtime > since):
+        time.sleep(0.01)
+
+
 def finish(stage, out):
-    """Run a stage to its end. Returns the seconds it took."""
-    started = time.time()
-    process = start(stage, out)
+    """Run a stage to its end. Returns the seconds it took, and those after it opened its log."""
+    started, process = time.time(), start(stage, out)
+    await_log(process, out / "smoke" / stage.log, started)
+    begun = time.time()
     _, printed = process.communicate()
     assert process.returncode == 0, printed
-    return time.time() - started
+    return time.time() - started, time.time() - begun
 
 
 def without_seconds(path):
@@ -83,12 +90,13 @@ def assert_same(stage, ours, theirs):
 
 
 def kill(stage, made, whole, seconds, folder, kills, seed=0):
-    """Kill a stage `kills` times, each after a random part of `seconds`, and start it again until
-    it ends; then compare. A run that ends before its kill is compared and another one begun.
+    """Kill a stage `kills` times at random moments, and start it again until it ends; then compare.
+    A run that ends before its kill is compared and another one begun.
 
-    made, whole: output folders of a pipeline and of this stage uninterrupted. Returns how many
-    kills landed before the first checkpoint, how many after the log was opened, how many runs were
-    compared.
+    Start-up is long and the loop short: every other kill is drawn over all the stage's seconds, the
+    others over those after it opened its log. made, whole: output folders of a pipeline and of this
+    stage uninterrupted; seconds: as finish returns them. Returns how many kills landed before the
+    first checkpoint, how many after the log was opened, how many runs were compared.
     """
     draw, early, running, compared = random.Random(f"{seed} {stage.checkpoint}"), 0, 0, 0
     out, left = None, kills
@@ -98,8 +106,11 @@ def kill(stage, made, whole, seconds, folder, kills, seed=0):
             prepare(stage, made, out)
         checkpoint, log = (out / "smoke" / name for name in (stage.checkpoint, stage.log))
         started, process = time.time(), start(stage, out)
+        if left % 2:
+            await_log(process, log, started)
+        delay = draw.uniform(0, seconds[left % 2])
         try:
-            _, printed = process.communicate(timeout=draw.uniform(0, seconds) if left else None)
+            _, printed = process.communicate(timeout=delay if left else None)
             assert process.returncode == 0, printed
             assert_same(stage, out, whole)
             out, compared = None, compared + 1
@@ -123,7 +134,7 @@ def main(kills):
             early, running, compared = kill(stage, made, whole, seconds, Path(folder) / name, kills)
             print(f"{name}: {kills} of {kills} kills survived, {early} before the first checkpoint,"
                   f" {running} after the log was opened; {compared} runs compared, "
-                  f"{seconds:.1f} s uninterrupted", flush=True)
+                  f"{seconds[0]:.1f} s uninterrupted", flush=True)
             if stage.checkpoint != "eggrpo-0/policy.pt":
                 shutil.copy(whole / "smoke" / stage.checkpoint, made / "smoke")
 

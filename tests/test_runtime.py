@@ -126,8 +126,10 @@ def test_resuming_with_other_settings_is_refused_and_with_another_device_is_not(
     save(path, record())
     assert resume(path, Config(preset="cpu", device="cuda", out="elsewhere"),
                   "make it")["step"] == 2
-    with pytest.raises(UserError, match="made with rate 0.5, now 0.6"):
-        resume(path, Config(preset="cpu", rate=0.6), "make it")
+    for change, words in ((dict(rate=0.6), "rate 0.5, now 0.6"),
+                          (dict(preset="smoke"), "preset 'cpu', now 'smoke'")):
+        with pytest.raises(UserError, match=f"made with {words}"):
+            resume(path, Config(**dict(preset="cpu") | change), "make it")
 
 
 def test_streams_depend_on_their_key_alone():

@@ -225,6 +225,20 @@ def test_memory_that_runs_out_is_one_line_that_says_what_to_lower(capsys):
         assert re.search("lower --micro-batch first.*--prompts or --group.*--batch", line)
 
 
+def test_a_run_that_ran_out_of_memory_may_go_on_in_smaller_portions(folders):
+    """What the message says to lower first must not be refused."""
+    whole, _ = folders("eggrpo")
+    path = whole / "smoke" / "eggrpo-0" / "policy.pt"
+    settings = [runtime.settings(eggrpo.Config(micro_batch=n)) for n in (8, 64)]
+    assert settings[0] == settings[1] and "micro_batch" not in runtime.load(path, "")["settings"]
+
+
+@pytest.mark.parametrize("name", ["meta", "hpu", "abacus", "cuda:99999999999999999999", "\0", ""])
+def test_a_device_that_cannot_hold_a_number_is_refused(name):
+    with pytest.raises(UserError, match="cannot be used.*try --device cpu"):
+        runtime.pick_device(name)
+
+
 def test_a_bug_of_ours_keeps_its_traceback():
     def bug():
         raise RuntimeError("shapes do not fit")
