@@ -33,8 +33,9 @@ STAGES = {
                       "--steps", "60", "--save-every", "7"], (), "tokenizer.pt", "tokenizer.jsonl"),
     "base": Stage(["pretrain.py", "--items", "100", "--batch", "16", "--steps", "60",
                    "--save-every", "7"], ("tokenizer.pt",), "base.pt", "base.jsonl"),
-    "eggrpo": Stage(["eggrpo.py", "--steps", "12", "--save-every", "5", "--eval-every", "6"],
-                    ("tokenizer.pt", "base.pt"), "eggrpo-0/policy.pt", "eggrpo-0/log.jsonl"),
+    "eggrpo": Stage(["eggrpo.py", "--eval-prompts", "4", "--steps", "12", "--save-every", "5",
+                     "--eval-every", "6"], ("tokenizer.pt", "base.pt"), "eggrpo-0/policy.pt",
+                    "eggrpo-0/log.jsonl"),
 }
 
 
