@@ -327,9 +327,8 @@ class Log:
 def _commit():
     if not shutil.which("git"):
         return "unknown"
-    described = subprocess.run(
-        ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
-        capture_output=True, text=True)
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    described = subprocess.run(command, capture_output=True, text=True)
     return described.stdout.strip() or "unknown"
 
 

@@ -2,6 +2,7 @@
 once. No weights and no network."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -32,6 +33,17 @@ def run(*command, status=0):
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
+
+
+def one_line(capsys, status, function, *arguments):
+    """Call a function that must exit with this status; return the one line it has to say."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        function(*arguments)
+    printed = capsys.readouterr().err
+    lines = [line for line in printed.split("\n") if re.match("error|interrupted", line)]
+    assert stop.value.code == status and len(lines) == 1 and "Traceback" not in printed
+    return lines[0]
 
 
 @pytest.fixture(scope="session")

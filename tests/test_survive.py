@@ -3,7 +3,6 @@ is wrong is said in one line."""
 
 import contextlib
 import os
-import random
 import re
 import resource
 import signal
@@ -20,10 +19,10 @@ import evaluate
 import pretrain
 import rewards
 import runtime
-import sample
+from conftest import one_line
 from kills import ROOT, STAGES, assert_same, kill, prepare, without_seconds
 from runtime import UserError
-from scenes import WORDS, WORLDS, encode_words, make_scene
+from scenes import make_scene
 from tiny_vq import train as tiny_vq_train
 
 TINY = {"tiny_vq": (tiny_vq_train, "--pictures 16 --steps 5 --batch 4 --scored 7 --save-every 2"),
@@ -48,17 +47,6 @@ def folders(out, tmp_path):
         return tmp_path / "whole", tmp_path / "other"
 
     return make
-
-
-def one_line(capsys, status, function, *arguments):
-    """Call a function that must exit with this status; return the one line it has to say."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        function(*arguments)
-    printed = capsys.readouterr().err
-    lines = [line for line in printed.split("\n") if re.match("error|interrupted", line)]
-    assert stop.value.code == status and len(lines) == 1 and "Traceback" not in printed
-    return lines[0]
 
 
 # --- interruption ---------------------------------------------------------------------------------
@@ -290,7 +278,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     assert not path.exists()
 
 
-# --- input ----------------------------------------------------------------------------------------
+# --- a user's rewards -----------------------------------------------------------------------------
 
 def raises(images, found, want):
     return images[0, 0, 0, 0, 0]
@@ -336,73 +324,6 @@ def test_a_reward_without_bounds_is_named_and_so_is_a_picture_that_none_judges(
     monkeypatch.setattr(rewards, "REWARDS", {"mute": full(float("nan"))})
     with pytest.raises(UserError, match="yours to mend: every one of them was NaN"):
         evaluate.evaluate(eye, policy, "eval", 2)
-
-
-NASTY = ("", " ", "\0", "\x1b[31mred", "\n", "🟥", "../../etc/passwd", "/", ".", "..", "-", ";",
-         "; ;", "a " * 1000, "circle" * 1000, "RED", "<end>", "<pad>", "a/b\\c", "\udcff", "nan",
-         "inf", "-inf", "1e400", "-1", "0", "99999999999999999999", "9" * 5000, "1.5", "true",
-         "0x10", "%s", "١", "cpu", "smoke", "--", "-x", "=", "--seed")
-
-
-def noise(draw):
-    """A word, a number, something nasty, or a few characters from anywhere."""
-    return draw.choice((
-        lambda: draw.choice(NASTY), lambda: draw.choice(WORDS), lambda: str(draw.randint(-9, 9)),
-        lambda: str(draw.uniform(-2, 2)),
-        lambda: "".join(map(chr, draw.choices(range(0xd800), k=5))),
-    ))()
-
-
-def test_any_prompt_is_words_of_the_grammar_or_one_line_and_its_file_stays_in_its_folder():
-    draw = random.Random("prompts")
-    for i in range(2000):
-        prompt = " ".join(noise(draw) for _ in range(draw.choice((1, 1, 2, 5))))
-        if i % 4 == 0:
-            prompt = " ".join(draw.choices(WORDS[4:], k=draw.randint(1, 20)))
-        try:
-            ids = encode_words(prompt, WORLDS["cpu"].prompt_slots)
-            assert len(ids) == WORLDS["cpu"].prompt_slots
-        except ValueError as error:
-            assert str(error).isprintable() and len(str(error)) < 400
-        assert re.fullmatch("[a-z0-9][a-z0-9-]{0,79}", sample.file_name(prompt))
-
-
-COMMANDS = [("-m tiny_vq.train", tiny_vq_train, None), ("pretrain.py", pretrain, None),
-            ("eggrpo.py", eggrpo, eggrpo.METHODS), ("evaluate.py", evaluate, None),
-            ("sample.py", sample, None)]
-
-
-@pytest.mark.parametrize("script, module, methods", COMMANDS, ids=[c[0] for c in COMMANDS])
-def test_any_flags_are_a_config_or_one_line(script, module, methods, capsys):
-    """Half of the flags are right ones with any value, or none."""
-    draw, presets = random.Random(script), getattr(module, "PRESETS", {"smoke": {}, "cpu": {}})
-    names = [name.replace("_", "-") for name in module.Config.__dataclass_fields__]
-    accepted = 0
-    for _ in range(400):
-        argv = ["--preset", "smoke"]
-        for _ in range(draw.randint(1, 3)):
-            argv.append(f"--{draw.choice(names)}" if draw.random() < 0.9 else noise(draw))
-            argv += [noise(draw)] * (draw.random() < 0.8)
-        if {"-h", "--help"} & set(argv):
-            continue
-        try:
-            runtime.parse(script, module.Config, presets, "", argv, methods)
-            accepted += 1
-        except UserError as error:
-            line = one_line(capsys, 2, runtime.run, lambda: runtime.require(False, str(error)))
-            assert line.isprintable()
-    assert accepted > 5
-
-
-@pytest.mark.parametrize("argv, words", [
-    (["--steps", "99999999999999999999"], "--steps 99999999999999999999: must be"),
-    (["--seed", "4294967296"], "--seed 4294967296: must be"), (["--seed", "-1"], "--seed -1: must"),
-    (["--lr", "nan"], "--lr nan: must be"), (["--lr", "inf"], "--lr inf: must be"),
-    (["--out", ""], "--out '': must be"), (["--width", "0"], "--width 0 must be")])
-def test_numbers_out_of_range_are_named(argv, words):
-    for script, module, _ in COMMANDS[:2]:
-        with pytest.raises(UserError, match=re.escape(words)):
-            runtime.parse(script, module.Config, module.PRESETS, "", argv)
 
 
 # --- determinism ----------------------------------------------------------------------------------
