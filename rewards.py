@@ -98,9 +98,9 @@ def ink(images):
     offset = images.float() - ground[:, None, None]
     square = (axes ** 2).sum(1)[:, None, None]                                           # (C, 1, 1)
     dot = torch.einsum("bkhw,ck->bchw", offset, axes)
-    cover = (dot / square).clamp(0, 1)
+    cover = (dot / square).clamp_(0, 1)
     # |offset - a axis|^2 less |offset|^2, the same for all colours
-    residue = cover ** 2 * square - 2 * cover * dot
+    residue = (cover * square - 2 * dot) * cover
     mine = residue == residue.amin(1, keepdim=True)
     return (cover * mine - INK_FLOOR).clamp(min=0) / (1 - INK_FLOOR)
 
@@ -127,7 +127,8 @@ def detect(images, world):
     # the sum of n x n squares, as products with two matrices whose bands are ones
     band = lambda size: torch.ones(size, size + n - 1, device=images.device).triu().tril(n - 1)
     energy = band(h) @ paint ** 2 @ band(w).t()                                     # (B*C, 1, h, w)
-    dice = 2 * overlap / (energy + (templates ** 2).sum((1, 2))[:, None, None])
+    # in place: these are the largest tensors here, and new memory costs more than arithmetic
+    dice = overlap.mul_(2).div_(energy + (templates ** 2).sum((1, 2))[:, None, None])
     dice = dice.view(b, c * t * s, h, w)                                              # (B, K, h, w)
 
     best, radius = dice.amax(1), world.object_size // 2                                  # (B, h, w)

@@ -98,7 +98,7 @@ def ours(policy, eye, scenes, config, device):
 
     reference = Policy(**policy.config).to(device).requires_grad_(False)
     reference.load_state_dict(policy.state_dict())
-    optimizer = torch.optim.AdamW(policy.parameters(), 1e-6)
+    optimizer = torch.optim.AdamW(policy.parameters(), 0.0)   # the same batch again and again
     rollout = eggrpo.make_rollout(policy, eye, scenes, config, 0)
     rollout = rollout._replace(rewards=torch.rand(8, 8, device=device))
     want = rewards.make_want(eye.world, [s for s in scenes for _ in range(8)], device)
