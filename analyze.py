@@ -330,6 +330,23 @@ def tables(study):
     return found
 
 
+TITLES = {
+    "A, reward": "Held-out reward by category", "A, exact": "Held-out `exact` by category",
+    "B": "Methods and ablations", "C": "Sweeps of the three knobs, against the same GRPO runs",
+    "D": "Stability: falls of training reward, mean of 10 steps, from its best to its last",
+    "regimes": "Where might it matter? One change, made to GRPO and to EG-GRPO",
+    "correlations": "Reward against entropy, over pictures (plan entropy: over plans)",
+    "spread": "How widely a policy explores a prompt: 64 pictures of 8 plans",
+    "tokens": "What the tokens draw: share on objects of all, of low, of high ones; entropies",
+}
+
+
+def page(study):
+    """Lay all tables out, as study.md."""
+    found = tables(study)
+    return "\n".join(f"## {title}\n\n{found[name]}\n" for name, title in TITLES.items())
+
+
 def main(argv=None):
     presets = {name: {} for name in runtime.PRESETS}
     config, _ = runtime.parse("analyze.py", Config, presets, __doc__, argv)
@@ -339,9 +356,8 @@ def main(argv=None):
                     f"--preset {config.preset}`")
     study = json.loads(json.dumps(runtime.plain(analyze(runs, records, config))))
     runtime.write(folder / "study.json", (json.dumps(study, indent=1) + "\n").encode())
-    text = "\n\n".join(f"{name}\n\n{table}" for name, table in tables(study).items())
-    runtime.write(folder / "study.md", (text + "\n").encode())
-    print(text)
+    runtime.write(folder / "study.md", page(study).encode())
+    print(page(study))
     planned = {s: plans(rows) for s, rows in records.items() if s != "base"}
     figures.draw_all(folder, runs, records, planned, study)
     print(f"\nfigures: {folder / 'figures'}")

@@ -73,16 +73,18 @@ SWEEPS = {f"{flag}-{value}": [f"--{flag}", value] for flag, values in (
     ("high-frac", ("0.25", "0.8")),        # .8 is all that low leaves, .5 is `eggrpo`
     ("bonus-coef", ("0.1", "1.0")),        # 0 is `exclude`, .3 is `eggrpo`
 ) for value in values}
-# Where should the method matter? Each change is made to grpo and to eggrpo.
-REGIMES = {
-    "long": ["--steps", "250"],                                     # what the preset does
-    "lr": ["--lr", "1e-3"],                                         # a step that may overshoot
-    "exact": ["--reward", "exact"],                                 # a sparse reward
-    "group": ["--group", "4", "--prompts", "16"],                   # noisier advantages
-    "words": ["--text-weight", "3"],                                # plans count as much as images
-}
-REGIME_RUNS = {f"{regime}-{m}": ["--method", m, *flags]
-               for regime, flags in REGIMES.items() for m in ("grpo", "eggrpo")}
+REGIMES = ("long", "lr", "exact", "group", "words")
+
+
+def regimes(config):
+    """Where should the method matter? Changes that are made to grpo and to eggrpo."""
+    usual = eggrpo.Config(**eggrpo.PRESETS[config.preset])
+    return dict(zip(REGIMES, (
+        ["--steps", str(config.steps * 5 // 2)],
+        ["--lr", f"{usual.lr * 10 / 3:.3g}"],                        # a step that may overshoot
+        ["--reward", "exact"],                                       # a sparse reward
+        ["--group", str(usual.group // 2), "--prompts", str(usual.prompts * 2)],     # more noise
+        ["--text-weight", "3"])))                                    # plans count as much as images
 
 
 class Job(NamedTuple):
@@ -98,8 +100,10 @@ def jobs(config):
     recorded = [Job(f"records-{name}", None) for name in ("base-direct", "base")]
     recorded += [Job(f"records-{job.name}", None) for job in main]
     recorded += [Job("records-pictures", None)]
-    return main + recorded + runs(ABLATIONS, config.other_seeds) + runs(REGIME_RUNS | SWEEPS,
-                                                                        config.other_seeds)
+    changed = {f"{regime}-{method}": ["--method", method, *flags]
+               for regime, flags in regimes(config).items() for method in MAIN}
+    return (main + recorded + runs(ABLATIONS, config.other_seeds)
+            + runs(changed | SWEEPS, config.other_seeds))
 
 
 # --- one job --------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What the README says is so."""
 
 import inspect
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+import analyze
 import eggrpo
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -32,6 +34,19 @@ def test_every_file_of_the_reading_order_is_there_and_every_local_link_leads_som
     for name in ("scenes", "model", "pretrain", "rewards", "eggrpo", "evaluate", "sample",
                  "runtime", "methods", "study", "analyze", "figures", "bonus"):
         assert f"`{name}.py`" in README and (root / f"{name}.py").is_file()
+
+
+def test_the_studys_numbers_are_those_of_study_json():
+    """Tables word for word; every number with an interval that the text of that section quotes."""
+    root = Path(__file__).parent.parent
+    numbers = json.loads((root / "assets" / "study.json").read_text())
+    found, page = analyze.tables(numbers), analyze.page(numbers)
+    assert (root / "assets" / "study.md").read_text().endswith(page)
+    assert found["A, reward"] in README and found["A, exact"] in README
+    section = README[README.index("## The study"):].split("\n## ")[0]
+    quoted = re.findall(r"[+-]?\d\.\d+ (?:± \d\.\d+|\[[^]]+\])", section)
+    assert len(quoted) > 40
+    assert not [number for number in quoted if number not in page]
 
 
 class TinyLanguageModel(nn.Module):

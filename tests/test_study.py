@@ -84,11 +84,13 @@ def test_records_tell_of_the_pictures_that_were_drawn(eye, world):
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def small(out, tmp_path_factory):
     """Half a dozen jobs of the smoke study, and its analysis."""
-    out = str(tmp_path_factory.mktemp("study"))
+    made, out = out[0] / "smoke", str(tmp_path_factory.mktemp("study"))
+    (Path(out) / "smoke").mkdir()
+    for name in ("tokenizer.pt", "base.pt"):
+        (Path(out) / "smoke" / name).write_bytes((made / name).read_bytes())
     common, threads = ["--preset", "smoke", "--out", out], torch.get_num_threads()
-    study.stages(study.Config(preset="smoke", out=out))
     torch.set_num_threads(1)
     for job in ("grpo-0", "eggrpo-0", "records-base-direct", "records-base", "records-grpo-0",
                 "records-eggrpo-0", "records-pictures"):
