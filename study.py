@@ -73,18 +73,17 @@ SWEEPS = {f"{flag}-{value}": [f"--{flag}", value] for flag, values in (
     ("high-frac", ("0.25", "0.8")),        # .8 is all that low leaves, .5 is `eggrpo`
     ("bonus-coef", ("0.1", "1.0")),        # 0 is `exclude`, .3 is `eggrpo`
 ) for value in values}
-REGIMES = ("long", "lr", "exact", "group", "words")
+REGIMES = ("lr", "exact", "group", "long")
 
 
 def regimes(config):
     """Where should the method matter? Changes that are made to grpo and to eggrpo."""
     usual = eggrpo.Config(**eggrpo.PRESETS[config.preset])
     return dict(zip(REGIMES, (
-        ["--steps", str(config.steps * 5 // 2)],
         ["--lr", f"{usual.lr * 10 / 3:.3g}"],                        # a step that may overshoot
         ["--reward", "exact"],                                       # a sparse reward
         ["--group", str(usual.group // 2), "--prompts", str(usual.prompts * 2)],     # more noise
-        ["--text-weight", "3"])))                                    # plans count as much as images
+        ["--steps", str(config.steps * 5 // 2)])))
 
 
 class Job(NamedTuple):
@@ -102,8 +101,9 @@ def jobs(config):
     recorded += [Job("records-pictures", None)]
     changed = {f"{regime}-{method}": ["--method", method, *flags]
                for regime, flags in regimes(config).items() for method in MAIN}
-    return (main + recorded + runs(ABLATIONS, config.other_seeds)
-            + runs(changed | SWEEPS, config.other_seeds))
+    dear = {name: changed.pop(name) for name in list(changed) if name.startswith("long")}
+    return main + recorded + [job for variants in (ABLATIONS, changed, SWEEPS, dear)
+                              for job in runs(variants, config.other_seeds)]
 
 
 # --- one job --------------------------------------------------------------------------------------
