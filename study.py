@@ -270,9 +270,12 @@ def main(argv=None):
     cuda = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
     number = config.jobs or (1 if cuda else os.cpu_count())
     print(f"study: {len(todo)} jobs, {len(left)} to do, {number} at a time")
-    with ThreadPoolExecutor(number) as pool:
+    pool = ThreadPoolExecutor(number)
+    try:
         statuses = list(tqdm(pool.map(lambda job: start(config, job, argv), left), "study",
                              len(left)))
+    finally:
+        pool.shutdown(cancel_futures=True)              # after Ctrl-C the jobs to come do not start
     failed = [job.name for job, status in zip(left, statuses) if status]
     runtime.require(not failed, f"{len(failed)} jobs failed ({', '.join(failed[:5])}): see "
                     f"{config.out}/{config.preset}/logs, then go on with `{command}`")

@@ -2,7 +2,12 @@
 alone, and the README's numbers."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +121,23 @@ def test_a_study_leaves_tables_figures_and_their_data(small):
 def test_a_study_that_is_not_there_is_named():
     with pytest.raises(analyze.runtime.UserError, match="no study in nowhere/cpu: make it with"):
         analyze.main(["--preset", "cpu", "--out", "nowhere"])
+
+
+def test_ctrl_c_ends_the_runs_in_hand_and_starts_no_others(small, tmp_path):
+    (tmp_path / "smoke").mkdir()
+    for name in ("tokenizer.pt", "base.pt"):
+        (tmp_path / "smoke" / name).write_bytes((small / name).read_bytes())
+    process = subprocess.Popen([sys.executable, "study.py", "--preset", "smoke", "--out", tmp_path,
+                                "--jobs", "1"], cwd=ROOT, start_new_session=True, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    logs = tmp_path / "smoke" / "logs"
+    while not (logs.exists() and list(logs.iterdir())) and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)                        # as a terminal sends it
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in printed, printed
+    assert [log.name for log in logs.iterdir()] == ["grpo-0.txt"]
 
 
 @pytest.mark.slow
