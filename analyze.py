@@ -251,7 +251,8 @@ def analyze(runs, records, config):
                   "unseen": pair(get("unseen", key))} for key in ("reward", "exact")}
     methods = [name for name in (*MAIN, *ABLATIONS) if has(name)]
     for name in methods:
-        study["B"][name] = dict(describe(runs, name), minus_grpo=compare(runs, name, "grpo"))
+        study["B"][name] = dict(describe(runs, name), minus_grpo=compare(runs, name, "grpo"),
+                                minus_eggrpo=compare(runs, name, "eggrpo"))
         study["D"][name] = stability(runs, name)
     # values that methods of table B stand for
     named = {"low-frac-0": "bonus", "low-frac-0.2": "eggrpo", "high-frac-0.5": "eggrpo",
@@ -306,9 +307,11 @@ def tables(study):
     line = lambda name, t: [
         name, t["reward"]["n"], *(show(t[k]) for k in ends),
         *(show(t["minus_grpo"][k], 3, True) for k in ("reward", "exact"))]
-    for name, title in (("B", "method"), ("C", "value")):
-        found[name] = lay([title, "runs", *heads],
-                          [line(f"`{n}`", t) for n, t in study[name].items()])
+    found["B"] = lay(["method", "runs", *heads, "reward - EG-GRPO's"], [
+        [*line(f"`{n}`", t), show(t["minus_eggrpo"]["reward"], 3, True)]
+        for n, t in study["B"].items()])
+    found["C"] = lay(["value", "runs", *heads],
+                     [line(f"`{n}`", t) for n, t in study["C"].items()])
     found["D"] = lay(["method", "runs", "worst reward", "runs that fell by .05", "largest fall",
                       "image entropy at the end", "plan entropy at the end"],
                      [[f"`{n}`", t["n"], f"{t['worst']:.3f}", f"{t['fell']:.0%}",
