@@ -14,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
 import runtime
 
@@ -24,9 +25,11 @@ STYLES = {"base": ("#9e9e9e", ":", "s"), "base + plan": ("#e69f00", "--", "^"),
 
 def save(folder, name, figure, head=None, rows=()):
     """Write a figure and its data."""
-    picture, text = io.BytesIO(), io.StringIO()
-    figure.savefig(picture, dpi=110, bbox_inches="tight")
+    drawn, picture, text = io.BytesIO(), io.BytesIO(), io.StringIO()
+    figure.savefig(drawn, dpi=110, bbox_inches="tight")
     plt.close(figure)
+    # a palette takes half the bytes
+    Image.open(drawn).convert("RGB").quantize(256).save(picture, "PNG", optimize=True)
     runtime.write(folder / f"{name}.png", picture.getvalue())
     if head:
         csv.writer(text, lineterminator="\n").writerows([head, *rows])
