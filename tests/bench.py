@@ -9,11 +9,9 @@ cache, read once a token). Medians of several runs; on a shared machine only the
 Then how time and memory grow with batch, image tokens and width.
 """
 
-import re
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -196,21 +194,14 @@ def theirs_step(policy, device):
 
 
 def peak(function, device):
-    """Bytes that a call needs at its peak above what was held before; None where nobody counts."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        Path("/proc/self/clear_refs").write_text("5")                  # Linux: forget the peak
-        resident = lambda key: 1024 * int(re.search(
-            rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-        before = resident("VmRSS")
-        function()
-        return resident("VmHWM") - before
-    except OSError:
+    """Bytes that a call needs at its peak, beyond what was held before; None but on CUDA: a CPU's
+    allocator keeps what it once had."""
+    if device.type != "cuda":
         return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def growth(device):
