@@ -145,5 +145,5 @@ def test_train_sh_makes_the_whole_study_and_goes_on_where_it_was(tmp_path):
     from test_commands import run
     command = ["bash", "train.sh", "study", "--preset", "smoke", "--out", tmp_path]
     printed = run(*command)
-    assert "95 jobs, 98 to do" in printed and "| `dapo` |" in printed
-    assert "95 jobs, 0 to do" in run(*command)
+    assert re.search(r"study: (\d+) jobs, \1 to do", printed) and "| `dapo` |" in printed
+    assert re.search(r"study: \d+ jobs, 0 to do", run(*command))
