@@ -21,8 +21,7 @@ from study import ABLATIONS, MAIN, REGIMES, SWEEPS
 
 # two-sided 95 % quantiles of Student's t, by degrees of freedom
 T95 = (np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-SETTINGS = {"base": ("base-direct",), "base + plan": ("base",), "GRPO": ("grpo",),
-            "EG-GRPO": ("eggrpo",)}
+SETTINGS = {"base": "base-direct", "base + plan": "base", "GRPO": "grpo", "EG-GRPO": "eggrpo"}
 ENTROPIES = ("image_entropy", "image_entropy_std", "plan_entropy")
 
 
@@ -114,7 +113,7 @@ def read_runs(folder):
 def read_records(folder):
     """Read the records of each setting. Returns {setting: list of rows, each with its run}."""
     found = {}
-    for setting, (name,) in SETTINGS.items():
+    for setting, name in SETTINGS.items():
         paths = [p for p in sorted(folder.glob("records/*.jsonl"))
                  if p.stem == name or p.stem.rpartition("-")[0] == name and name in MAIN]
         found[setting] = [row | dict(run=p.stem) for p in paths for row in runtime.read_lines(p)]
@@ -168,8 +167,7 @@ def stability(runs, name):
     falls = []
     for run in runs[name].values():
         rewards = np.array([r["reward"] for r in run["log"] if r["step"] >= 0])
-        width = min(10, len(rewards))
-        smooth = np.convolve(rewards, np.ones(width) / width, "valid")
+        smooth = figures.running_mean(rewards)
         falls.append(float(smooth.max() - smooth[-1]))
     finals = [run["scores"]["eval"]["reward"] for run in runs[name].values()]
     return dict(n=len(finals), worst=min(finals), fell=float(np.mean(np.array(falls) > 0.05)),
@@ -206,7 +204,7 @@ def plans(rows):
     by = {}
     for row in rows:
         by.setdefault((row["run"], row["number"], row["plan_index"]), []).append(row)
-    keys = ("reward", "exact", "plan_entropy", "image_entropy_std")
+    keys = ("reward", "plan_entropy", "image_entropy_std")
     return [dict(number=k[1], **{key: float(np.mean([r[key] for r in group])) for key in keys})
             for k, group in by.items()]
 
@@ -238,7 +236,7 @@ def analyze(runs, records, config):
     has = lambda *names: all(name in runs for name in names)
     study = {"A": {}, "B": {}, "C": {}, "D": {}, "regimes": {}, "correlations": {}, "spread": {},
              "tokens": {}}
-    for setting, (name,) in SETTINGS.items():
+    for setting, name in SETTINGS.items():
         if has(name):
             study["A"][setting] = {key: by_category(runs, name, key) for key in ("reward", "exact")}
     if has("grpo", "eggrpo"):

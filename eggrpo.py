@@ -179,6 +179,14 @@ class Rollout(NamedTuple):
     exact: Tensor      # (P, G)
 
 
+def draw_noise(policy, number, per_plan, *key):
+    """Draw the noise of `number` sequences, (number, T): each `per_plan` in a row write the same
+    plan, for the same noise writes it. key: as for generator."""
+    noise = torch.rand(number, policy.C + policy.L, generator=runtime.generator(*key))
+    noise[:, :policy.C] = noise[::per_plan, :policy.C].repeat_interleave(per_plan, 0)
+    return noise
+
+
 @torch.no_grad()
 def make_rollout(policy, eye, scenes, config, step):
     """Sample plans and pictures for each scene's prompt and score the pictures. Returns a Rollout.
@@ -187,10 +195,7 @@ def make_rollout(policy, eye, scenes, config, step):
     """
     m, each = config.images_per_plan, config.group * config.images_per_plan
     prompt = word_tensors(eye.world, scenes)[0]                                            # (P, S)
-    noise = torch.rand(config.sequences, policy.C + policy.L,
-                       generator=runtime.generator(config.seed, "rollout", step))
-    # the same noise writes the same plan
-    noise[:, :policy.C] = noise[::m, :policy.C].repeat_interleave(m, 0)
+    noise = draw_noise(policy, config.sequences, m, config.seed, "rollout", step)
     prompt, noise = prompt.to(eye.device), noise.to(eye.device)
     want = rewards.make_want(eye.world, [s for s in scenes for _ in range(each)], eye.device)
 
@@ -319,15 +324,19 @@ def update(policy, reference, optimizer, batch, config, step, known={}):
     return {k: v.item() for k, v in merge(logged, torch.mean).items()}
 
 
+def entropy_moments(entropy, valid):
+    """Mean and std of each row's entropy over its valid tokens. (B, T) -> (B,), (B,)."""
+    n = valid.sum(1).clamp(min=1)
+    mean = (entropy * valid).sum(1) / n
+    return mean, (((entropy - mean[:, None]) ** 2 * valid).sum(1) / n).sqrt()
+
+
 def entropy_stats(entropy, valid, plan_slots):
     """Average the mean and the std of entropy over a rollout's valid tokens, for plan and image;
     scalars."""
     stats = {}
     for name, part in (("plan", slice(None, plan_slots)), ("image", slice(plan_slots, None))):
-        h, v = entropy[:, part], valid[:, part]
-        n = v.sum(1).clamp(min=1)
-        mean = (h * v).sum(1) / n
-        std = (((h - mean[:, None]) ** 2 * v).sum(1) / n).sqrt()
+        mean, std = entropy_moments(entropy[:, part], valid[:, part])
         stats |= {f"{name}_entropy": mean.mean(), f"{name}_entropy_std": std.mean()}
     return stats
 

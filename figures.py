@@ -124,19 +124,25 @@ def spread(folder, study):
          [(s, *(f[m]["value"] for m in measures)) for s, f in study.items()])
 
 
+def running_mean(values, steps=10):
+    """Average each stretch of `steps` values, or of all where there are fewer."""
+    steps = min(steps, len(values))
+    return np.convolve(values, np.ones(steps) / steps, "valid")
+
+
 def curves(folder, runs, names):
     """Training of every method: seeds thin, mean bold, GRPO's mean dotted; all on the same axes.
     Running means of 10 steps."""
     keys = ("reward", "exact", "plan_entropy", "image_entropy", "kl")
     figure, axes = plt.subplots(len(keys), len(names), figsize=(1.35 * len(names) + 1, 7),
                                 sharex=True, sharey="row", squeeze=False)
-    data, smooth, base = [], lambda x: np.convolve(x, np.ones(10) / 10, "valid"), {}
+    data, base = [], {}
     for column, name in enumerate(names):
         for row, key in enumerate(keys):
             lines = []
             for run in runs[name].values():
                 values = np.array([r[key] for r in run["log"] if r["step"] >= 0], float)
-                lines.append(smooth(values) if len(values) >= 10 else values)
+                lines.append(running_mean(values))
                 axes[row, column].plot(lines[-1], color="0.65", linewidth=0.6)
             mean = np.mean([line[:min(map(len, lines))] for line in lines], 0)
             base.setdefault(key, mean)

@@ -116,13 +116,11 @@ def parse(script, config_class, presets, description, argv=None, methods=None):
         require(right, f"--{name.replace('_', '-')} {value!r}: must be neither empty nor NaN, and "
                 "below 2 ** 31")
     preset = given.get("preset") or default_preset()
-    if preset not in presets:
-        raise UserError(f"no preset {preset!r}: choose one of {', '.join(presets)}")
+    require(preset in presets, f"no preset {preset!r}: choose one of {', '.join(presets)}")
     of_method = {}
     if methods:
         method = given.get("method", config_class.method)
-        if method not in methods:
-            raise UserError(f"no method {method!r}: choose one of {', '.join(methods)}")
+        require(method in methods, f"no method {method!r}: choose one of {', '.join(methods)}")
         of_method = methods[method].values
     config = config_class(**{**presets[preset], **of_method, **given, "preset": preset})
     config.check()
@@ -264,8 +262,7 @@ def resume(path, config, maker):
     if not Path(path).exists():
         return None
     record = load(path, maker)
-    now = settings(config)
-    old = record["settings"]
+    now, old = settings(config), record["settings"]
     changed = [f"{k} {old.get(k)!r}, now {v!r}" for k, v in now.items() if old.get(k) != v]
     require(not changed, f"{path} was made with {'; '.join(changed)}: use the old settings, "
             "another --out, or remove it")
@@ -276,10 +273,9 @@ def load_finished(path, maker, kind, preset):
     """Read the checkpoint of a stage that later stages build on. Raises UserError where it is not
     one, or not finished."""
     record = load(path, maker)
-    if record.get("kind") != kind or record["settings"]["preset"] != preset:
-        raise UserError(
-            f"{path} is a {record['settings']['preset']} {record.get('kind')}, not a {preset} "
-            f"{kind}: remove it and run `{maker}`")
+    was = record["settings"]["preset"], record["kind"]
+    require(was == (preset, kind), f"{path} is a {was[0]} {was[1]}, not a {preset} {kind}: remove "
+            f"it and run `{maker}`")
     require(record["step"] >= record["steps"], f"{path} is unfinished (step {record['step']} of "
             f"{record['steps']}): go on with `{maker}`")
     return record
@@ -330,6 +326,11 @@ def _commit():
     command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     described = subprocess.run(command, capture_output=True, text=True)
     return described.stdout.strip() or "unknown"
+
+
+def write_lines(path, rows):
+    """Write a file of JSON lines."""
+    write(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def read_lines(path):

@@ -136,9 +136,7 @@ def record_rows(config, eye, policy, scene, number, **how):
     five say which tokens draw objects, and how sure the policy is of those and of the ground.
     """
     m, n = config.pictures, config.plans * config.pictures
-    noise = torch.rand(n, policy.C + policy.L,
-                       generator=runtime.generator(config.seed, "records", number))
-    noise[:, :policy.C] = noise[::m, :policy.C].repeat_interleave(m, 0)   # pictures share a plan
+    noise = eggrpo.draw_noise(policy, n, m, config.seed, "records", number)
     prompt = word_tensors(eye.world, [scene])[0]
     drawn = generate(policy, prompt.to(eye.device), noise.to(eye.device), **how)
     images = eye.tokenizer.decode(drawn.codes).float()
@@ -148,12 +146,10 @@ def record_rows(config, eye, policy, scene, number, **how):
     distance = torch.cdist(flat, flat).sum(1) / (max(n - 1, 1) * flat.shape[1] ** 0.5)
     columns = dict(reward=reward, exact=exact, **parts, distance=distance)
     for part, slots in (("plan", slice(None, policy.C)), ("image", slice(policy.C, None))):
-        valid, count = drawn.valid[:, slots], drawn.valid[:, slots].sum(1).clamp(min=1)
-        h = drawn.entropy[:, slots] * valid
-        mean = h.sum(1) / count
-        columns[f"{part}_entropy"] = mean
-        columns[f"{part}_entropy_std"] = (((h - mean[:, None]) ** 2 * valid).sum(1) / count).sqrt()
-        columns[f"{part}_nll"] = -(drawn.logp[:, slots] * valid).sum(1) / count
+        valid = drawn.valid[:, slots]
+        mean, std = eggrpo.entropy_moments(drawn.entropy[:, slots], valid)
+        nll, _ = eggrpo.entropy_moments(-drawn.logp[:, slots], valid)
+        columns |= {f"{part}_entropy": mean, f"{part}_entropy_std": std, f"{part}_nll": nll}
     # which tokens draw objects: a tenth of their patch is paint
     h, valid = drawn.entropy[:, policy.C:], drawn.valid[:, policy.C:]
     paint = F.avg_pool2d(rewards.ink(images).sum(1, keepdim=True), eye.world.patch).flatten(1) > 0.1
@@ -179,7 +175,7 @@ def record_policy(config, eye, name):
             scene = make_scene(eye.world, "eval", 5000 + config.seed, i, category)
             rows += record_rows(config, eye, policy, scene, f"{category} {i}", **how)
     path = Path(config.out) / config.preset / "records" / f"{name}.jsonl"
-    runtime.write(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    runtime.write_lines(path, rows)
 
 
 @torch.no_grad()
@@ -207,8 +203,7 @@ def record_pictures(config, eye):
             image_entropy=drawn.entropy[i, image].tolist(), image_low=low[i].tolist(),
             image_high=high[i].tolist(),
             picture=(images[i] * 255).round().byte().permute(1, 2, 0).tolist()))
-    lines = "".join(json.dumps(row) + "\n" for row in maps)
-    runtime.write(folder / "records" / "pictures.jsonl", lines.encode())
+    runtime.write_lines(folder / "records" / "pictures.jsonl", maps)
 
 
 def is_done(config, job):
