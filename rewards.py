@@ -168,8 +168,8 @@ def objects(images, found, want):
 def attributes(images, found, want):
     """The same for each attribute by itself (colours, shapes, textures), averaged: credit for
     half-right objects."""
-    f, w = (k.reshape(-1, *found.shape) for k in (found.kinds, want.kinds))           # (B, t, c, s)
-    sums = [(1, 2), (1, 3)] + [(2, 3)] * (found.shape[0] > 1)            # shapes, colours, textures
+    f, w = (k.reshape(-1, *found.shape) for k in (found.kinds, want.kinds))           # (B, c, t, s)
+    sums = [(1, 2), (2, 3)] + [(1, 3)] * (found.shape[1] > 1)            # shapes, colours, textures
     return torch.stack([_overlap(f.sum(dims), w.sum(dims)) for dims in sums]).mean(0)
 
 
