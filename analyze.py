@@ -129,12 +129,12 @@ def last(run, key, steps=10):
 
 
 def by_category(runs, name, key):
-    """{category: mean and interval over runs} of a method, and `all` and `unseen`."""
+    """{category: mean and interval over runs} of a method, and `all` and `rare`."""
     scores = [run["scores"] for run in runs[name].values()]
     table = {c: over_runs([s["eval"]["categories"][c][key] for s in scores])
              for c in scores[0]["eval"]["categories"]}
     return {"all": over_runs([s["eval"][key] for s in scores]), **table,
-            "unseen": over_runs([s["unseen"][key] for s in scores])}
+            "rare": over_runs([s["rare"][key] for s in scores])}
 
 
 def difference(runs, one, other, get):
@@ -246,7 +246,7 @@ def analyze(runs, records, config):
         pair = lambda f: difference(runs, "eggrpo", "grpo", f)
         study["A"]["EG-GRPO - GRPO"] = {
             key: {"all": pair(get("eval", key)), **{c: pair(of(c, key)) for c in categories},
-                  "unseen": pair(get("unseen", key))} for key in ("reward", "exact")}
+                  "rare": pair(get("rare", key))} for key in ("reward", "exact")}
     methods = [name for name in (*MAIN, *ABLATIONS) if has(name)]
     for name in methods:
         study["B"][name] = dict(describe(runs, name), minus_grpo=compare(runs, name, "grpo"),

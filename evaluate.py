@@ -4,8 +4,8 @@
 
     -> out/cpu/results.json, results.md (the printed table), before-after.png
 
-`eval` prompts never occur in training, not even as paraphrases; every `unseen` prompt has a
-colour-shape pair that nothing the policy learns from has. All policies answer the same prompts with
+`eval` and `rare` prompts never occur in training, not even as paraphrases. Every `rare` prompt has a
+colour-shape pair that is in 1 % of the pretraining corpus and in a third of the RL prompts. All policies answer the same prompts with
 the same noise.
 """
 
@@ -25,7 +25,7 @@ import rewards
 import runtime
 from model import generate
 from pretrain import load_base, load_policy, word_tensors
-from scenes import World, WORLDS, decode_words, make_scene
+from scenes import World, WORLDS, decode_words, make_scene, rare_pairs
 from tiny_vq.train import load_tokenizer
 
 
@@ -35,7 +35,7 @@ class Config:
     device: str = "auto"
     out: str = "out"
     seed: int = 0
-    prompts: int = 1200           # evaluation prompts; a third as many of unseen pairs
+    prompts: int = 1200           # evaluation prompts; a third as many of rare pairs
     batch: int = 128
 
     def check(self):
@@ -112,14 +112,14 @@ def summary(scores):
 
 
 def table(results):
-    """Lay results {policy: {"eval": summary, "unseen": summary}} out as two Markdown tables."""
+    """Lay results {policy: {"eval": summary, "rare": summary}} out as two Markdown tables."""
     lines = [
         "| held-out prompts | reward | exact | " + " | ".join(rewards.REWARDS) + " |",
         "|---" * (len(rewards.REWARDS) + 3) + "|"
     ]
     for name, splits in results.items():
         for split, s in splits.items():
-            label = name if split == "eval" else f"{name}, unseen pairs"
+            label = name if split == "eval" else f"{name}, rare pairs"
             lines.append(
                 f"| {label} (n = {s['n']}) | {s['reward']:.3f} ± {s['reward_half']:.3f} "
                 f"| {s['exact']:.3f} ± "
@@ -177,8 +177,14 @@ def gallery(rows, prompts, titles=None, exact=None, size=144):
 
 
 def gallery_scenes(world, number=8):
-    """The fixed prompts of every gallery: the first evaluation scenes of a seed kept for this."""
-    return [make_scene(world, "eval", 777, i) for i in range(number)]
+    """The fixed prompts of every gallery: usual pairs, then as many rare ones, of a seed kept for
+    this."""
+    half = number // 2
+    return [make_scene(world, split, 777, i) for split in ("eval", "rare") for i in range(half)]
+
+
+def gallery_titles(world):
+    return [("rare: " if rare_pairs(s.objects) else "") + s.prompt for s in gallery_scenes(world)]
 
 
 def gallery_row(eye, policy, **how):
@@ -202,10 +208,12 @@ def look(eye, policy, prompts, folder, step, guidance):
     """Evaluate in the midst of training and draw the gallery of a step. Returns what is logged."""
     result = summary(evaluate(eye, policy, "eval", prompts, guidance=guidance))
     images, exact, _ = gallery_row(eye, policy, guidance=guidance)
-    titles = [s.prompt for s in gallery_scenes(eye.world)]
+    rare = summary(evaluate(eye, policy, "rare", prompts, guidance=guidance))
+    titles = gallery_titles(eye.world)
     sheet = gallery([images], titles, [f"step {step}"], [exact])
     save_image(sheet, folder / f"gallery-{step:05d}.png")
-    return dict(eval_reward=result["reward"], eval_exact=result["exact"])
+    return dict(eval_reward=result["reward"], eval_exact=result["exact"],
+                rare_reward=rare["reward"], rare_exact=rare["exact"])
 
 
 def animate(folder):
@@ -244,14 +252,14 @@ def main(argv=None):
     results, rows, marks = {}, [], []
     for name, (policy, how) in policies.items():
         results[name] = {}
-        for split, n in (("eval", config.prompts), ("unseen", max(config.prompts // 3, 1))):
+        for split, n in (("eval", config.prompts), ("rare", max(config.prompts // 3, 1))):
             scores = evaluate(eye, policy, split, n, config.batch, config.seed,
                               f"{name}, {split}", **how)
             results[name][split] = summary(scores)
         images, exact, _ = gallery_row(eye, policy, **how)
         rows.append(images)
         marks.append(exact)
-    sheet = gallery(rows, [s.prompt for s in gallery_scenes(eye.world)], list(policies), marks)
+    sheet = gallery(rows, gallery_titles(eye.world), list(policies), marks)
     save_image(sheet, folder / "before-after.png")
     runtime.write(folder / "results.json", json.dumps(runtime.plain(results), indent=1).encode())
     runtime.write(folder / "results.md", (table(results) + "\n").encode())

@@ -76,8 +76,8 @@ class Config:
     minibatches: int = 1          # updates each time (paper: 1)
     micro_batch: int = 16         # sequences a forward pass: memory, never results
     eval_every: int = 50          # steps between held-out evaluations, each with a gallery
-    eval_prompts: int = 192
-    save_every: int = 50
+    eval_prompts: int = 192       # of each split: usual and rare pairs
+    save_every: int = 25
 
     def check(self):
         flag = lambda name: f"--{name.replace('_', '-')} {getattr(self, name)}"

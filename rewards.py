@@ -32,9 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime import UserError
-from scenes import COLOURS, GROUND, RELATIONS, SHAPES, stamp
+from scenes import COLOURS, BACKGROUND, RELATIONS, SHAPES, stamp
 
-INK_FLOOR = 0.3        # coverage below this is ground: its light and grain reach 0.2
+INK_FLOOR = 0.25       # contrast with the background below this is no paint
+INK_FULL = 0.6         # contrast above this is full paint: objects differ in brightness
 MATCH = 0.75           # least Dice overlap of ink and template that counts as an object
 MOST = 16              # objects a picture is searched for; a tokenizer's scene has up to 8
 CLEAN = 0.9            # least cleanliness of an exact picture
@@ -83,7 +84,7 @@ def make_want(world, scenes, device="cpu"):
 def _palette(device):
     """Put the ground's colour and the way from it to each palette colour on a device, once: a copy
     from the host would wait for the device."""
-    ground = torch.tensor(GROUND, device=device) / 255
+    ground = torch.tensor(BACKGROUND, device=device) / 255
     return ground, torch.tensor(list(COLOURS.values()), device=device) / 255 - ground
 
 
@@ -91,8 +92,8 @@ def ink(images):
     """Say how much of each pixel is paint of each palette colour. (B, 3, h, w) in [0, 1] -> (B, C,
     h, w) in [0, 1].
 
-    A pixel is ground + a * (colour - ground) with coverage a; it belongs to the colour that leaves
-    the least residue.
+    A pixel is background + a * (colour - background) with contrast a; it belongs to the colour that
+    leaves the least residue.
     """
     ground, axes = _palette(str(images.device))                              # (3,), (C, 3)
     offset = images.float() - ground[:, None, None]
@@ -102,16 +103,21 @@ def ink(images):
     # |offset - a axis|^2 less |offset|^2, the same for all colours
     residue = (cover * square - 2 * dot) * cover
     mine = residue == residue.amin(1, keepdim=True)
-    return (cover * mine - INK_FLOOR).clamp(min=0) / (1 - INK_FLOOR)
+    return _saturate(cover * mine)
+
+
+def _saturate(contrast):
+    """Map contrast to coverage: 0 below INK_FLOOR, 1 above INK_FULL, linear in between."""
+    return ((contrast - INK_FLOOR) / (INK_FULL - INK_FLOOR)).clamp(0, 1)
 
 
 @lru_cache(maxsize=8)
 def _templates(world, device):
-    """Draw every texture x shape as ink, with a margin of one pixel that must be empty. (textures *
-    shapes, n, n)."""
+    """Draw every texture x shape as ink at mean brightness, with a margin of one pixel that must be
+    empty. (textures * shapes, n, n)."""
     stamps = [np.asarray(stamp(s, t, world.object_size)) for t in world.textures for s in SHAPES]
     cover = F.pad(torch.from_numpy(np.stack(stamps)).float() / 255, (1, 1, 1, 1))
-    return ((cover - INK_FLOOR).clamp(min=0) / (1 - INK_FLOOR)).to(device)
+    return _saturate(cover * (1 + world.min_brightness) / 2).to(device)
 
 
 def detect(images, world):

@@ -25,7 +25,7 @@ try:
 except ImportError:                                     # Windows: no lock there
     fcntl = None
 
-MAGIC = b"eggrpo checkpoint 1\n"
+MAGIC = b"eggrpo checkpoint 2\n"
 RECORD = {"kind", "settings", "step", "steps", "model_config", "model", "optimizer"}
 PRESETS = ("smoke", "cpu", "gpu")
 
@@ -227,10 +227,11 @@ def save_stage(path, kind, config, step, model, optimizer, **more):
 
 
 def load(path, maker, keys=RECORD):
-    """Read a checkpoint. maker: the command that makes it, named where it is missing or unusable.
-    Raises UserError."""
-    path, remedy = Path(path), f"remove it and run `{maker}`"
-    require(path.exists(), f"{path} is not there: make it with `{maker}`")
+    """Read a checkpoint. maker: the command that makes it, named where it is missing or unusable;
+    None for a file that the user named, which nobody is told to remove. Raises UserError."""
+    path, remedy = Path(path), _remedy(maker)
+    require(path.exists(), f"{path} is not there: "
+            + (f"make it with `{maker}`" if maker else remedy))
     require(path.is_file(), f"{path} is not a file: {remedy}")
     content = path.read_bytes()
     require(content.startswith(MAGIC), f"{path} is not a checkpoint of this version: {remedy}")
@@ -245,13 +246,16 @@ def load(path, maker, keys=RECORD):
     return record
 
 
+def _remedy(maker):
+    return f"remove it and run `{maker}`" if maker else "name another file"
+
+
 def restore(model, record, path, maker):
     """Give a model the weights of a checkpoint. Raises UserError where they do not fit it."""
     try:
         model.load_state_dict(record["model"])
     except (RuntimeError, TypeError):
-        raise UserError(f"{path} holds weights of another version: remove it and run `{maker}`"
-                        ) from None
+        raise UserError(f"{path} holds weights of another version: {_remedy(maker)}") from None
 
 
 def resume(path, config, maker):
@@ -274,10 +278,10 @@ def load_finished(path, maker, kind, preset):
     one, or not finished."""
     record = load(path, maker)
     was = record["settings"]["preset"], record["kind"]
-    require(was == (preset, kind), f"{path} is a {was[0]} {was[1]}, not a {preset} {kind}: remove "
-            f"it and run `{maker}`")
+    require(was == (preset, kind), f"{path} is a {was[0]} {was[1]}, not a {preset} {kind}: "
+            f"{_remedy(maker)}")
     require(record["step"] >= record["steps"], f"{path} is unfinished (step {record['step']} of "
-            f"{record['steps']}): go on with `{maker}`")
+            f"{record['steps']}): " + (f"go on with `{maker}`" if maker else _remedy(maker)))
     return record
 
 

@@ -62,7 +62,7 @@ def main(argv=None):
         policy = load_base(config.preset, config.out, device)
     else:
         path = config.policy or f"{config.out}/{config.preset}/eggrpo-0/policy.pt"
-        maker = runtime.maker_of("eggrpo.py", config.preset, config.out)
+        maker = None if config.policy else runtime.maker_of("eggrpo.py", config.preset, config.out)
         policy = load_policy(path, maker, "policy", config.preset, device)
 
     noise = torch.rand(config.number, policy.C + policy.L,

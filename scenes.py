@@ -21,17 +21,18 @@ Prompt categories follow the benchmarks of the paper (T2I-CompBench and WISE):
     complex    a red circle above a blue square and a green cross
     knowledge  a shape with three sides in the colour of grass
 
-The ground is dark, with a grain, a wave and a light that differ from scene to scene and are not in
-the prompt. They give image tokens the uncertainty of real pictures; `World.grain` is the dial, and
-without it entropy-guided training has no entropy to be guided by.
+The background is one plain colour. What a prompt leaves open varies on the objects: place within the
+cell, brightness, shading, fine noise. So an image token is uncertain where there is something to
+decide, as in natural images, and certain on the background.
 
 Splits. `train` and `eval` never share a meaning: a scene belongs to one of them by a hash of what
 it asks for, so that a paraphrase of a training prompt is never an evaluation prompt. The three
-colour-shape pairs of UNSEEN never occur in `train` or `eval`, and every scene of `unseen` has one.
+colour-shape pairs of RARE_PAIRS occur in neither; `rare-train` and `rare` hold scenes with at least
+one of them, split by the same hash.
 
-The corpus is web-like on purpose: `corpus_item` contradicts its picture in a stated share of
-captions and of plans. That is why a policy that imitates it errs, and why reinforcement learning
-has something to mend.
+The corpus is web-like on purpose. A fixed fraction of its captions and plans contradicts the image,
+and only RARE_FRACTION of its scenes has a rare pair. Imitation of it therefore errs, and
+reinforcement learning has something to correct.
 """
 
 import difflib
@@ -51,7 +52,7 @@ SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = ("one", "two", "three", "four")
-UNSEEN = (("red", "cross"), ("blue", "triangle"), ("yellow", "circle"))
+RARE_PAIRS = (("red", "cross"), ("purple", "triangle"), ("yellow", "circle"))
 KNOWN_COLOURS = {
     "red": ("blood", "tomatoes"), "green": ("grass", "leaves"), "blue": ("oceans", "sapphires"),
     "yellow": ("lemons", "bananas"), "purple": ("violets", "plums"), "white": ("snow", "milk"),
@@ -64,15 +65,16 @@ KNOWN_SHAPES = {
     "cross": ("like a plus sign", "with four arms"),
 }
 CATEGORIES = ("colour", "shape", "texture", "numeracy", "spatial", "complex", "knowledge")
-GROUND = (40, 44, 50)        # mean colour of the ground, 0 to 255
+BACKGROUND = (40, 44, 50)    # 0 to 255
 CAPTION_FAULTS = 0.25        # share of the corpus whose picture and plan contradict the prompt
 PLAN_FAULTS = 0.20           # share of the rest whose plan contradicts prompt and picture
+RARE_FRACTION = 0.01         # of the corpus: scenes with one of RARE_PAIRS
 EVAL_SHARE = 6               # one meaning in six is held out for evaluation
 
 
 @dataclass(frozen=True)
 class World:
-    """What differs between presets. Sizes are in pixels, grain in grey levels of 255."""
+    """What differs between presets. Sizes are in pixels."""
     image_size: int = 30
     patch: int = 5                   # a token stands for a patch x patch square
     grid: int = 3                    # cells a side; a cell is a whole number of patches
@@ -81,7 +83,9 @@ class World:
     max_objects: int = 3
     prompt_slots: int = 13           # longest prompt in words
     plan_slots: int = 24             # longest plan in words, its end token included
-    grain: float = 4.0               # standard deviation of the pixel noise: the entropy dial
+    min_brightness: float = 0.65     # an object's contrast with the background: min to 1
+    shading: float = 0.0             # how far contrast changes across an object, at most
+    noise_std: float = 5.0           # of an object's pixels, in grey levels of 255
 
     @property
     def cell(self):
@@ -119,7 +123,7 @@ class Scene(NamedTuple):
     relation: str            # one of RELATIONS, or ""
     prompt: str
     plan: str
-    ground_seed: int
+    noise_seed: int          # of what the prompt leaves open in the objects' appearance
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -268,11 +272,17 @@ def meaning(objects, relation):
         sorted(names))
 
 
+def rare_pairs(objects):
+    """The set of (colour, shape) pairs of these objects that are in RARE_PAIRS."""
+    return {(o.colour, o.shape) for o in objects}.intersection(RARE_PAIRS)
+
+
 def split_of(objects, relation):
-    """Tell the split of a scene: train, eval or unseen."""
-    if any((o.colour, o.shape) in UNSEEN for o in objects):
-        return "unseen"
-    return "eval" if zlib.crc32(meaning(objects, relation).encode()) % EVAL_SHARE == 0 else "train"
+    """Return the split of a scene: train, eval, rare-train or rare."""
+    held_out = zlib.crc32(meaning(objects, relation).encode()) % EVAL_SHARE == 0
+    if rare_pairs(objects):
+        return "rare" if held_out else "rare-train"
+    return "eval" if held_out else "train"
 
 
 def make_scene(world, split, seed, index, category=None):
@@ -301,8 +311,8 @@ def random_scene(world, seed, index):
 
 
 def _contradict(world, scene, rng):
-    """Swap an attribute, lose an object or exchange two places: a scene that its caption does not
-    tell the truth about."""
+    """Swap an attribute, drop an object or exchange two places, so that the scene contradicts its
+    caption. Never adds a rare pair, which would change their frequency."""
     while True:
         objects = list(scene.objects)
         i = rng.randint(len(objects))
@@ -320,7 +330,7 @@ def _contradict(world, scene, rng):
             objects[:2] = (a._replace(row=b.row, column=b.column, shift=b.shift),
                            b._replace(row=a.row, column=a.column, shift=a.shift))
         wrong = tuple(objects)
-        if wrong != scene.objects and not any((o.colour, o.shape) in UNSEEN for o in wrong):
+        if wrong != scene.objects and rare_pairs(wrong) <= rare_pairs(scene.objects):
             return scene._replace(objects=wrong, plan=plan_text(wrong))
 
 
@@ -328,11 +338,13 @@ def corpus_item(world, seed, index):
     """Make one item of the web-like pretraining corpus: a scene whose prompt or plan may contradict
     its picture.
 
-    CAPTION_FAULTS of the items draw (and plan) something other than the prompt says; PLAN_FAULTS of
-    the rest draw what the prompt says under a plan that says something else.
+    RARE_FRACTION of the items have a rare pair. CAPTION_FAULTS draw (and plan) something other than
+    the prompt says; PLAN_FAULTS of the rest draw what the prompt says under a plan that says
+    something else.
     """
-    scene = make_scene(world, "train", seed, index)
-    rng = _rng("fault", seed, index)
+    rng = _rng("corpus", seed, index)
+    split = "rare-train" if rng.rand() < RARE_FRACTION else "train"
+    scene = make_scene(world, split, seed, index)
     if rng.rand() < CAPTION_FAULTS:
         return _contradict(world, scene, rng)
     if rng.rand() < PLAN_FAULTS:
@@ -374,26 +386,24 @@ def stamp(shape, texture, size):
     return image.resize((size, size), Image.BOX)
 
 
-def ground(world, seed):
-    """Draw a dark ground: a wave and a slanting light that cross the picture, and grain. (h, w, 3)
-    float, 0 to 255."""
-    rng = np.random.RandomState(seed)
-    n = world.image_size
-    y, x = np.mgrid[0:n, 0:n] / n - 0.5
-    turn, lean = rng.uniform(0, 2 * np.pi, 2)
-    light = 12 * rng.uniform(0.3, 1) * (x * np.cos(turn) + y * np.sin(turn))
-    wave = 9 * rng.uniform(0.2,
-                           1) * np.sin(2 * np.pi * rng.uniform(1, 3) *
-                                       (x * np.cos(lean) + y * np.sin(lean)) + rng.uniform(0, 6))
-    tint = rng.uniform(-4, 4, 3)
-    grey = light + wave + world.grain * rng.standard_normal((n, n))
-    return np.clip(np.array(GROUND) + tint + grey[:, :, None], 0, 90)
-
-
 def render(world, scene):
-    """Draw a scene. Returns (h, w, 3) uint8."""
-    image = Image.fromarray(ground(world, scene.ground_seed).astype(np.uint8))
+    """Render a scene. Returns (h, w, 3) uint8.
+
+    A pixel is background + a * (colour - background), a = coverage * contrast, plus noise within
+    the object. Contrast is an object's brightness plus shading, linear across it in some direction.
+    """
+    rng = np.random.RandomState(scene.noise_seed)
+    image = np.empty((world.image_size, world.image_size, 3))
+    image[:] = BACKGROUND
+    size = world.object_size
+    y, x = np.mgrid[0:size, 0:size] / (size - 1) * 2 - 1                          # -1 to 1
     for o in scene.objects:
         top, left = o.row * world.cell + o.shift[0], o.column * world.cell + o.shift[1]
-        image.paste(COLOURS[o.colour], (left, top), stamp(o.shape, o.texture, world.object_size))
-    return np.asarray(image)
+        coverage = np.asarray(stamp(o.shape, o.texture, size)) / 255
+        angle = rng.uniform(0, 2 * np.pi)
+        slope = (x * np.cos(angle) + y * np.sin(angle)) * world.shading * rng.uniform(-1, 1)
+        contrast = np.clip(rng.uniform(world.min_brightness, 1) + slope, world.min_brightness, 1)
+        noise = world.noise_std * rng.standard_normal((size, size, 3))
+        offset = np.subtract(COLOURS[o.colour], BACKGROUND) * contrast[..., None] + noise
+        image[top:top + size, left:left + size] += coverage[..., None] * offset
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)

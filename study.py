@@ -45,7 +45,7 @@ class Config:
     seeds: int = 5                # runs of grpo and eggrpo
     other_seeds: int = 3          # runs of everything else
     steps: int = 100              # of a run (`python eggrpo.py` itself makes more)
-    prompts: int = 2100           # evaluation prompts a run; a fifth as many of unseen pairs
+    prompts: int = 2100           # evaluation prompts a run; a fifth as many of rare pairs
     per_category: int = 10        # prompts of each category that are recorded
     plans: int = 8                # plans a recorded prompt (paper: 10)
     pictures: int = 8             # pictures a plan (paper: 10)
@@ -117,11 +117,11 @@ def open_policy(config, name, device):
 
 
 def score_policy(config, eye, name):
-    """Score a policy on held-out and unseen prompts and write its summaries."""
+    """Score a policy on held-out and rare prompts and write its summaries."""
     policy, how = open_policy(config, name, eye.device)
     scored = {split: evaluate.summary(evaluate.evaluate(eye, policy, split, n, seed=config.seed,
                                                         **how))
-              for split, n in (("eval", config.prompts), ("unseen", max(config.prompts // 5, 1)))}
+              for split, n in (("eval", config.prompts), ("rare", max(config.prompts // 5, 1)))}
     path = Path(config.out) / config.preset / name / "scores.json"
     runtime.write(path, json.dumps(runtime.plain(scored), indent=1).encode())
 

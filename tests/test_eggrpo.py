@@ -11,7 +11,7 @@ import torch
 
 import eggrpo
 from conftest import tiny_policy
-from eggrpo import (METHODS, BadNumbers, Config, check_numbers, differentiable_entropy,
+from eggrpo import (LOGP_DIFF_BOUNDS, METHODS, BadNumbers, Config, check_numbers, differentiable_entropy,
                     entropy_masks, entropy_stats, group_advantages, make_rollout, policy_loss,
                     rollout_stats, shape_advantages, shape_rollout, token_entropy, update)
 from evaluate import Eye
@@ -326,7 +326,7 @@ def test_rollouts_are_the_learners_own_and_the_first_ratio_is_one(step):
     """Guard: a sampler that differs from the learner. Log-probs and entropies alike."""
     policy, _, rollout, config = step
     stats, _ = gradients(*step)
-    assert stats["gap"] < 1e-4
+    assert stats["logp_diff_mean"] < 1e-5 and stats["logp_diff_max"] < 1e-4
     assert abs(stats["ratio_min"] - 1) < 1e-4 and abs(stats["ratio_max"] - 1) < 1e-4
     entropy = torch.cat([token_entropy(x) for x in logits_of(policy, rollout, config)], 1)
     assert ((entropy - rollout.entropy).abs() * rollout.valid).max() < 1e-4
@@ -400,10 +400,12 @@ def test_entropy_statistics_go_over_valid_tokens_only():
 
 
 def test_a_sampler_that_is_not_the_learner_stops_the_run():
-    cpu, sane = torch.device("cpu"), dict(gap=torch.tensor(5e-5), loss=torch.tensor(0.0))
+    cpu, bounds = torch.device("cpu"), LOGP_DIFF_BOUNDS["cpu"]
+    sane = {name: torch.tensor(0.5 * bound) for name, bound in bounds.items()}
     check_numbers(sane, Config(), cpu)
-    with pytest.raises(BadNumbers, match="not the same policy"):
-        check_numbers(sane | dict(gap=torch.tensor(2e-4)), Config(), cpu)
+    for name, bound in bounds.items():
+        with pytest.raises(BadNumbers, match=f"{name}.*not the same policy"):
+            check_numbers(sane | {name: torch.tensor(2 * bound)}, Config(), cpu)
 
 
 def test_bad_numbers_are_named_and_leave_the_weights_alone(step):
@@ -568,7 +570,7 @@ def test_the_additive_bonus_alone_moves_nothing_where_all_rewards_are_equal(step
 
 def test_guidance_in_rl_is_part_of_the_policy(eye, world):
     """What is sampled is what is scored. The released mismatch, guided sampling and unguided
-    scoring, makes the ratio 1 by construction; the logged gap tells."""
+    scoring, makes the ratio 1 by construction; the logged difference tells."""
     policy, scenes = tiny_policy(world), [make_scene(world, "train", 0, i) for i in range(2)]
     config = Config(prompts=2, group=2, guidance=3.0)
     rollout = make_rollout(policy, eye, scenes, config, 0)
@@ -580,7 +582,7 @@ def test_guidance_in_rl_is_part_of_the_policy(eye, world):
     assert (released.entropy - rollout.entropy).abs().max() > 0.05
     released = released._replace(rewards=torch.rand(2, 2))
     stats, _ = gradients(policy, policy, released, mismatch)
-    assert stats["ratio_min"] == stats["ratio_max"] == 1 and stats["gap"] > 0.1
+    assert stats["ratio_min"] == stats["ratio_max"] == 1 and stats["logp_diff_mean"] > 0.01
 
 
 def test_pictures_of_a_plan_share_the_plan_and_all_are_one_group(eye, world, policy):
@@ -608,7 +610,7 @@ def test_several_updates_move_the_ratio_and_use_each_sequence_once_an_epoch(step
     stats = update(policy, reference, optimizer, shape_rollout(rollout, config), config, 0)
     assert len(seen) == 8 and seen[:4] != seen[4:]
     assert sorted(sum(seen[:4], [])) == sorted(sum(seen[4:], [])) == list(range(8))
-    assert stats["gap"] < 1e-4 and stats["ratio_max"] > 1.01 and stats["clipped"] > 0
+    assert stats["logp_diff_max"] < 1e-4 and stats["ratio_max"] > 1.01 and stats["clipped"] > 0
 
 
 def test_text_weight_weighs_plan_tokens_and_one_is_the_pooled_mean(step):

@@ -62,7 +62,7 @@ def test_damaged_foreign_and_missing_checkpoints_are_named_with_the_remedy(tmp_p
             load(path, "make it")
     torch.save({"x": 1}, path)
     foreign = path.read_bytes()
-    older = whole.replace(b"checkpoint 1", b"checkpoint 0", 1)
+    older = whole.replace(b"checkpoint 2", b"checkpoint 1", 1)
     for content in (foreign, older, b"", b"\n", whole[100:]):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"a\.pt.*not a checkpoint of this version"):

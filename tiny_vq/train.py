@@ -33,8 +33,8 @@ class Config:
     batch: int = 64
     lr: float = 2e-3              # after a warm-up of 50 steps, linearly to 0
     width: int = 96               # channels
-    blocks: int = 2               # residual blocks on each side
-    codes: int = 512
+    blocks: int = 2               # residual blocks of the decoder
+    codes: int = 1024
     dim: int = 16                 # width of a code's vector
     ink_weight: float = 8.0       # how much more a painted pixel's error counts than the ground's
     commitment: float = 0.25

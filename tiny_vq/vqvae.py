@@ -2,9 +2,9 @@
 
     (B, 3, h, w) in [0, 1]  -- encode -->  codes (B, L)  -- decode -->  (B, 3, h, w) in [0, 1]
 
-Patches are folded into channels (pixel-unshuffle) rather than strided away: at a patch of 4 a
-strided encoder blurs what tells a diamond from a circle nine pixels wide. All convolutions then run
-on the token grid, where they are cheap.
+Patches are folded into channels (pixel-unshuffle), so all convolutions run on the token grid. Those
+of the encoder are 1x1: it sees one patch at a time, equal patches get equal codes, and the plain
+background is one code. Those of the decoder are 3x3, so that it can draw across patch borders.
 """
 
 import torch
@@ -15,6 +15,8 @@ from .quantizer import Quantizer
 
 
 class Block(nn.Module):
+    """Residual block of the decoder."""
+
     def __init__(self, width):
         super().__init__()
         self.norm = nn.GroupNorm(8, width)
@@ -26,16 +28,16 @@ class Block(nn.Module):
 
 
 class VQVAE(nn.Module):
-    """codes: size of the codebook; dim: width of its entries; width: channels of the
-    convolutions."""
+    """codes: size of the codebook; dim: width of its entries; width: channels of the convolutions;
+    blocks: residual blocks of the decoder."""
 
     def __init__(self, patch=4, width=96, blocks=2, codes=512, dim=16):
         super().__init__()
         self.config = dict(patch=patch, width=width, blocks=blocks, codes=codes, dim=dim)
         channels = 3 * patch * patch
         self.patch, self.codes = patch, codes
-        self.encoder = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1),
-                                     *(Block(width) for _ in range(blocks)),
+        self.encoder = nn.Sequential(nn.Conv2d(channels, 4 * width, 1), nn.GELU(),
+                                     nn.Conv2d(4 * width, width, 1), nn.GELU(),
                                      nn.Conv2d(width, dim, 1))
         self.quantizer = Quantizer(codes, dim)
         self.decoder = nn.Sequential(nn.Conv2d(dim, width, 3, padding=1),
