@@ -363,7 +363,7 @@ def rollout_stats(rollout, batch, config):
 # --- the loop -------------------------------------------------------------------------------------
 
 # nats, and a fraction of 1 + |logp|; the README gives the figures they are chosen from
-LOGP_DIFF_BOUNDS = {"cpu": dict(logp_diff_mean=1e-4, logp_diff_max=1e-3),
+LOGP_DIFF_BOUNDS = {"cpu": dict(logp_diff_mean=5e-6, logp_diff_max=1e-3),
                     "cuda": dict(logp_diff_mean=0.05, logp_diff_max=0.5)}
 
 
