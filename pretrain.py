@@ -102,9 +102,12 @@ def make_corpus(config, world, tokenizer, device):
     return [torch.cat(column) for column in zip(*parts)]
 
 
-def make_policy(config, world, codes):
-    return Policy(len(WORDS), codes, world.prompt_slots, world.plan_slots, world.image_tokens,
-                  config.width, config.layers, config.heads)
+def make_policy(config, world, codebook):
+    """Make an untrained policy for a world and a tokenizer's codebook (V, code_dim)."""
+    policy = Policy(len(WORDS), *codebook.shape, world.prompt_slots, world.plan_slots,
+                    world.image_tokens, config.width, config.layers, config.heads)
+    policy.set_codebook(codebook)
+    return policy
 
 
 def load_policy(path, maker, kind, preset, device="cpu"):
@@ -132,7 +135,7 @@ def main(argv=None):
     corpus = make_corpus(config, world, tokenizer, device)
 
     torch.manual_seed(config.seed)
-    policy = make_policy(config, world, tokenizer.codes)
+    policy = make_policy(config, world, tokenizer.quantizer.codebook.cpu())
     print(
         f"policy: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, "
         f"{policy.slots} slots"

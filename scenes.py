@@ -22,7 +22,7 @@ Prompt categories follow the benchmarks of the paper (T2I-CompBench and WISE):
     knowledge  a shape with three sides in the colour of grass
 
 The background is one plain colour. What a prompt leaves open varies on the objects: place within the
-cell, brightness, shading, fine noise. So an image token is uncertain where there is something to
+cell, brightness, fine noise. So an image token is uncertain where there is something to
 decide, as in natural images, and certain on the background.
 
 Splits. `train` and `eval` never share a meaning: a scene belongs to one of them by a hash of what
@@ -83,8 +83,7 @@ class World:
     max_objects: int = 3
     prompt_slots: int = 13           # longest prompt in words
     plan_slots: int = 24             # longest plan in words, its end token included
-    min_brightness: float = 0.65     # an object's contrast with the background: min to 1
-    shading: float = 0.0             # how far contrast changes across an object, at most
+    min_brightness: float = 0.65     # brightness of objects lies between this and 1
     noise_std: float = 5.0           # of an object's pixels, in grey levels of 255
 
     @property
@@ -389,21 +388,17 @@ def stamp(shape, texture, size):
 def render(world, scene):
     """Render a scene. Returns (h, w, 3) uint8.
 
-    A pixel is background + a * (colour - background), a = coverage * contrast, plus noise within
-    the object. Contrast is an object's brightness plus shading, linear across it in some direction.
+    A pixel is background + coverage * (brightness * (colour - background) + noise). Brightness
+    differs between objects.
     """
     rng = np.random.RandomState(scene.noise_seed)
     image = np.empty((world.image_size, world.image_size, 3))
     image[:] = BACKGROUND
     size = world.object_size
-    y, x = np.mgrid[0:size, 0:size] / (size - 1) * 2 - 1                          # -1 to 1
     for o in scene.objects:
         top, left = o.row * world.cell + o.shift[0], o.column * world.cell + o.shift[1]
         coverage = np.asarray(stamp(o.shape, o.texture, size)) / 255
-        angle = rng.uniform(0, 2 * np.pi)
-        slope = (x * np.cos(angle) + y * np.sin(angle)) * world.shading * rng.uniform(-1, 1)
-        contrast = np.clip(rng.uniform(world.min_brightness, 1) + slope, world.min_brightness, 1)
+        paint = np.subtract(COLOURS[o.colour], BACKGROUND) * rng.uniform(world.min_brightness, 1)
         noise = world.noise_std * rng.standard_normal((size, size, 3))
-        offset = np.subtract(COLOURS[o.colour], BACKGROUND) * contrast[..., None] + noise
-        image[top:top + size, left:left + size] += coverage[..., None] * offset
+        image[top:top + size, left:left + size] += coverage[..., None] * (paint + noise)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)

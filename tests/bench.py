@@ -56,7 +56,7 @@ def copy_rate(device):
 def make(device, shape=None):
     """A random policy, a tokenizer, scenes and a config of the bench's shape."""
     torch.manual_seed(0)
-    policy = Policy(len(WORDS), CODES, S, C, L, *(shape or SHAPE[device.type])).to(device)
+    policy = Policy(len(WORDS), CODES, 16, S, C, L, *(shape or SHAPE[device.type])).to(device)
     world = World(image_size=40, patch=5, plan_slots=C)       # 8 x 8 tokens
     tokenizer = VQVAE(world.patch, codes=CODES).to(device).requires_grad_(False)
     scenes = [make_scene(world, "train", 0, i, "knowledge") for i in range(8)]
@@ -209,7 +209,7 @@ def growth(device):
     megabytes = lambda x: "-" if x is None else f"{x / 2 ** 20:.0f}"
     print("\n| rollout of | seconds | us a token | cache, MiB | peak, MiB |\n|---|---|---|---|---|")
     for batch, tokens in [(b, 64) for b in (8, 32, 128, 512)] + [(16, t) for t in (64, 256, 1024)]:
-        policy = Policy(len(WORDS), CODES, S, C, tokens, *SHAPE[device.type]).to(device)
+        policy = Policy(len(WORDS), CODES, 16, S, C, tokens, *SHAPE[device.type]).to(device)
         prompt = torch.full((8, S), 20, device=device)
         noise = torch.rand(batch, C + tokens, device=device)
         call = lambda: generate(policy, prompt, noise)

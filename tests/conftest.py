@@ -78,7 +78,7 @@ def world():
 def tiny_policy(world, codes=32, seed=0, scale=8.0):
     """A random policy whose distributions are far from uniform, so that mistakes show."""
     torch.manual_seed(seed)
-    policy = Policy(len(WORDS), codes, world.prompt_slots, world.plan_slots, world.image_tokens,
+    policy = Policy(len(WORDS), codes, 4, world.prompt_slots, world.plan_slots, world.image_tokens,
                     width=32, layers=2, heads=2)
     for parameter in policy.parameters():
         if parameter.dim() > 1:

@@ -181,7 +181,7 @@ def test_the_gpu_preset_runs_two_steps_of_every_stage_on_the_cpu(tmp_path, layer
 def test_the_gpu_preset_is_of_the_size_it_claims():
     from scenes import WORLDS
     config = pretrain.Config(**pretrain.PRESETS["gpu"])
-    policy = pretrain.make_policy(config, WORLDS["gpu"], tiny_vq_train.PRESETS["gpu"]["codes"])
+    policy = pretrain.make_policy(config, WORLDS["gpu"], torch.randn(tiny_vq_train.PRESETS["gpu"]["codes"], 16))
     assert 20e6 < sum(p.numel() for p in policy.parameters()) < 60e6
     assert WORLDS["gpu"].image_tokens == 256 and WORLDS[
         "gpu"].image_size == 64 and tiny_vq_train.PRESETS["gpu"]["codes"] >= 512

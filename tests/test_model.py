@@ -181,3 +181,15 @@ def test_cuda_and_cpu_score_alike(policy, prompt):
     # bf16 inside the network: the bound of training
     assert (rescored(policy, prompt.cuda(), there) - there.logp).abs().max() < 0.5
     assert there.plan.shape == draw.plan.shape and there.codes.max() < 32
+
+
+def test_codes_with_equal_codebook_vectors_share_embedding_and_logit_but_for_their_own_part(policy):
+    """The tokenizer's codebook reaches input and output: what is learned of a code is shared."""
+    policy.set_codebook(torch.randn(32, 4).index_copy(0, torch.tensor([7]), torch.ones(1, 4))
+                        .index_copy(0, torch.tensor([9]), torch.ones(1, 4)))
+    assert abs(policy.codebook.std(0).mean() - 1) < 1e-5
+    with torch.no_grad():
+        policy.code_embedding.weight.zero_(), policy.code_head.weight.zero_()
+        embedded, logits = policy.embed_codes(torch.arange(32)), policy.code_logits(torch.randn(3, 32))
+    assert torch.equal(embedded[7], embedded[9]) and not torch.equal(embedded[7], embedded[8])
+    assert torch.allclose(logits[:, 7], logits[:, 9]) and logits.std(1).min() > 0
