@@ -49,7 +49,7 @@ class Config:
     seed: int = 0
     method: str = "eggrpo"        # a key of METHODS, which sets some of the fields below
     name: str = ""                # of the run's folder; default: <method>-<seed>
-    steps: int = 250              # batches of rollouts (paper: 1600)
+    steps: int = 300              # batches of rollouts (paper: 1600)
     prompts: int = 8              # P (paper: 16)
     group: int = 8                # plans a prompt (paper: 8)
     images_per_plan: int = 1      # pictures a plan; all of a prompt's are one group of G (paper: 1)
