@@ -48,9 +48,19 @@ def test_dead_codes_restart_on_vectors_of_the_batch_and_live_ones_stay():
     z = torch.randn(10, 2) + 50
     quantizer.counts.copy_(torch.tensor([5.0, 0.0, 5.0, 0.1]))
     before = quantizer.codebook.clone()
-    assert quantizer.restart(z, torch.Generator().manual_seed(0)) == 2
+    assert quantizer.restart(z, quantizer.nearest(z), torch.Generator().manual_seed(0)) == 2
     assert torch.equal(quantizer.codebook[[0, 2]], before[[0, 2]])
     assert all((z == quantizer.codebook[i]).all(1).any() for i in (1, 3))
+
+
+def test_dead_codes_do_not_restart_where_an_entry_already_is():
+    """Most vectors of an image are background; a dead code moved there would stay useless."""
+    quantizer = Quantizer(4, 2)
+    quantizer.counts.copy_(torch.tensor([5.0, 0.0, 0.0, 0.0]))
+    z = quantizer.codebook[:1].repeat(100, 1)
+    z[42] = 7.0
+    quantizer.restart(z, torch.zeros(100, dtype=torch.long), torch.Generator().manual_seed(0))
+    assert (quantizer.codebook[1:] == 7.0).all()
 
 
 def test_perplexity_counts_the_codes_that_are_used_alike():
@@ -94,6 +104,6 @@ def test_a_tokenizer_learns_one_batch():
         optimizer.zero_grad()
         model.quantizer.update(features.detach(), codes)
         if step % 10 == 0:
-            model.quantizer.restart(features.detach(), torch.Generator().manual_seed(step))
+            model.quantizer.restart(features.detach(), codes, torch.Generator().manual_seed(step))
         errors.append(error.item())
     assert errors[-1] < errors[0] / 10

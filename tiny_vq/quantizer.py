@@ -15,7 +15,7 @@ class Quantizer(nn.Module):
         s_i <- m s_i + (1 - m) sum(assigned)
         entry_i = s_i / n_i
     An entry that hardly anything is assigned to is dead; `restart` moves it onto a vector of the
-    batch.
+    batch that is far from its entry.
     """
 
     def __init__(self, codes, dim, decay=0.98):
@@ -52,12 +52,19 @@ class Quantizer(nn.Module):
         self.codebook.copy_(self.sums / self.counts.clamp(min=1e-5)[:, None])
 
     @torch.no_grad()
-    def restart(self, z, generator, least=0.3):
-        """Move dead entries, those with a count below `least` vectors a batch, onto vectors of z.
-        Returns how many."""
-        dead = (self.counts < least).nonzero()[:, 0]
-        chosen = torch.randint(len(z), (len(dead),), generator=generator).to(z.device)
-        self.codebook[dead] = self.sums[dead] = z.float()[chosen]
+    def restart(self, z, codes, generator, min_count=0.3):
+        """Move dead entries, those with a count below `min_count` vectors per batch, onto vectors
+        of z, drawn with probability proportional to the squared distance from their entry (as
+        k-means++ does): frequent vectors, such as the background's, have one already.
+
+        z: (n, dim), codes: (n,). Returns the number of entries moved.
+        """
+        z, dead = z.float(), (self.counts < min_count).nonzero()[:, 0]
+        if len(dead) == 0:
+            return 0
+        error = (z - self.codebook[codes]).square().sum(1).cpu() + 1e-12
+        chosen = torch.multinomial(error, len(dead), True, generator=generator).to(z.device)
+        self.codebook[dead] = self.sums[dead] = z[chosen]
         self.counts[dead] = 1.0
         return len(dead)
 

@@ -144,7 +144,7 @@ def main(argv=None):
             model.quantizer.update(features, codes)
             restarted = 0
             if step % 20 == 0 and step < 0.7 * config.steps:      # then let the codebook settle
-                restarted = model.quantizer.restart(features, draw)
+                restarted = model.quantizer.restart(features, codes, draw)
             ended = step + 1 == config.steps
             if step % 20 == 0 or ended:
                 log(step=step, **terms, codes_in_use=len(codes.unique()),
