@@ -1,12 +1,12 @@
 """Score policies on held-out prompts, print the table, draw the galleries.
 
-    python evaluate.py --preset cpu     the base policy (directly, with plan), every finished run
+    python evaluate.py --preset cpu     the base policy without and with plan, every finished run
 
     -> out/cpu/results.json, results.md (the printed table), before-after.png
 
-`eval` and `rare` prompts never occur in training, not even as paraphrases. Every `rare` prompt has a
-colour-shape pair that is in 1 % of the pretraining corpus and in a third of the RL prompts. All policies answer the same prompts with
-the same noise.
+`eval` and `rare` prompts never occur in training, not even as paraphrases. Every `rare` prompt has
+a colour-shape pair that is in 1 % of the pretraining corpus and in a third of the prompts of
+reinforcement learning. All policies answer the same prompts with the same noise.
 """
 
 import io
@@ -21,123 +21,99 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
+import checkpoint
+import common
 import rewards
-import runtime
-from model import generate
-from pretrain import load_base, load_policy, word_tensors
-from scenes import World, WORLDS, decode_words, make_scene, rare_pairs
-from tiny_vq.train import load_tokenizer
+from model import load_base, load_policy
+from rollout import load_env, sample_scenes
+from scenes import make_scene, rare_pairs
 
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = ""              # smoke, cpu or gpu
+    preset: str = ""  # smoke, cpu or gpu
     device: str = "auto"
     out: str = "out"
     seed: int = 0
-    prompts: int = 1200           # evaluation prompts; a third as many of rare pairs
-    batch: int = 128
+    prompts: int = 1200  # evaluation prompts; a third as many of rare pairs
+    batch: int = 128  # prompts per forward pass
 
     def check(self):
-        runtime.require_at_least(1, self, "prompts", "batch")
-        runtime.require_at_least(0, self, "seed")
+        common.check_at_least(1, self, "prompts", "batch")
+        common.check_at_least(0, self, "seed")
 
 
 PRESETS = {"smoke": dict(prompts=24, batch=24), "cpu": dict(), "gpu": dict(prompts=2100, batch=256)}
 
 
+# --- scoring --------------------------------------------------------------------------------------
+
+
 class Scores(NamedTuple):
-    categories: list   # (n,) of str
-    rewards: Tensor    # (n,)
-    parts: dict        # {name: (n,)}, NaN where a component does not apply
-    exact: Tensor      # (n,) 0 or 1
+    categories: list  # (n,) of str
+    rewards: Tensor  # (n,)
+    components: dict  # {name: (n,)}, NaN if a component does not apply
+    exact: Tensor  # (n,) 0 or 1
 
 
-class Eye(NamedTuple):
-    """What is needed to see what a policy draws."""
-    tokenizer: torch.nn.Module
-    world: World
-    device: torch.device
-
-
-@torch.no_grad()
-def draw(eye, policy, scenes, noise, **how):
-    """Draw one picture a scene. noise: a generator. how: as for generate. Returns the Draw and
-    pictures (B, 3, h, w)."""
-    prompt, _ = word_tensors(eye.world, scenes)
-    uniforms = torch.rand(len(scenes), policy.C + policy.L, generator=noise)
-    drawn = generate(policy, prompt.to(eye.device), uniforms.to(eye.device), **how)
-    return drawn, eye.tokenizer.decode(drawn.codes)
-
-
-def evaluate(eye, policy, split, prompts, batch=128, seed=0, title=None, **how):
-    """Score a policy on the first `prompts` scenes of a split, one picture each, the same noise for
-    every policy."""
-    scenes = [make_scene(eye.world, split, seed, i) for i in range(prompts)]
-    found = []
+def evaluate(env, policy, split, prompts, batch=128, seed=0, title=None, **options):
+    """Score one image for each of the first `prompts` scenes of a split. Returns Scores."""
+    scenes = [make_scene(env.world, split, seed, i) for i in range(prompts)]
+    scored = []
     for start in tqdm(range(0, prompts, batch), title, disable=title is None, leave=False):
-        part = scenes[start:start + batch]
-        _, images = draw(eye, policy, part, runtime.generator(seed, "evaluate", split, start),
-                         **how)
-        found.append(
-            rewards.score(images.float(), rewards.make_want(eye.world, part, eye.device),
-                          eye.world))
-    reward, parts, exact = zip(*found)
-    parts = {name: torch.cat([p[name] for p in parts]).cpu() for name in parts[0]}
-    rewards.require_sound(torch.cat(reward).cpu(), parts)
-    return Scores([s.category for s in scenes],
-                  torch.cat(reward).cpu(), parts,
-                  torch.cat(exact).cpu())
+        part, key = scenes[start : start + batch], (seed, "evaluate", split, start)
+        _, images = sample_scenes(env, policy, part, *key, **options)
+        target = rewards.make_want(env.world, part, env.device)
+        scored.append(rewards.score(images, target, env.world))
+    reward, components, exact = zip(*scored)
+    reward, exact = torch.cat(reward).cpu(), torch.cat(exact).cpu()
+    components = {k: torch.cat([c[k] for c in components]).cpu() for k in components[0]}
+    rewards.require_sound(reward, components)
+    return Scores([s.category for s in scenes], reward, components, exact)
 
 
-def interval(values):
+def mean_and_half_width(values):
     """Mean and half-width of its normal 95 % interval. values: (n,)."""
     half = 1.96 * values.std().item() / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return values.mean().item(), half
 
 
-def summary(scores):
-    """Reduce Scores to plain numbers: reward and exact with intervals, every component, every
-    category."""
-    reward, reward_half = interval(scores.rewards)
-    exact, exact_half = interval(scores.exact)
+def summarize(scores):
+    """Reduce Scores to numbers: reward and exact with intervals, components, categories."""
+    reward, reward_half = mean_and_half_width(scores.rewards)
+    exact, exact_half = mean_and_half_width(scores.exact)
     categories = {}
     for c in dict.fromkeys(scores.categories):
         rows = torch.tensor([category == c for category in scores.categories])
-        categories[c] = dict(n=int(rows.sum()), reward=scores.rewards[rows].mean().item(),
-                             exact=scores.exact[rows].mean().item())
-    parts = {name: values.nanmean().item() for name, values in scores.parts.items()}
-    return dict(n=len(scores.rewards), reward=reward, reward_half=reward_half, exact=exact,
-                exact_half=exact_half, **parts, categories=categories)
+        means = (x[rows].mean().item() for x in (scores.rewards, scores.exact))
+        categories[c] = dict(zip(("n", "reward", "exact"), (int(rows.sum()), *means)))
+    summary = dict(n=len(scores.rewards), reward=reward, reward_half=reward_half, exact=exact)
+    components = {name: values.nanmean().item() for name, values in scores.components.items()}
+    return summary | dict(exact_half=exact_half, **components, categories=categories)
 
 
-def table(results):
-    """Lay results {policy: {"eval": summary, "rare": summary}} out as two Markdown tables."""
-    lines = [
-        "| held-out prompts | reward | exact | " + " | ".join(rewards.REWARDS) + " |",
-        "|---" * (len(rewards.REWARDS) + 3) + "|"
-    ]
+def markdown_table(head, rows):
+    """Format rows of cells as a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def results_table(results):
+    """Format {policy: {"eval": summary, "rare": summary}} as two Markdown tables."""
+    rows, by_category = [], []
     for name, splits in results.items():
         for split, s in splits.items():
-            label = name if split == "eval" else f"{name}, rare pairs"
-            lines.append(
-                f"| {label} (n = {s['n']}) | {s['reward']:.3f} ± {s['reward_half']:.3f} "
-                f"| {s['exact']:.3f} ± "
-                f"{s['exact_half']:.3f} | " + " | ".join(f"{s[r]:.3f}"
-                                                         for r in rewards.REWARDS) + " |")
-    categories = list(next(iter(results.values()))["eval"]["categories"])
-    lines += [
-        "", "| exact, by category | " + " | ".join(categories) + " |",
-        "|---" * (len(categories) + 1) + "|"
-    ]
-    for name, splits in results.items():
-        by = splits["eval"]["categories"]
-        lines.append(f"| {name} | " + " | ".join(f"{by[c]['exact']:.2f}"
-                                                 for c in categories) + " |")
-    return "\n".join(lines)
+            label = f"{name}{'' if split == 'eval' else ', rare pairs'} (n = {s['n']})"
+            intervals = [f"{s[k]:.3f} ± {s[f'{k}_half']:.3f}" for k in ("reward", "exact")]
+            rows.append([label, *intervals, *(f"{s[k]:.3f}" for k in rewards.REWARDS)])
+        categories = splits["eval"]["categories"]
+        by_category.append([name, *(f"{c['exact']:.2f}" for c in categories.values())])
+    scores = markdown_table(["held-out prompts", "reward", "exact", *rewards.REWARDS], rows)
+    return f"{scores}\n\n{markdown_table(['exact, by category', *categories], by_category)}"
 
 
-# --- pictures -------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------
+
 
 def _wrap(text, width):
     lines, line = [], ""
@@ -149,15 +125,14 @@ def _wrap(text, width):
 
 
 def gallery(rows, prompts, titles=None, exact=None, size=144):
-    """Lay pictures out in a grid, a prompt above each column.
+    """Arrange images in a grid, a prompt above each column. Returns a PIL image.
 
     rows: list of (n, 3, h, w) in [0, 1]; titles: a name for each row; exact: list of (n,), a green
-    frame where 1, red where 0. Returns a PIL image.
+    frame if 1, red if 0; size: of an image, in pixels.
     """
     pad, head, side = 6, 62, 96 if titles else 0
-    sheet = Image.new("RGB",
-                      (side + len(prompts) * (size + pad) + pad, head + len(rows) * (size + pad)),
-                      "white")
+    width, height = side + len(prompts) * (size + pad) + pad, head + len(rows) * (size + pad)
+    sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     for column, prompt in enumerate(prompts):
         for i, line in enumerate(_wrap(prompt, 24)[:4]):
@@ -167,108 +142,109 @@ def gallery(rows, prompts, titles=None, exact=None, size=144):
         for i, line in enumerate(_wrap(titles[row], 14) if titles else []):
             pen.text((pad, top + size // 2 - 8 + 14 * i), line, fill="black")
         pixels = (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        for column, picture in enumerate(pixels):
+        for column, image in enumerate(pixels):
             left = side + pad + column * (size + pad)
             if exact is not None:
                 colour = (40, 160, 60) if exact[row][column] > 0.5 else (200, 50, 50)
                 pen.rectangle((left - 3, top - 3, left + size + 2, top + size + 2), fill=colour)
-            sheet.paste(Image.fromarray(picture).resize((size, size), Image.NEAREST), (left, top))
+            sheet.paste(Image.fromarray(image).resize((size, size), Image.NEAREST), (left, top))
     return sheet
 
 
 def gallery_scenes(world, number=8):
     """The fixed prompts of every gallery: usual pairs, then as many rare ones, of a seed kept for
     this."""
-    half = number // 2
-    return [make_scene(world, split, 777, i) for split in ("eval", "rare") for i in range(half)]
+    splits = ("eval", "rare")
+    return [make_scene(world, split, 777, i) for split in splits for i in range(number // 2)]
 
 
 def gallery_titles(world):
     return [("rare: " if rare_pairs(s.objects) else "") + s.prompt for s in gallery_scenes(world)]
 
 
-def gallery_row(eye, policy, **how):
-    """Draw the gallery's prompts with the gallery's noise. Returns pictures (n, 3, h, w), exact
-    (n,) and plans."""
-    scenes = gallery_scenes(eye.world)
-    drawn, images = draw(eye, policy, scenes, runtime.generator("gallery"), **how)
-    _, _, exact = rewards.score(images.float(), rewards.make_want(eye.world, scenes, eye.device),
-                                eye.world)
-    return images, exact.cpu(), [decode_words(p) for p in drawn.plan]
+def gallery_row(env, policy, **options):
+    """Draw the gallery's prompts with the gallery's noise. Returns images (n, 3, h, w) and exact
+    (n,)."""
+    scenes = gallery_scenes(env.world)
+    _, images = sample_scenes(env, policy, scenes, "gallery", **options)
+    target = rewards.make_want(env.world, scenes, env.device)
+    return images, rewards.score(images, target, env.world)[2].cpu()
 
 
 def save_image(image, path, **options):
     """Write a PIL image in the format that the name ends with, whole or not at all."""
     buffer = io.BytesIO()
     image.save(buffer, Path(path).suffix[1:], **options)
-    runtime.write(path, buffer.getvalue())
+    common.write(path, buffer.getvalue())
 
 
-def look(eye, policy, prompts, folder, step, guidance):
-    """Evaluate in the midst of training and draw the gallery of a step. Returns what is logged."""
-    result = summary(evaluate(eye, policy, "eval", prompts, guidance=guidance))
-    images, exact, _ = gallery_row(eye, policy, guidance=guidance)
-    rare = summary(evaluate(eye, policy, "rare", prompts, guidance=guidance))
-    titles = gallery_titles(eye.world)
-    sheet = gallery([images], titles, [f"step {step}"], [exact])
+def evaluate_and_save_gallery(env, policy, config, folder, step):
+    """Evaluate a policy in training and save a gallery; after the last step join all galleries to
+    training.gif. config: of eggrpo.py. Returns what is logged."""
+    if step == 0:
+        for old in folder.glob("gallery-*.png"):
+            old.unlink()
+    options, n = dict(guidance=config.guidance), config.eval_prompts
+    usual, rare = (summarize(evaluate(env, policy, split, n, **options)) for split in ("eval", "rare"))
+    images, exact = gallery_row(env, policy, **options)
+    sheet = gallery([images], gallery_titles(env.world), [f"step {step}"], [exact])
     save_image(sheet, folder / f"gallery-{step:05d}.png")
-    return dict(eval_reward=result["reward"], eval_exact=result["exact"],
-                rare_reward=rare["reward"], rare_exact=rare["exact"])
-
-
-def animate(folder):
-    """Join the galleries to training.gif, the last one held."""
-    paths = sorted(folder.glob("gallery-*.png"))
-    frames = [Image.open(p).convert("P", palette=Image.ADAPTIVE) for p in paths]
-    save_image(frames[0], folder / "training.gif", save_all=True, append_images=frames[1:],
-               duration=[700] * (len(frames) - 1) + [3000], loop=0)
+    if step == config.steps:
+        paths = sorted(folder.glob("gallery-*.png"))
+        frames = [Image.open(p).convert("P", palette=Image.ADAPTIVE) for p in paths]
+        duration = [700] * (len(frames) - 1) + [3000]  # milliseconds
+        options = dict(save_all=True, append_images=frames[1:], duration=duration, loop=0)
+        save_image(frames[0], folder / "training.gif", **options)
+    numbers = usual["reward"], usual["exact"], rare["exact"]
+    tqdm.write("step {}: held-out reward {:.3f}, exact {:.3f}, rare pairs {:.3f}".format(step, *numbers))
+    return dict(eval_reward=usual["reward"], eval_exact=usual["exact"],
+                rare_reward=rare["reward"], rare_exact=rare["exact"])  # fmt: skip
 
 
 # --- command --------------------------------------------------------------------------------------
 
-def finished_runs(folder):
-    """List the (name, path, guidance) of the finished reinforcement-learning runs in a folder."""
-    paths = sorted(folder.glob("*/policy.pt"))
-    records = [(p, runtime.load(p, "python eggrpo.py")) for p in paths]
-    return [(p.parent.name, p, r["settings"].get("guidance", 1.0)) for p, r in records
-            if r["step"] == r["steps"]]
+
+def load_policies(config, device):
+    """Load the base policy and every finished run. Returns {name: (policy, options)}."""
+    base = load_base(config.preset, config.out, device)
+    policies = {"base, no plan": (base, dict(no_plan=True)), "base + plan": (base, {})}
+    folder = Path(config.out) / config.preset
+    command = common.command_for("eggrpo.py", config.preset, config.out)
+    for path in sorted(folder.glob("*/policy.pt")):
+        record = checkpoint.load(path, command)
+        if record["step"] == record["steps"]:
+            policy, trained = load_policy(path, "policy", config.preset, command, device)
+            policies[path.parent.name] = policy, dict(guidance=trained["guidance"])
+    if len(policies) == 2:
+        print(f"no finished run in {folder}: only the base policy is scored (make one with `{command}`)")
+    return policies
 
 
 def main(argv=None):
-    config, _ = runtime.parse("evaluate.py", Config, PRESETS, __doc__, argv)
+    config, _ = common.parse("evaluate.py", Config, PRESETS, __doc__, argv)
     folder, started = Path(config.out) / config.preset, time.time()
-    device, maker = runtime.pick_device(config.device), runtime.maker_of("eggrpo.py", config.preset,
-                                                                         config.out)
-    eye = Eye(load_tokenizer(config.preset, config.out, device), WORLDS[config.preset], device)
-    base = load_base(config.preset, config.out, device)
-    policies = {"base, direct": (base, dict(direct=True)), "base + plan": (base, {})}
-    for name, path, guidance in finished_runs(folder):
-        policy = load_policy(path, maker, "policy", config.preset, device)
-        policies[name] = policy, dict(guidance=guidance)
-    if len(policies) == 2:
-        print(f"no finished run in {folder}: only the base policy is scored (make one with "
-              f"`{maker}`)")
-
-    results, rows, marks = {}, [], []
-    for name, (policy, how) in policies.items():
+    device = common.pick_device(config.device)
+    env = load_env(config.preset, config.out, device)
+    policies = load_policies(config, device)
+    counts = {"eval": config.prompts, "rare": max(config.prompts // 3, 1)}
+    results, rows, exact = {}, [], []
+    for name, (policy, options) in policies.items():
         results[name] = {}
-        for split, n in (("eval", config.prompts), ("rare", max(config.prompts // 3, 1))):
-            scores = evaluate(eye, policy, split, n, config.batch, config.seed,
-                              f"{name}, {split}", **how)
-            results[name][split] = summary(scores)
-        images, exact, _ = gallery_row(eye, policy, **how)
+        for split, n in counts.items():
+            arguments = (n, config.batch, config.seed, f"{name}, {split}")
+            scores = evaluate(env, policy, split, *arguments, **options)
+            results[name][split] = summarize(scores)
+        images, marks = gallery_row(env, policy, **options)
         rows.append(images)
-        marks.append(exact)
-    sheet = gallery(rows, gallery_titles(eye.world), list(policies), marks)
+        exact.append(marks)
+    sheet = gallery(rows, gallery_titles(env.world), list(policies), exact)
     save_image(sheet, folder / "before-after.png")
-    runtime.write(folder / "results.json", json.dumps(runtime.plain(results), indent=1).encode())
-    runtime.write(folder / "results.md", (table(results) + "\n").encode())
-    print(table(results))
-    print(
-        f"evaluated in {time.time() - started:.0f} s; pictures in {folder / 'before-after.png'} "
-        "(green frame: exact)"
-    )
+    content = json.dumps(common.to_jsonable(results), indent=1)
+    common.write(folder / "results.json", content.encode())
+    common.write(folder / "results.md", (results_table(results) + "\n").encode())
+    print(results_table(results))
+    print(f"evaluated in {time.time() - started:.0f} s; images in {folder / 'before-after.png'}")
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    common.run(main)

@@ -23,6 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import checkpoint
+import common
+
 # the first three are placed, never sampled: word logits start at END
 from scenes import END, IMAGE, PAD, PLAN
 
@@ -92,7 +95,7 @@ class Policy(nn.Module):
         self.row_embedding = nn.Embedding(side, width)
         self.column_embedding = nn.Embedding(side, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        self.graphs = {}                                 # CUDA graphs of sampling, see generate
+        self.graphs = {}                                 # CUDA graphs, see sample_by_graph
         self.norm = nn.LayerNorm(width, bias=False)
         self.word_head = nn.Linear(width, words - END, bias=False)
         self.code_head = nn.Linear(width, codes, bias=False)
@@ -192,7 +195,7 @@ def with_empty_prompts(prompt, guidance):
     return prompt if guidance == 1.0 else torch.cat([prompt, torch.full_like(prompt, PAD)])
 
 
-def score(policy, prompt, plan, codes, guidance=1.0, temperature=1.0):
+def forward_logits(policy, prompt, plan, codes, guidance=1.0, temperature=1.0):
     """Return the policy's logits for given tokens: words (B, C, V) and codes (B, L, V), float32,
     with gradient."""
     prompts = with_empty_prompts(prompt, guidance)
@@ -212,29 +215,33 @@ def token_logp(word_logits, code_logits, plan, codes):
     return torch.cat([word_logp, code_logp], 1)
 
 
-class Draw(NamedTuple):
-    plan: Tensor       # (B, C) word ids; the stop token is the last that is not PAD
-    codes: Tensor      # (B, L)
-    logp: Tensor       # (B, T) of the sampled tokens, nats; 0 at padding and for a given plan
-    entropy: Tensor    # (B, T) of the distributions sampled from, fraction of log V; 0 likewise
-    valid: Tensor      # (B, T) bool: plan words up to and including the stop token, and every code
+class Sample(NamedTuple):
+    plan: Tensor  # (B, C) word ids; END is the last that is not PAD, unless the plan is truncated
+    codes: Tensor  # (B, L)
+    logp: Tensor  # (B, T) of the sampled tokens, nats; 0 at padding and for a given plan
+    entropy: Tensor  # (B, T) of the distributions sampled from, fraction of log V; 0 likewise
+    valid: Tensor  # (B, T) bool: plan words up to and including END, and every code
 
 
-def choose(logits, uniform):
+def normalized_entropy(logp):
+    """Entropy as a fraction of its maximum: H = -sum_v p(v) log p(v) / log V. logp: (..., V) log
+    probabilities, which may be -inf. Returns (...) in [0, 1]."""
+    return -(logp.exp() * logp.clamp(min=-1e4)).sum(-1) / math.log(logp.shape[-1])  # 0 log 0 = 0
+
+
+def sample_token(logits, uniform):
     """Sample by inverting the cumulative distribution. logits (B, V), uniform (B,) in [0, 1) ->
     tokens (B,), logp (B,) in nats, entropy (B,) of the distribution as a fraction of log V.
 
-    One number a token makes the noise small, the same on every device, and shareable between
+    One number per token makes the noise small, the same on every device, and shareable between
     policies.
     """
     logp = logits.log_softmax(-1)
-    p = logp.exp()
-    cumulative = p.cumsum(-1)
+    cumulative = logp.exp().cumsum(-1)
     # the last millionth is left out, or rounding could land beyond the last possible token
-    height = uniform[:, None] * cumulative[:, -1:] * (1 - 1e-6)
-    token = torch.searchsorted(cumulative, height, right=True)                              # (B, 1)
-    entropy = (p * logp).sum(-1) / -math.log(p.shape[-1])
-    return token[:, 0], logp.gather(-1, token)[:, 0], entropy
+    threshold = uniform[:, None] * cumulative[:, -1:] * (1 - 1e-6)
+    token = torch.searchsorted(cumulative, threshold, right=True)  # (B, 1)
+    return token[:, 0], logp.gather(-1, token)[:, 0], normalized_entropy(logp)
 
 
 class Decoder:
@@ -281,67 +288,92 @@ class Decoder:
 
 
 @torch.no_grad()
-def sample_slots(policy, prompt, uniforms, plan, guidance, temperature):
-    """Sample slot by slot, without a host synchronisation. As generate, which see."""
-    (b, _), c = uniforms.shape, policy.C
-    with precision(prompt.device):
+def sample_slots(policy, prompt, uniform, given_plan=None, guidance=1.0, temperature=1.0):
+    """Sample slot by slot, without a host synchronisation. Arguments and result as for generate."""
+    (b, _), c = uniform.shape, policy.C
+    plan, codes = prompt.new_full((b, c), PAD), prompt.new_zeros(b, policy.L)
+    logp, entropy = torch.zeros_like(uniform), torch.zeros_like(uniform)
+    running = torch.ones_like(plan[:, 0], dtype=torch.bool)  # plans without END so far
+    with precision(prompt.device):  # inside the graph, which casts the weights at each replay
         prompts = with_empty_prompts(prompt, guidance)
-        repeat = len(prompts) // len(prompt)
-        decoder = Decoder(policy, prompts, b * repeat)
-        given, plan = plan, prompt.new_full((b, c), PAD)
-        codes = prompt.new_zeros(b, policy.L)
-        logp, entropy = torch.zeros_like(uniforms), torch.zeros_like(uniforms)
-        running = torch.ones_like(plan[:, 0], dtype=torch.bool)
+        copies = len(prompts) // len(prompt)
+        decoder = Decoder(policy, prompts, b * copies)
         for j in range(c):
-            if given is None:
-                raw = policy.word_head(decoder.hidden)
-                word, lp, h = choose(policy_logits(raw, guidance, temperature), uniforms[:, j])
+            if given_plan is None:
+                logits = policy_logits(policy.word_head(decoder.hidden), guidance, temperature)
+                word, word_logp, word_entropy = sample_token(logits, uniform[:, j])
                 plan[:, j] = torch.where(running, word + END, PAD)
-                logp[:, j], entropy[:, j] = lp * running, h * running
+                logp[:, j], entropy[:, j] = word_logp * running, word_entropy * running
                 running = running & (plan[:, j] != END)
             else:
-                plan[:, j] = given[:, j]
-            decoder.feed_word(plan[:, j].repeat(repeat))
+                plan[:, j] = given_plan[:, j]
+            decoder.feed_word(plan[:, j].repeat(copies))
         decoder.feed_word(torch.full_like(decoder.words[:, 0], IMAGE))
-        for j in range(policy.L):
-            raw = policy.code_logits(decoder.hidden)
-            codes[:, j], logp[:, c + j], entropy[:, c + j] = choose(
-                policy_logits(raw, guidance, temperature), uniforms[:, c + j])
-            if j + 1 < policy.L:
-                decoder.feed_code(codes[:, j].repeat(repeat))
+        for j in range(c, c + policy.L):
+            logits = policy_logits(policy.code_logits(decoder.hidden), guidance, temperature)
+            code, logp[:, j], entropy[:, j] = sample_token(logits, uniform[:, j])
+            codes[:, j - c] = code
+            if j + 1 < c + policy.L:
+                decoder.feed_code(code.repeat(copies))
     valid = torch.cat([plan != PAD, torch.ones_like(codes, dtype=torch.bool)], 1)
-    return Draw(plan, codes, logp, entropy, valid)
+    return Sample(plan, codes, logp, entropy, valid)
 
 
-def generate(policy, prompt, uniforms, direct=False, plan=None, guidance=1.0, temperature=1.0):
-    """Sample plans and pictures. prompt: (P, S); uniforms: (B, T) noise in [0, 1), B a multiple of
-    P: each prompt is continued B / P times in a row. Returns a Draw of B sequences.
+def generate(policy, prompt, uniform, no_plan=False, plan=None, guidance=1.0, temperature=1.0):
+    """Sample plans and codes. prompt: (P, S); uniform: (B, T) noise in [0, 1), B a multiple of P:
+    each prompt is continued B / P times in a row. Returns a Sample of B sequences.
 
-    direct: leave the plan out (the paper's base setting). plan (B, C): draw pictures for these
-    plans. On CUDA the whole of sample_slots, every slot of it, is one CUDA graph: captured at the
-    first call of a shape, replayed with the weights as they are at each later one.
+    no_plan: leave the plan empty (the paper's base setting). plan: (B, C) plans to use instead of
+    sampled ones.
     """
-    if direct:
-        plan = prompt.new_full((len(uniforms), policy.C), PAD)
-    inputs, how = [x for x in (prompt, uniforms, plan) if x is not None], (guidance, temperature)
-    call = lambda prompt, uniforms, plan=None: sample_slots(policy, prompt, uniforms, plan, *how)
-    if not prompt.is_cuda:
-        return call(*inputs)
-    key = (*(tuple(x.shape) for x in inputs), *how)
+    if no_plan:
+        plan = prompt.new_full((len(uniform), policy.C), PAD)
+    inputs = [prompt, uniform] if plan is None else [prompt, uniform, plan]
+    options = dict(guidance=guidance, temperature=temperature)
+    if prompt.is_cuda:
+        return sample_by_graph(policy, inputs, options)
+    return sample_slots(policy, *inputs, **options)
+
+
+def sample_by_graph(policy, inputs, options, max_graphs=5):
+    """Call sample_slots as one CUDA graph, captured at the first call of a shape and replayed, with
+    the weights as they are, at later ones. Each graph holds a key-value cache, so only those used
+    last are kept."""
+    key = (*(tuple(x.shape) for x in inputs), *options.values())
     if key not in policy.graphs:
-        if len(policy.graphs) == 3:                    # each holds a cache: do not let them pile up
-            policy.graphs.clear()
-        static, side = [x.clone() for x in inputs], torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            call(*static)                                      # warm up: kernels load, handles open
-        torch.cuda.current_stream().wait_stream(side)
+        while len(policy.graphs) >= max_graphs:
+            del policy.graphs[next(iter(policy.graphs))]
+        static, stream = [x.clone() for x in inputs], torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            sample_slots(policy, *static, **options)  # warm-up loads kernels outside of the graph
+        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            drawn = call(*static)
-        policy.graphs[key] = graph, static, drawn
-    graph, static, drawn = policy.graphs[key]
-    for to, x in zip(static, inputs):
-        to.copy_(x)
+            sample = sample_slots(policy, *static, **options)
+        policy.graphs[key] = graph, static, sample
+    policy.graphs[key] = policy.graphs.pop(key)  # the last key is the one used last
+    graph, static, sample = policy.graphs[key]
+    for buffer, x in zip(static, inputs):
+        buffer.copy_(x)
     graph.replay()
-    return Draw(*(x.clone() for x in drawn))
+    return Sample(*(x.clone() for x in sample))
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+def load_policy(path, kind, preset, command=None, device="cpu"):
+    """Read a finished policy. Returns the frozen model and the config that it was trained with.
+
+    kind: base or policy; command: as for checkpoint.load, which raises UserError.
+    """
+    record = checkpoint.load_finished(path, kind, preset, command)
+    policy = checkpoint.load_weights(Policy(**record["model_config"]), record, path, command)
+    return policy.to(device).requires_grad_(False), record["config"]
+
+
+def load_base(preset, out="out", device="cpu"):
+    """Read the base policy of a preset. Returns the frozen model."""
+    command = common.command_for("pretrain.py", preset, out)
+    return load_policy(f"{out}/{preset}/base.pt", "base", preset, command, device)[0]

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime import UserError
+from common import UserError
 from scenes import COLOURS, BACKGROUND, RELATIONS, SHAPES, stamp
 
 INK_FLOOR = 0.25       # contrast with the background below this is no paint

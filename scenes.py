@@ -42,6 +42,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 COLOURS = {
@@ -175,6 +176,13 @@ def decode_words(ids):
     ids = [int(i) for i in ids]
     ids = ids[:ids.index(END)] if END in ids else ids
     return " ".join(WORDS[i] for i in ids if i != PAD)
+
+
+def encode_scenes(world, scenes):
+    """Encode the words of scenes: prompts (B, S), plans (B, C), int64 tensors."""
+    prompts = torch.tensor([encode_words(s.prompt, world.prompt_slots) for s in scenes])
+    plans = torch.tensor([encode_words(s.plan, world.plan_slots, end=True) for s in scenes])
+    return prompts, plans
 
 
 def _plural(shape, number):

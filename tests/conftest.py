@@ -10,9 +10,9 @@ import time
 import pytest
 import torch
 
-from evaluate import Eye
-from kills import ROOT, STAGES, finish, prepare
+from lab.kills import ROOT, STAGES, finish, prepare
 from model import Policy
+from rollout import Env
 from scenes import WORDS, WORLDS
 from tiny_vq.vqvae import VQVAE
 
@@ -92,6 +92,6 @@ def policy(world):
 
 
 @pytest.fixture
-def eye(world):
+def env(world):
     torch.manual_seed(0)
-    return Eye(VQVAE(world.patch, width=16, blocks=1, codes=32, dim=4), world, torch.device("cpu"))
+    return Env(VQVAE(world.patch, width=16, blocks=1, codes=32, dim=4), world, torch.device("cpu"))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import bonus
-from bonus import Instance, every_sequence, exact_gradients, guided, look_up
+from lab import bonus
+from lab.bonus import Instance, every_sequence, exact_gradients, guided, look_up
 
 
 @pytest.fixture(autouse=True)

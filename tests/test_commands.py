@@ -12,10 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+import common
 import eggrpo
+import evaluate
 import pretrain
-from conftest import run
-from kills import ROOT, STAGES, assert_same, prepare, start
+import sample
+from conftest import one_line, run
+from lab.kills import ROOT, STAGES, assert_same, prepare, start
+from model import load_base
 from tiny_vq import train as tiny_vq_train
 
 
@@ -30,11 +34,12 @@ def test_train_sh_runs_all_stages_and_writes_all_outputs(out):
     assert seconds < 120                                                # under 60 on an idle laptop
 
 
-def test_finished_stages_are_skipped_with_a_line_that_says_so(out):
+def test_finished_stages_are_skipped_with_a_line_that_says_so(out, capsys):
     folder, _, _ = out
     before = {p: p.stat().st_mtime_ns for p in (folder / "smoke").rglob("*.pt")}
-    printed = run("bash", "train.sh", "--preset", "smoke", "--out", folder)
-    assert len(re.findall("finished earlier", printed)) == 3
+    for module in (tiny_vq_train, pretrain, eggrpo):
+        module.main(["--preset", "smoke", "--out", str(folder)])
+    assert len(re.findall("finished earlier", capsys.readouterr().out)) == 3
     assert before == {p: p.stat().st_mtime_ns for p in (folder / "smoke").rglob("*.pt")}
 
 
@@ -56,53 +61,69 @@ def test_the_log_has_every_key_of_the_table(out):
     assert logged == documented
 
 
-def test_sample_draws_what_is_typed(out):
-    printed = run(sys.executable, "sample.py", "a red circle left of a blue square", "--preset",
-                  "smoke", "--out", out[0], "--guidance", 2)
-    assert (out[0] / "smoke" / "samples" /
-            "a-red-circle-left-of-a-blue-square.png").exists() and "picture:" in printed
-    run(sys.executable, "sample.py", "three green crosses", "--preset", "smoke", "--out", out[0],
-        "--policy", "base", "--direct")
+def test_sample_draws_what_is_typed(out, capsys):
+    """By train.sh, which knows the Python that has the packages."""
+    prompt = "a red circle left of a blue square"
+    printed = run("bash", "train.sh", "sample", prompt, "--preset", "smoke", "--out", out[0])
+    name = "a-red-circle-left-of-a-blue-square.png"
+    assert (out[0] / "smoke" / "samples" / name).exists() and "image:" in printed
+    sample.main(["three green crosses", "--preset", "smoke", "--out", str(out[0]), "--policy",
+                 "base", "--no-plan"])
+    assert "(no plan)" in capsys.readouterr().out
+
+
+def test_sample_uses_the_guidance_that_the_policy_was_trained_under(out, tmp_path, monkeypatch):
+    prepare(STAGES["eggrpo"], out[0], tmp_path / "out")
+    flags = ["--preset", "smoke", "--out", str(tmp_path / "out")]
+    eggrpo.main([*flags, "--steps", "1", "--prompts", "1", "--plans-per-prompt", "2",
+                 "--eval-prompts", "1", "--guidance", "3"])
+    used, original = [], sample.sample_images
+    monkeypatch.setattr(sample, "sample_images",
+                        lambda *x, **how: used.append(how["guidance"]) or original(*x, **how))
+    for more in ([], ["--guidance", "2"], ["--policy", "base"]):
+        sample.main(["a red circle and a blue square", *flags, *more])
+    assert used == [3.0, 2.0, 1.0]
+
+
+def test_the_tokenizers_training_can_be_called_as_a_file():
+    assert "usage: train.py" in run(sys.executable, "tiny_vq/train.py", "--help")
 
 
 @pytest.mark.parametrize("command, words", [
     (["sample.py", "a rde circle"], "unknown word 'rde' .nearest known: .*red.*grammar"),
     (["sample.py", ""], "prompt is empty"),
-    (["eggrpo.py", "--method", "ppo"], "no method 'ppo': choose one of grpo, eggrpo"),
-    (["eggrpo.py", "--group", "1"], "--group 1: .* at least 2"),
+    (["eggrpo.py", "--method", "ppo"], "--method: invalid choice: 'ppo' .choose from .?grpo.?, .?eggrpo"),
+    (["eggrpo.py", "--plans-per-prompt", "1"], "--plans-per-prompt 1: .* at least 2"),
     (["eggrpo.py", "--low-frac", "0.6", "--high-frac", "0.5"], "add up to at most 1"),
     (["eggrpo.py", "--colour", "red"], "unrecognized arguments: --colour red"),
-    (["pretrain.py", "--preset", "huge"], "no preset 'huge': choose one of smoke, cpu, gpu"),
+    (["pretrain.py", "--preset", "huge"], "--preset: invalid choice: 'huge' .choose from .?smoke.?, .?cpu.?, .?gpu"),
     (["pretrain.py", "--width", "65"], "must be a multiple of --heads"),
     (["pretrain.py", "--save-every", "0"], "--save-every 0: must be at least 1"),
     (["-m", "tiny_vq.train", "--width", "20"], "must be a multiple of 8"),
     (["eggrpo.py", "--guidance", "3", "--score-guidance", "1", "--minibatches", "2"], "one update"),
     (["eggrpo.py", "--seed", "9", "--device", "abacus"], "device 'abacus' cannot be used"),
 ])
-def test_bad_input_is_one_line_and_status_2(out, command, words):
-    preset = [] if "--preset" in command else ["--preset", "smoke"]
-    printed = run(sys.executable, *command, *preset, "--out", out[0], status=2)
-    assert re.search("error: .*" + words, printed) and len(printed.strip().splitlines()) == 1
+def test_bad_input_is_one_line_and_status_2(out, capsys, command, words):
+    module = {"-m": tiny_vq_train, "eggrpo.py": eggrpo, "pretrain.py": pretrain,
+              "sample.py": sample}[command[0]]
+    argv = [*command[1 + (command[0] == "-m"):], "--out", str(out[0])]
+    argv += [] if "--preset" in command else ["--preset", "smoke"]
+    line = one_line(capsys, 2, common.run, lambda: module.main(argv))
+    assert re.search("error: .*" + words, line)
 
 
-def test_a_missing_stage_names_the_command_that_makes_it(tmp_path):
-    for script, maker in (("pretrain.py", "python -m tiny_vq.train --preset smoke"), ("evaluate.py", "python -m tiny_vq.train"),
-                          ("eggrpo.py", "python -m tiny_vq.train"), ("sample.py", "python -m tiny_vq.train")):
-        arguments = ["a red circle and a blue square"] if script == "sample.py" else []
-        assert maker in run(sys.executable,
-                            script,
-                            *arguments,
-                            "--preset",
-                            "smoke",
-                            "--out",
-                            tmp_path,
-                            status=2)
+def test_a_missing_stage_names_the_command_that_makes_it(tmp_path, capsys):
+    prompt = ["a red circle and a blue square"]
+    for module, arguments in ((pretrain, []), (evaluate, []), (eggrpo, []), (sample, prompt)):
+        main = lambda: module.main([*arguments, "--preset", "smoke", "--out", str(tmp_path)])
+        line = one_line(capsys, 2, common.run, main)
+        assert "python -m tiny_vq.train --preset smoke" in line
 
 
 def test_train_sh_refuses_what_it_does_not_know():
     assert "unknown argument --epochs" in run("bash", "train.sh", "--epochs", "3", status=2)
     assert "--preset without a value" in run("bash", "train.sh", "--preset", status=2)
-    assert "no preset 'big'" in run("bash", "train.sh", "--preset", "big", status=2)
+    assert "invalid choice: 'big'" in run("bash", "train.sh", "--preset", "big", status=2)
 
 
 @pytest.mark.parametrize("stage, number", [("tiny_vq", signal.SIGINT), ("base", signal.SIGTERM),
@@ -129,7 +150,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_is_the_uninterrupted
 
 def test_learner_and_reference_are_loaded_apart_and_frozen(out):
     """They start equal and share no memory, or the KL term would always be 0."""
-    one, other = (pretrain.load_base("smoke", str(out[0])) for _ in range(2))
+    one, other = (load_base("smoke", str(out[0])) for _ in range(2))
     pairs = list(zip(one.parameters(), other.parameters()))
     assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in pairs)
     assert not any(p.requires_grad for pair in pairs for p in pair)
@@ -146,34 +167,35 @@ def test_logs_are_json_that_any_reader_takes(out):
             json.loads(part, parse_constant=refuse)
 
 
-def test_a_corpus_drawn_by_several_processes_is_the_one_drawn_by_one(eye, world, monkeypatch):
+def test_a_corpus_drawn_by_several_processes_is_the_one_drawn_by_one(env, world, monkeypatch):
     config = pretrain.Config(preset="cpu", items=44)
-    alone = pretrain.make_corpus(config, world, eye.tokenizer, eye.device)
-    monkeypatch.setattr(pretrain, "PIECE", 4)
-    together = pretrain.make_corpus(config, world, eye.tokenizer, eye.device)
+    alone = pretrain.make_corpus(config, world, env.tokenizer, env.device)
+    monkeypatch.setattr(pretrain, "CHUNK", 4)
+    together = pretrain.make_corpus(config, world, env.tokenizer, env.device)
     assert all(torch.equal(a, b) for a, b in zip(alone, together)) and len(alone[0]) == 44
 
 
 def test_help_lists_every_method_with_what_it_is():
     printed = run(sys.executable, "eggrpo.py", "--help")
     for name, method in eggrpo.METHODS.items():
-        assert re.search(rf"^  {name} +{re.escape(method.about)}$", printed, re.M)
+        assert re.search(rf"^  --method {name} +{re.escape(method.about)}$", printed, re.M)
 
 
 def test_bonus_says_how_it_is_used():
-    assert "usage: python bonus.py" in run(sys.executable, "bonus.py", "all", status=2)
+    assert "usage: python -m lab.bonus" in run(sys.executable, "-m", "lab.bonus", "all", status=2)
 
 
 @pytest.mark.parametrize("layers", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_the_gpu_preset_runs_two_steps_of_every_stage_on_the_cpu(tmp_path, layers):
     """Nothing in it is untried: its pictures, textures, width and slots; steps and batches are cut,
-    and in the fast version layers too."""
+    and in the fast version layers and width too."""
     small = ["--preset", "gpu", "--out", tmp_path, "--device", "cpu"]
-    run(sys.executable, "-m", "tiny_vq.train", *small, "--pictures", 8, "--steps", 2, "--batch", 4,
+    run(sys.executable, "-m", "tiny_vq.train", *small, "--images", 8, "--steps", 2, "--batch", 4,
         "--scored", 7)
+    width = 128 if layers == 2 else 512
     run(sys.executable, "pretrain.py", *small, "--items", 8, "--steps", 2, "--batch", 4, "--layers",
-        layers)
-    run(sys.executable, "eggrpo.py", *small, "--steps", 2, "--prompts", 1, "--group", 2,
+        layers, "--width", width)
+    run(sys.executable, "eggrpo.py", *small, "--steps", 2, "--prompts", 1, "--plans-per-prompt", 2,
         "--eval-prompts", 1)
     run(sys.executable, "evaluate.py", *small, "--prompts", 1)
 

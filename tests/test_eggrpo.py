@@ -10,12 +10,30 @@ import pytest
 import torch
 
 import eggrpo
+from common import TrainingDiverged, UserError
 from conftest import tiny_policy
-from eggrpo import (LOGP_DIFF_BOUNDS, METHODS, BadNumbers, Config, check_numbers, differentiable_entropy,
-                    entropy_masks, entropy_stats, group_advantages, make_rollout, policy_loss,
-                    rollout_stats, shape_advantages, shape_rollout, token_entropy, update)
-from evaluate import Eye
-from model import score, token_logp
+from eggrpo import (
+    METHODS,
+    Config,
+    differentiable_entropy,
+    entropy_masks,
+    group_advantages,
+    make_batch,
+    policy_loss,
+    shape_advantages,
+    token_entropy,
+    update,
+)
+from model import forward_logits, token_logp
+from rollout import (
+    LOGP_DIFF_BOUNDS,
+    Env,
+    Rollout,
+    check_stats,
+    entropy_stats,
+    make_rollout,
+    rollout_stats,
+)
 from scenes import make_scene
 from tiny_vq.vqvae import VQVAE
 
@@ -24,6 +42,10 @@ def random_batch(b=6, t=20, seed=0):
     g = torch.Generator().manual_seed(seed)
     valid = torch.arange(t) < torch.randint(5, t + 1, (b, 1), generator=g)
     return torch.randn(b, generator=g), torch.rand(b, t, generator=g), valid
+
+
+def shape(advantage, entropy, valid):
+    return shape_advantages(advantage, entropy, *entropy_masks(entropy, valid))
 
 
 def test_docstrings_are_true():
@@ -57,7 +79,7 @@ def test_a_constant_group_gives_exactly_zero(eps):
 
 def test_a_group_of_one_is_refused():
     """Guard: the released code gives NaN."""
-    with pytest.raises(ValueError, match="2 rollouts"):
+    with pytest.raises(ValueError, match="at least 2"):
         group_advantages(torch.ones(4, 1))
 
 
@@ -115,7 +137,7 @@ def test_counts_for_the_papers_576_image_tokens():
 
 
 def test_counts_are_those_of_exact_fractions():
-    """In float32, 0.53 * 100 + 1e-6 falls short of 53: counts are taken in float64."""
+    """In float32, 0.53 * 100 + 1e-6 falls short of 53: counts are taken in integers."""
     for n in (1, 7, 100, 180, 576, 900):
         valid = torch.ones(1, n, dtype=torch.bool)
         for k in range(101):
@@ -144,16 +166,16 @@ def test_shaping_by_hand():
     """A = -1, low .2, high .5 of five tokens: one is excluded, the top two get min(.3 * 1, .3 * H)
     = .3 H."""
     h = torch.tensor([[0.9, 0.1, 0.5, 0.7, 0.3]])
-    out = shape_advantages(torch.tensor([-1.0]), h, torch.ones(1, 5, dtype=torch.bool))
+    out = shape(torch.tensor([-1.0]), h, torch.ones(1, 5, dtype=torch.bool))
     assert torch.allclose(out, torch.tensor([[-1 + 0.27, 0.0, -1.0, -1 + 0.21, -1.0]]))
-    capped = shape_advantages(torch.tensor([0.5]), h, torch.ones(1, 5, dtype=torch.bool))
+    capped = shape(torch.tensor([0.5]), h, torch.ones(1, 5, dtype=torch.bool))
     assert torch.allclose(capped, torch.tensor([[0.65, 0.0, 0.5, 0.65, 0.5]]))   # .3 * .5 < .3 * .7
 
 
 def test_shaping_equals_the_loop():
     a, h, valid = random_batch()
     low, high = masks_by_loop(h, valid, 0.2, 0.5)
-    out = shape_advantages(a, h, valid)
+    out = shape(a, h, valid)
     for b, t in zip(*valid.nonzero(as_tuple=True)):
         bonus = min(0.3 * abs(a[b].item()), 0.3 * h[b, t].item()) if high[b, t] else 0.0
         assert math.isclose(out[b, t].item(),
@@ -164,14 +186,14 @@ def test_shaping_equals_the_loop():
 
 def test_the_bonus_never_flips_a_sign_and_a_zero_advantage_stays_zero():
     a, h, valid = random_batch()
-    out = shape_advantages(a, h, valid)
+    out = shape(a, h, valid)
     assert (out * a[:, None] >= 0).all()
-    assert torch.equal(shape_advantages(torch.zeros(6), h, valid), torch.zeros(6, 20))
+    assert torch.equal(shape(torch.zeros(6), h, valid), torch.zeros(6, 20))
 
 
 def test_nothing_masked_and_no_bonus_is_grpo_bit_for_bit():
     a, h, valid = random_batch()
-    assert torch.equal(shape_advantages(a, h, valid, low_frac=0.0, bonus_coef=0.0),
+    assert torch.equal(shape_advantages(a, h, *entropy_masks(h, valid, low_frac=0.0), bonus_coef=0.0),
                        a[:, None].expand(6, 20))
 
 
@@ -220,7 +242,7 @@ def test_low_tokens_get_the_gradient_of_the_kl_term_alone():
     a, h, valid = random_batch()
     low, _ = entropy_masks(h, valid)
     leaf = logp.clone().requires_grad_(True)
-    policy_loss(leaf, logp, ref, shape_advantages(a, h, valid), valid, beta=0.05)[0].backward()
+    policy_loss(leaf, logp, ref, shape(a, h, valid), valid, beta=0.05)[0].backward()
     kl_only = 0.05 * (1 - (ref - logp).exp()) / valid.sum()
     assert torch.allclose(leaf.grad[low], kl_only[low], atol=1e-7)
     assert (leaf.grad[valid & ~low] - kl_only[valid & ~low]).abs().min() > 1e-5
@@ -273,7 +295,7 @@ def test_nan_at_padding_passes_neither_shaping_nor_loss():
     """Other trainers leave anything there."""
     logp, old, ref = random_logps()
     a, h, valid = random_batch()
-    clean, dirty = (shape_advantages(a, torch.where(valid, h, torch.tensor(x)), valid)
+    clean, dirty = (shape(a, torch.where(valid, h, torch.tensor(x)), valid)
                     for x in (0.0, float("nan")))
     assert torch.equal(clean[valid], dirty[valid])
     dirty = torch.where(valid, dirty, torch.tensor(float("nan")))
@@ -284,16 +306,16 @@ def test_nan_at_padding_passes_neither_shaping_nor_loss():
 # --- the step -------------------------------------------------------------------------------------
 
 def logits_of(policy, rollout, config):
-    return score(policy, rollout.prompt, rollout.plan, rollout.codes, config.guidance)
+    return forward_logits(policy, rollout.prompt, rollout.plan, rollout.codes, config.guidance)
 
 
 @pytest.fixture
-def step(eye, world):
+def step(env, world):
     """A rollout of a tiny random policy, and what an update needs."""
     policy, reference = tiny_policy(world), tiny_policy(world, seed=1)
-    config = Config(preset="cpu", prompts=2, group=4)
+    config = Config(preset="cpu", prompts=2, plans_per_prompt=4)
     scenes = [make_scene(world, "train", 0, i) for i in range(2)]
-    rollout = make_rollout(policy, eye, scenes, config, 0)
+    rollout = make_rollout(policy, env, scenes, config, 0)
     # an untrained tokenizer earns 0 every time
     varied = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
     return policy, reference, rollout._replace(rewards=varied), config
@@ -312,9 +334,9 @@ class Gradients:
         self.policy.zero_grad()
 
 
-def gradients(policy, reference, rollout, config, shape=shape_rollout):
+def gradients(policy, reference, rollout, config, to_batch=make_batch):
     optimizer = Gradients(policy)
-    stats = update(policy, reference, optimizer, shape(rollout, config), config, 0)
+    stats = update(policy, reference, optimizer, to_batch(rollout, config), config, 0)
     return stats, optimizer.kept
 
 
@@ -355,7 +377,7 @@ def test_method_grpo_is_one_advantage_a_rollout_bit_for_bit(step):
 
     def unshaped(rollout, config):
         a = group_advantages(rollout.rewards).flatten()[:, None].expand_as(rollout.entropy)
-        return shape_rollout(rollout, config)._replace(advantage=a)
+        return make_batch(rollout, config)._replace(advantage=a)
 
     grpo = replace(config, **METHODS["grpo"].values)
     _, ours = gradients(policy, reference, rollout, grpo)
@@ -368,18 +390,18 @@ def test_method_grpo_is_one_advantage_a_rollout_bit_for_bit(step):
 def test_plan_and_image_are_shaped_apart(step):
     """Entropies of one modality must not move the thresholds of the other."""
     policy, _, rollout, config = step
-    before = shape_rollout(rollout, config)
+    before = make_batch(rollout, config)
     entropy = rollout.entropy.clone()
     entropy[:, :policy.C] /= 100
-    after = shape_rollout(rollout._replace(entropy=entropy), config)
+    after = make_batch(rollout._replace(entropy=entropy), config)
     assert torch.equal(before.advantage[:, policy.C:], after.advantage[:, policy.C:])
     assert before.high[:, :policy.C].any() and before.high[:, policy.C:].any()
 
 
 def test_the_log_tells_the_realised_shares_and_the_bonus(step):
     policy, _, rollout, config = step
-    batch = shape_rollout(rollout, config)
-    stats = rollout_stats(rollout, batch, config)
+    batch = make_batch(rollout, config)
+    stats = rollout_stats(rollout, batch)
     a = group_advantages(rollout.rewards).flatten()
     total = low = high = bonus = 0
     for b, t in zip(*rollout.valid.nonzero(as_tuple=True)):
@@ -402,41 +424,41 @@ def test_entropy_statistics_go_over_valid_tokens_only():
 def test_a_sampler_that_is_not_the_learner_stops_the_run():
     cpu, bounds = torch.device("cpu"), LOGP_DIFF_BOUNDS["cpu"]
     sane = {name: torch.tensor(0.5 * bound) for name, bound in bounds.items()}
-    check_numbers(sane, Config(), cpu)
+    check_stats(sane, Config(), cpu)
     for name, bound in bounds.items():
-        with pytest.raises(BadNumbers, match=f"{name}.*not the same policy"):
-            check_numbers(sane | {name: torch.tensor(2 * bound)}, Config(), cpu)
+        with pytest.raises(TrainingDiverged, match=f"{name}.*not the same policy"):
+            check_stats(sane | {name: torch.tensor(2 * bound)}, Config(), cpu)
 
 
 def test_bad_numbers_are_named_and_leave_the_weights_alone(step):
     """A poisoned log-prob, a poisoned weight, a sampler that is not the learner."""
     policy, reference, rollout, config = step
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-2)
-    batch, before = shape_rollout(rollout, config), [p.clone() for p in policy.parameters()]
+    batch, before = make_batch(rollout, config), [p.clone() for p in policy.parameters()]
     poison = lambda x, value: x.index_put((torch.tensor(0), torch.tensor(-1)), torch.tensor(value))
     for change, words in ((dict(logp=poison(batch.logp, math.nan)), "ratio_min|loss|kl"),
                           (dict(advantage=poison(batch.advantage, math.inf)), "loss is"),
                           (dict(logp=batch.logp + 0.01), "not the same policy")):
-        with pytest.raises(BadNumbers, match=words):
+        with pytest.raises(TrainingDiverged, match=words):
             update(policy, reference, optimizer, batch._replace(**change), config, 3)
         policy.zero_grad()
-    with pytest.raises(BadNumbers, match="reward is nan"):
+    with pytest.raises(TrainingDiverged, match="reward is nan"):
         update(policy, reference, optimizer, batch, config, 3, dict(reward=torch.tensor(math.nan)))
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))
 
 
-def test_a_policy_overfits_one_reward(world, eye):
+def test_a_policy_overfits_one_reward(world, env):
     """Reward the use of one code: forty updates must raise its share several times, or nothing
     above means anything."""
     policy, reference = tiny_policy(world, scale=2.0), tiny_policy(world, scale=2.0)
-    config = Config(preset="cpu", prompts=2, group=8, beta=0.0)
+    config = Config(preset="cpu", prompts=2, plans_per_prompt=8, beta=0.0)
     optimizer = torch.optim.AdamW(policy.parameters(), 3e-3, weight_decay=0.0)
     scenes, share = [make_scene(world, "train", 0, i) for i in range(2)], []
     for i in range(40):
-        rollout = make_rollout(policy, eye, scenes, config, i)
+        rollout = make_rollout(policy, env, scenes, config, i)
         reward = (rollout.codes == 5).float().mean(1).view(2, 8)
         share.append(reward.mean().item())
-        batch = shape_rollout(rollout._replace(rewards=reward), config)
+        batch = make_batch(rollout._replace(rewards=reward), config)
         update(policy, reference, optimizer, batch, config, i)
     assert sum(share[-5:]) > 3 * sum(share[:5])
 
@@ -448,9 +470,9 @@ def shaped_by(method):
     a, h, valid = random_batch(b=6, t=32)
     config = Config(**METHODS[method].values)
     words = torch.zeros(6, 12, dtype=torch.long)
-    rollout = eggrpo.Rollout(words, words, None, None, h, valid, None, a.view(2, 3), {}, None)
-    plain = group_advantages(a.view(2, 3), divide_by_std=not config.no_std).flatten()[:, None]
-    return plain.expand(6, 32), valid, shape_rollout(rollout, config).advantage
+    rollout = Rollout(words, words, None, None, h, valid, None, a.view(2, 3), {}, None)
+    plain = group_advantages(a.view(2, 3), scale_rewards=config.scale_rewards).flatten()[:, None]
+    return plain.expand(6, 32), valid, make_batch(rollout, config).advantage
 
 
 PLAN, IMAGE = slice(None, 12), slice(12, None)
@@ -493,7 +515,7 @@ def test_every_method_makes_two_updates_and_all_but_grpo_differ_from_it(step, me
     assert equal(got, base) == (method == "grpo")
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-3)
     twice = replace(ours, inner_epochs=2)
-    stats = update(policy, reference, optimizer, shape_rollout(rollout, ours), twice, 0)
+    stats = update(policy, reference, optimizer, make_batch(rollout, ours), twice, 0)
     assert math.isfinite(stats["grad_norm"]) and stats["kl"] > 0
 
 
@@ -507,18 +529,18 @@ def test_the_released_rule_counts_287_and_115_and_masks_nothing_where_entropies_
 
 def test_dr_grpo_divides_neither_by_the_std_nor_by_the_valid_tokens(step):
     _, _, rollout, config = step
-    two = group_advantages(torch.tensor([[1.0, 3.0]]), divide_by_std=False)
+    two = group_advantages(torch.tensor([[1.0, 3.0]]), scale_rewards=False)
     assert torch.equal(two, torch.tensor([[-1.0, 1.0]]))
-    batch = shape_rollout(rollout, replace(config, **METHODS["dr-grpo"].values))
-    assert batch.counted.sum() == rollout.valid.numel() > rollout.valid.sum() == batch.weight.sum()
+    batch = make_batch(rollout, replace(config, **METHODS["dr-grpo"].values))
+    assert batch.denominator_weight.sum() == rollout.valid.numel() > rollout.valid.sum() == batch.loss_weight.sum()
 
 
 def test_dapo_drops_constant_groups_from_numerator_and_denominator(step):
     _, _, rollout, config = step
     rollout = rollout._replace(rewards=torch.tensor([[0.5] * 4, [0.0, 1.0, 0.5, 0.2]]))
-    batch = shape_rollout(rollout, replace(config, **METHODS["dapo"].values))
-    assert not batch.weight[:4].any() and torch.equal(batch.weight[4:] > 0, rollout.valid[4:])
-    assert batch.counted.sum() == rollout.valid[4:].sum()
+    batch = make_batch(rollout, replace(config, **METHODS["dapo"].values))
+    assert not batch.loss_weight[:4].any() and torch.equal(batch.loss_weight[4:] > 0, rollout.valid[4:])
+    assert batch.denominator_weight.sum() == rollout.valid[4:].sum()
 
 
 def test_dapo_clips_higher_than_grpo():
@@ -543,7 +565,7 @@ def test_the_entropy_gradient_raises_entropy(step, method):
     raise entropy."""
     policy, reference, rollout, config = step
     config = replace(config, beta=0.0, method=method, **METHODS[method].values)
-    batch = shape_rollout(rollout._replace(rewards=torch.full((2, 4), 0.5)), config)
+    batch = make_batch(rollout._replace(rewards=torch.full((2, 4), 0.5)), config)
 
     def mean():
         entropies = [differentiable_entropy(x) for x in logits_of(policy, rollout, config)]
@@ -556,8 +578,8 @@ def test_the_entropy_gradient_raises_entropy(step, method):
 
 def test_a_modality_that_is_not_shaped_gets_no_entropy_gradient_either(step):
     policy, _, rollout, config = step
-    config = replace(config, **METHODS["eggrpo-gradient"].values, shaped="image")
-    batch = shape_rollout(rollout, config)
+    config = replace(config, **METHODS["eggrpo-gradient"].values, modality="image")
+    batch = make_batch(rollout, config)
     assert not batch.high[:, :policy.C].any() and batch.high[:, policy.C:].any()
 
 
@@ -568,16 +590,16 @@ def test_the_additive_bonus_alone_moves_nothing_where_all_rewards_are_equal(step
     assert all((g == 0).all() for g in got)
 
 
-def test_guidance_in_rl_is_part_of_the_policy(eye, world):
+def test_guidance_in_rl_is_part_of_the_policy(env, world):
     """What is sampled is what is scored. The released mismatch, guided sampling and unguided
     scoring, makes the ratio 1 by construction; the logged difference tells."""
     policy, scenes = tiny_policy(world), [make_scene(world, "train", 0, i) for i in range(2)]
-    config = Config(prompts=2, group=2, guidance=3.0)
-    rollout = make_rollout(policy, eye, scenes, config, 0)
+    config = Config(prompts=2, plans_per_prompt=2, guidance=3.0)
+    rollout = make_rollout(policy, env, scenes, config, 0)
     logp = token_logp(*logits_of(policy, rollout, config), rollout.plan, rollout.codes)
     assert (logp - rollout.logp).abs().max() < 1e-4
     mismatch = replace(config, score_guidance=1.0)
-    released = make_rollout(policy, eye, scenes, mismatch, 0)
+    released = make_rollout(policy, env, scenes, mismatch, 0)
     assert torch.equal(released.codes, rollout.codes)
     assert (released.entropy - rollout.entropy).abs().max() > 0.05
     released = released._replace(rewards=torch.rand(2, 2))
@@ -585,10 +607,10 @@ def test_guidance_in_rl_is_part_of_the_policy(eye, world):
     assert stats["ratio_min"] == stats["ratio_max"] == 1 and stats["logp_diff_mean"] > 0.01
 
 
-def test_pictures_of_a_plan_share_the_plan_and_all_are_one_group(eye, world, policy):
+def test_pictures_of_a_plan_share_the_plan_and_all_are_one_group(env, world, policy):
     scenes = [make_scene(world, "train", 0, i) for i in range(2)]
-    config = Config(prompts=2, group=3, images_per_plan=2)
-    rollout = make_rollout(policy, eye, scenes, config, 0)
+    config = Config(prompts=2, plans_per_prompt=3, images_per_plan=2)
+    rollout = make_rollout(policy, env, scenes, config, 0)
     assert rollout.rewards.shape == (2, 6) and torch.equal(rollout.plan[::2], rollout.plan[1::2])
     assert not torch.equal(rollout.codes[::2], rollout.codes[1::2])
     assert len({tuple(p.tolist()) for p in rollout.plan}) > 2
@@ -597,7 +619,7 @@ def test_pictures_of_a_plan_share_the_plan_and_all_are_one_group(eye, world, pol
 
 def test_several_updates_move_the_ratio_and_use_each_sequence_once_an_epoch(step, monkeypatch):
     policy, reference, rollout, config = step
-    config, seen, original = replace(config, inner_epochs=2, minibatches=4), [], eggrpo.part_loss
+    config, seen, original = replace(config, inner_epochs=2, minibatches=4), [], eggrpo.micro_batch_loss
     rollout = rollout._replace(prompt=rollout.prompt.clone())
     names = {tuple(p.tolist()): i for i, p in enumerate(rollout.codes)}
 
@@ -605,9 +627,9 @@ def test_several_updates_move_the_ratio_and_use_each_sequence_once_an_epoch(step
         seen.append([names[tuple(p.tolist())] for p in part.codes])
         return original(policy, reference, part, *rest)
 
-    monkeypatch.setattr(eggrpo, "part_loss", spy)
+    monkeypatch.setattr(eggrpo, "micro_batch_loss", spy)
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-2)
-    stats = update(policy, reference, optimizer, shape_rollout(rollout, config), config, 0)
+    stats = update(policy, reference, optimizer, make_batch(rollout, config), config, 0)
     assert len(seen) == 8 and seen[:4] != seen[4:]
     assert sorted(sum(seen[:4], [])) == sorted(sum(seen[4:], [])) == list(range(8))
     assert stats["logp_diff_max"] < 1e-4 and stats["ratio_max"] > 1.01 and stats["clipped"] > 0
@@ -615,10 +637,10 @@ def test_several_updates_move_the_ratio_and_use_each_sequence_once_an_epoch(step
 
 def test_text_weight_weighs_plan_tokens_and_one_is_the_pooled_mean(step):
     policy, _, rollout, config = step
-    batch = shape_rollout(rollout, replace(config, text_weight=2.5))
-    assert torch.equal(batch.weight[:, :policy.C], 2.5 * rollout.valid[:, :policy.C].float())
-    assert batch.counted is batch.weight
-    assert torch.equal(shape_rollout(rollout, config).weight, rollout.valid.float())
+    batch = make_batch(rollout, replace(config, text_weight=2.5))
+    assert torch.equal(batch.loss_weight[:, :policy.C], 2.5 * rollout.valid[:, :policy.C].float())
+    assert batch.denominator_weight is batch.loss_weight
+    assert torch.equal(make_batch(rollout, config).loss_weight, rollout.valid.float())
 
 
 def test_the_reference_is_idle_where_beta_is_zero(step, monkeypatch):
@@ -634,11 +656,11 @@ def test_the_reference_is_idle_where_beta_is_zero(step, monkeypatch):
 
 @pytest.mark.parametrize("field, value", [
     ("low_frac", 1.2), ("high_frac", -0.1), ("low_frac", 0.7), ("inner_epochs", 0),
-    ("minibatches", 7), ("group", 1), ("images_per_plan", 0), ("lr", -1.0), ("seed", -1),
-    ("beta", float("nan")), ("guidance", float("nan")), ("bonus_cap", 1.5), ("shaped", "words"),
-    ("threshold", "median"), ("micro_batch", 0)])
+    ("minibatches", 7), ("plans_per_prompt", 1), ("images_per_plan", 0), ("lr", -1.0), ("seed", -1),
+    ("beta", float("nan")), ("guidance", float("nan")), ("bonus_cap", 1.5), ("low_frac", -0.2),
+    ("eval_prompts", 0), ("micro_batch", 0)])
 def test_bad_values_are_refused_in_one_line(field, value):
-    with pytest.raises(eggrpo.runtime.UserError, match=f"--{field.replace('_', '-')}") as error:
+    with pytest.raises(UserError, match=f"--{field.replace('_', '-')}") as error:
         Config(**{field: value}).check()
     assert "\n" not in str(error.value)
 
@@ -646,20 +668,20 @@ def test_bad_values_are_refused_in_one_line(field, value):
 @pytest.mark.gpu
 def test_the_host_waits_for_the_device_once_a_step(world):
     """Sampling and scoring never, an update where it reads its numbers."""
-    eye = Eye(VQVAE(world.patch, width=16, blocks=1, codes=32, dim=4).cuda(), world,
+    env = Env(VQVAE(world.patch, width=16, blocks=1, codes=32, dim=4).cuda(), world,
               torch.device("cuda"))
     policy, reference = tiny_policy(world).cuda(), tiny_policy(world).cuda()
-    config = Config(prompts=2, group=4, micro_batch=4)
+    config = Config(prompts=2, plans_per_prompt=4, micro_batch=4)
     scenes = [make_scene(world, "train", 0, i) for i in range(2)]
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-3, fused=True)
     for step in range(2):                                            # the first one captures graphs
-        rollout = make_rollout(policy, eye, scenes, config, step)
-        batch = shape_rollout(rollout, config)
+        rollout = make_rollout(policy, env, scenes, config, step)
+        batch = make_batch(rollout, config)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as waits:
             warnings.simplefilter("always")
             update(policy, reference, optimizer, batch, config, step,
-                   rollout_stats(rollout, batch, config))
+                   rollout_stats(rollout, batch))
         torch.cuda.set_sync_debug_mode("default")
         assert len([w for w in waits if "synchroniz" in str(w.message)]) == 1

@@ -5,13 +5,13 @@ import re
 
 import pytest
 
+import common
 import eggrpo
 import evaluate
 import pretrain
-import runtime
 import sample
 from conftest import one_line
-from runtime import UserError
+from common import UserError
 from scenes import WORDS, WORLDS, encode_words
 from tiny_vq import train as tiny_vq_train
 
@@ -63,10 +63,10 @@ def test_any_flags_are_a_config_or_one_line(script, module, methods, capsys):
         if {"-h", "--help"} & set(argv):
             continue
         try:
-            runtime.parse(script, module.Config, presets, "", argv, methods)
+            common.parse(script, module.Config, presets, "", argv, methods)
             accepted += 1
         except UserError as error:
-            line = one_line(capsys, 2, runtime.run, lambda: runtime.require(False, str(error)))
+            line = one_line(capsys, 2, common.run, lambda: common.check(False, str(error)))
             assert line.isprintable()
     assert accepted > 5
 
@@ -79,4 +79,4 @@ def test_any_flags_are_a_config_or_one_line(script, module, methods, capsys):
 def test_numbers_out_of_range_are_named(argv, words):
     for script, module, _ in COMMANDS[:2]:
         with pytest.raises(UserError, match=re.escape(words)):
-            runtime.parse(script, module.Config, module.PRESETS, "", argv)
+            common.parse(script, module.Config, module.PRESETS, "", argv)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import tiny_policy
-from model import choose, generate, policy_logits, score, token_logp
+from model import forward_logits, generate, policy_logits, sample_token, token_logp
 from scenes import END, IMAGE, PAD, PLAN, encode_words
 
 PROMPTS = [
@@ -23,16 +23,16 @@ def noise(policy, n, seed=0):
 
 
 def rescored(policy, prompt, draw, **how):
-    return token_logp(*score(policy, prompt, draw.plan, draw.codes, **how), draw.plan, draw.codes)
+    return token_logp(*forward_logits(policy, prompt, draw.plan, draw.codes, **how), draw.plan, draw.codes)
 
 
 @pytest.mark.parametrize("how", [{}, {"guidance": 3.0}, {"temperature": 0.7},
                                  {"guidance": 0.5, "temperature": 1.3}])
-@pytest.mark.parametrize("direct", [False, True])
-def test_cached_sampling_equals_uncached_scoring(policy, prompt, how, direct):
+@pytest.mark.parametrize("no_plan", [False, True])
+def test_cached_sampling_equals_uncached_scoring(policy, prompt, how, no_plan):
     """The uncached forward is the oracle: a wrong cache, mask, slot or guidance on one side only
     would show here."""
-    draw = generate(policy, prompt, noise(policy, 3), direct=direct, **how)
+    draw = generate(policy, prompt, noise(policy, 3), no_plan=no_plan, **how)
     assert (rescored(policy, prompt, draw, **how) - draw.logp).abs().max() < 1e-4
     assert draw.logp[:, policy.C:].exp().std() > 0.01      # and the distributions are not all alike
 
@@ -44,12 +44,12 @@ def test_sampling_slot_by_slot_without_cache_gives_the_same_tokens(policy, promp
     plan, codes = torch.full_like(draw.plan, PAD), torch.zeros_like(draw.codes)
     with torch.no_grad():
         for j in range(policy.C):
-            token, _, _ = choose(score(policy, prompt, plan, codes)[0][:, j], u[:, j])
+            token, _, _ = sample_token(forward_logits(policy, prompt, plan, codes)[0][:, j], u[:, j])
             ended = (plan == END).any(1)
             plan[:, j] = torch.where(ended, PAD, token + END)
         for j in range(policy.L):
-            logits = score(policy, prompt, plan, codes)[1][:, j]
-            codes[:, j], _, _ = choose(logits, u[:, policy.C + j])
+            logits = forward_logits(policy, prompt, plan, codes)[1][:, j]
+            codes[:, j], _, _ = sample_token(logits, u[:, policy.C + j])
     assert torch.equal(plan, draw.plan) and torch.equal(codes, draw.codes)
 
 
@@ -78,12 +78,12 @@ def test_markers_and_padding_are_never_sampled(policy, prompt):
 
 def test_padding_changes_nothing(policy, prompt):
     """What stands in the embedding of PAD must not reach any valid token, nor may it make NaN."""
-    draw = generate(policy, prompt, noise(policy, 3), direct=True)
+    draw = generate(policy, prompt, noise(policy, 3), no_plan=True)
     before = rescored(policy, prompt, draw)
     with torch.no_grad():
         policy.word_embedding.weight[PAD] += 100
     assert torch.equal(rescored(policy, prompt, draw), before)
-    again = generate(policy, prompt, noise(policy, 3), direct=True)
+    again = generate(policy, prompt, noise(policy, 3), no_plan=True)
     assert torch.equal(again.codes, draw.codes)
     empty = torch.full_like(prompt, PAD)
     assert generate(policy, empty, noise(policy, 3)).logp.isfinite().all()
@@ -92,10 +92,10 @@ def test_padding_changes_nothing(policy, prompt):
 def test_attention_is_causal(policy, prompt):
     """Changing a token changes no logits at or before its own slot, and some after it."""
     draw = generate(policy, prompt, noise(policy, 3))
-    words, codes = score(policy, prompt, draw.plan, draw.codes)
+    words, codes = forward_logits(policy, prompt, draw.plan, draw.codes)
     changed = draw.codes.clone()
     changed[:, 30] = (changed[:, 30] + 1) % 32
-    words2, codes2 = score(policy, prompt, draw.plan, changed)
+    words2, codes2 = forward_logits(policy, prompt, draw.plan, changed)
     assert torch.equal(words, words2) and torch.allclose(codes[:, :31], codes2[:, :31], atol=1e-5)
     assert not torch.allclose(codes[:, 31], codes2[:, 31], atol=1e-3)
 
@@ -109,15 +109,15 @@ def test_guidance_one_is_none_and_guidance_moves_from_the_empty_prompt():
     assert policy_logits(raw.bfloat16()).dtype == torch.float32
 
 
-def test_choose_samples_the_distribution():
+def test_sample_token_samples_the_distribution():
     """At 20,000 draws a share has a standard error of at most .0036; four of them is the bound."""
     logits = torch.tensor([0.5, -1.0, 2.0, 0.0])
     uniform = torch.rand(20000, generator=torch.Generator().manual_seed(0))
-    token, logp, _ = choose(logits.expand(20000, 4), uniform)
+    token, logp, _ = sample_token(logits.expand(20000, 4), uniform)
     share = torch.bincount(token, minlength=4) / 20000
     assert (share - logits.softmax(0)).abs().max() < 0.0144
     assert torch.allclose(logp, logits.log_softmax(0)[token])
-    edge, _, _ = choose(torch.tensor([[0.0, -200.0]]).expand(2, 2), torch.tensor([0.0, 1 - 1e-7]))
+    edge, _, _ = sample_token(torch.tensor([[0.0, -200.0]]).expand(2, 2), torch.tensor([0.0, 1 - 1e-7]))
     assert edge.tolist() == [0, 0]                               # impossible tokens stay impossible
 
 
@@ -148,7 +148,7 @@ def test_the_noise_at_its_ends_never_chooses_an_impossible_token():
     for seed in range(200):
         logits = 4 * torch.randn(1, 512, generator=torch.Generator().manual_seed(seed))
         logits[0, :5] = logits[0, -5:] = -200.0
-        token, logp, _ = choose(logits.expand(2, -1), ends)
+        token, logp, _ = sample_token(logits.expand(2, -1), ends)
         assert ((token >= 5) & (token < 507)).all() and logp.isfinite().all()
 
 

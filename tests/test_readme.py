@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-import analyze
 import eggrpo
+from lab import analyze
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -32,7 +32,7 @@ def test_every_file_of_the_reading_order_is_there_and_every_local_link_leads_som
     for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (root / link).is_file(), link
     for name in ("scenes", "model", "pretrain", "rewards", "eggrpo", "evaluate", "sample",
-                 "runtime", "methods", "study", "analyze", "figures", "bonus"):
+                 "common", "checkpoint"):
         assert f"`{name}.py`" in README and (root / f"{name}.py").is_file()
 
 
@@ -40,7 +40,7 @@ def test_the_studys_numbers_are_those_of_study_json():
     """Tables word for word; every number with an interval that the text of that section quotes."""
     root = Path(__file__).parent.parent
     numbers = json.loads((root / "assets" / "study.json").read_text())
-    found, page = analyze.tables(numbers), analyze.page(numbers)
+    found, page = analyze.tables(numbers), analyze.report(numbers)
     assert (root / "assets" / "study.md").read_text().endswith(page)
     assert found["A, reward"] in README and found["A, exact"] in README
     section = README[README.index("## The study"):].split("\n## ")[0]

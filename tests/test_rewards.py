@@ -175,11 +175,11 @@ def test_detection_finds_every_object_of_crowded_scenes():
 def test_ink_names_the_palette_at_any_brightness_and_ignores_the_background():
     rgb = torch.tensor(list(COLOURS.values())) / 255
     paint = ink(rgb[:, :, None, None])[:, :, 0, 0]
-    assert torch.allclose(paint, torch.eye(len(COLOURS)), atol=1e-5)
+    assert torch.allclose(paint, torch.env(len(COLOURS)), atol=1e-5)
     background = torch.tensor(BACKGROUND)[None, :, None, None] / 255
     assert ink(background).sum() == 0
     dim = background + 0.65 * (rgb[:, :, None, None] - background)         # the least bright objects
-    assert torch.allclose(ink(dim)[:, :, 0, 0], torch.eye(len(COLOURS)), atol=1e-5)
+    assert torch.allclose(ink(dim)[:, :, 0, 0], torch.env(len(COLOURS)), atol=1e-5)
 
 
 def test_ones_own_reward_is_a_function_in_a_dict(monkeypatch):

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-import analyze
-import study
+from common import UserError
 from conftest import tiny_policy
+from lab import analyze, study
 from scenes import make_scene
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_an_interval_over_runs_is_students():
     """Three runs: mean 2, std 1, t = 4.303."""
-    x = analyze.over_runs([1.0, 2.0, 3.0])
+    x = analyze.mean_t_ci([1.0, 2.0, 3.0])
     assert x["mean"] == 2 and x["n"] == 3 and abs(x["half"] - 4.303 / 3 ** 0.5) < 1e-9
 
 
@@ -51,7 +51,7 @@ def test_a_bootstrap_interval_holds_the_truth_and_narrows_with_prompts():
     """Prompts are resampled, not pictures: ten copies of each picture narrow nothing."""
     draw = np.random.RandomState(1).randn
     prompts = [draw(1) for _ in range(500)]
-    few, copied, many = (analyze.mean_of(groups, CONFIG) for groups in (
+    few, copied, many = (analyze.bootstrap_mean(groups, CONFIG) for groups in (
         prompts[:20], [np.repeat(g, 10) for g in prompts[:20]], prompts))
     width = lambda x: x["high"] - x["low"]
     assert few["low"] < 0 < few["high"] and width(many) < 0.4 * width(few)
@@ -68,23 +68,23 @@ def test_a_paired_difference_cancels_what_a_seed_shares():
 
 
 def test_every_job_has_a_name_of_its_own_and_what_matters_most_comes_first():
-    names = [job.name for job in study.jobs(study.Config(preset="cpu"))]
+    names = [job.name for job in study.all_jobs(study.Config(preset="cpu"))]
     assert len(names) == len(set(names))
     assert names[:4] == ["grpo-0", "eggrpo-0", "grpo-1", "eggrpo-1"]
     assert sum(re.fullmatch(r"eggrpo-\d", name) is not None for name in names) == 5
 
 
-def test_records_tell_of_the_pictures_that_were_drawn(eye, world):
+def test_records_tell_of_the_pictures_that_were_drawn(env, world):
     """Pictures of a plan share it; entropies lie in [0, 1]; distances are those of the pixels."""
     policy, config = tiny_policy(world, codes=32), study.Config(plans=3, pictures=2)
     scene = make_scene(world, "eval", 0, 4)
-    rows = study.record_rows(config, eye, policy, scene, 0)
+    rows = study.record_rows(config, env, policy, scene, 0)
     assert [r["plan_index"] for r in rows] == [0, 0, 1, 1, 2, 2]
     assert rows[0]["plan"] == rows[1]["plan"] != rows[2]["plan"]
     assert rows[0]["plan_entropy"] == rows[1]["plan_entropy"] != rows[2]["plan_entropy"]
     assert all(0 < r[k] < 1 for r in rows for k in ("plan_entropy", "image_entropy", "distance"))
-    again = study.record_rows(config, eye, policy, scene, 0)
-    direct = study.record_rows(config, eye, policy, scene, 0, direct=True)
+    again = study.record_rows(config, env, policy, scene, 0)
+    direct = study.record_rows(config, env, policy, scene, 0, no_plan=True)
     assert again == rows and {r["plan"] for r in direct} == {""}
 
 
@@ -97,7 +97,7 @@ def small(out, tmp_path_factory):
         (Path(out) / "smoke" / name).write_bytes((made / name).read_bytes())
     common, threads = ["--preset", "smoke", "--out", out], torch.get_num_threads()
     torch.set_num_threads(1)
-    for job in ("grpo-0", "eggrpo-0", "records-base-direct", "records-base", "records-grpo-0",
+    for job in ("grpo-0", "eggrpo-0", "records-base-no-plan", "records-base", "records-grpo-0",
                 "records-eggrpo-0", "records-pictures"):
         study.main([*common, "--only", job])
     torch.set_num_threads(threads)
@@ -119,7 +119,7 @@ def test_a_study_leaves_tables_figures_and_their_data(small):
 
 
 def test_a_study_that_is_not_there_is_named():
-    with pytest.raises(analyze.runtime.UserError, match="no study in nowhere/cpu: make it with"):
+    with pytest.raises(UserError, match="no study in nowhere/cpu: make it with"):
         analyze.main(["--preset", "cpu", "--out", "nowhere"])
 
 
@@ -127,7 +127,7 @@ def test_ctrl_c_ends_the_runs_in_hand_and_starts_no_others(small, tmp_path):
     (tmp_path / "smoke").mkdir()
     for name in ("tokenizer.pt", "base.pt"):
         (tmp_path / "smoke" / name).write_bytes((small / name).read_bytes())
-    process = subprocess.Popen([sys.executable, "study.py", "--preset", "smoke", "--out", tmp_path,
+    process = subprocess.Popen([sys.executable, "-m", "lab.study", "--preset", "smoke", "--out", tmp_path,
                                 "--jobs", "1"], cwd=ROOT, start_new_session=True, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     logs = tmp_path / "smoke" / "logs"

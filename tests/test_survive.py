@@ -14,27 +14,28 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+import checkpoint
+import common
 import eggrpo
 import evaluate
 import pretrain
 import rewards
-import runtime
 from conftest import one_line
-from kills import ROOT, STAGES, assert_same, kill, prepare, without_seconds
-from runtime import UserError
+from lab.kills import ROOT, STAGES, assert_same, kill, prepare, without_seconds
+from common import UserError
 from scenes import make_scene
 from tiny_vq import train as tiny_vq_train
 
-TINY = {"tiny_vq": (tiny_vq_train, "--pictures 16 --steps 5 --batch 4 --scored 7 --save-every 2"),
+TINY = {"tiny_vq": (tiny_vq_train, "--images 16 --steps 5 --batch 4 --scored 7 --save-every 2"),
         "base": (pretrain, "--items 16 --steps 5 --batch 4 --save-every 2"),
-        "eggrpo": (eggrpo, "--steps 3 --prompts 1 --group 2 --eval-prompts 2 --eval-every 2 "
+        "eggrpo": (eggrpo, "--steps 3 --prompts 1 --plans-per-prompt 2 --eval-prompts 2 --eval-every 2 "
                    "--save-every 2")}
 
 
 def tiny(name, out):
     """Run a stage in this process, as small as it goes; what it left is in `out`."""
     module, flags = TINY[name]
-    runtime.run(lambda: module.main([*flags.split(), "--preset", "smoke", "--out", str(out)]))
+    common.run(lambda: module.main([*flags.split(), "--preset", "smoke", "--out", str(out)]))
 
 
 @pytest.fixture
@@ -51,11 +52,11 @@ def folders(out, tmp_path):
 
 # --- interruption ---------------------------------------------------------------------------------
 
-def test_stages_killed_three_times_at_random_end_as_if_they_never_were(out, whole, tmp_path):
-    """`python -m tests.kills 20` does it at length."""
+def test_stages_killed_twice_at_random_end_as_if_they_never_were(out, whole, tmp_path):
+    """`python -m lab.kills 20` does it at length."""
     runs = {name: whole(name) for name in STAGES}
     with ThreadPoolExecutor(2) as pool:
-        for job in [pool.submit(kill, STAGES[name], out[0], *runs[name], tmp_path / name, 3)
+        for job in [pool.submit(kill, STAGES[name], out[0], *runs[name], tmp_path / name, 2)
                     for name in STAGES]:
             assert job.result()[2] > 0
 
@@ -90,9 +91,11 @@ def test_a_stage_killed_at_any_of_its_renames_or_records_ends_as_if_it_never_was
     assert deadly > 5
 
 
-def test_a_second_signal_ends_at_once():
-    code = ("import os, signal, runtime\n"
-            "with runtime.Interruptible() as stop:\n"
+def test_a_second_signal_ends_at_once(tmp_path):
+    code = ("import os, signal, checkpoint, common\n"
+            "config = type('Config', (), dict(steps=9, out='out'))\n"
+            "checkpoint.result_config = lambda config: {}\n"
+            f"with checkpoint.Run('base', '{tmp_path}/a.pt', 'a.jsonl', config, '') as stop:\n"
             "    os.kill(os.getpid(), signal.SIGINT)\n"
             "    print('noted', stop.signal, flush=True)\n"
             "    os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -102,9 +105,9 @@ def test_a_second_signal_ends_at_once():
 
 
 @pytest.mark.parametrize("stage, command, doing, number", [
-    ("tiny_vq", ["-m", "tiny_vq.train", "--pictures", "1000000"], "render", signal.SIGINT),
+    ("tiny_vq", ["-m", "tiny_vq.train", "--images", "1000000"], "render", signal.SIGINT),
     ("base", ["pretrain.py", "--items", "1000000"], "corpus", signal.SIGTERM),
-    ("eggrpo", ["evaluate.py", "--prompts", "3000"], "base, direct, eval", signal.SIGINT)])
+    ("eggrpo", ["evaluate.py", "--prompts", "3000"], "base, no plan, eval", signal.SIGINT)])
 def test_a_signal_outside_the_loop_is_one_line(out, tmp_path, stage, command, doing, number):
     prepare(STAGES[stage], out[0], tmp_path)
     process = subprocess.Popen([sys.executable, *command, "--preset", "smoke", "--out", tmp_path],
@@ -149,17 +152,18 @@ def full_disk(size):
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_the_run_goes_on_from_it(
         folders, monkeypatch, capsys, name):
     whole, other = folders(name)
-    save, path = runtime.save_stage, other / "smoke" / STAGES[name].checkpoint
+    save, path = checkpoint.save, other / "smoke" / STAGES[name].file
     with contextlib.ExitStack() as stack:
 
-        def save_and_fill(*arguments, **more):
-            save(*arguments, **more)
-            stack.enter_context(full_disk(20000))
+        def save_and_fill(path, record):
+            save(path, record)
+            if record["step"] == 2:
+                stack.enter_context(full_disk(20000))
 
-        monkeypatch.setattr(runtime, "save_stage", save_and_fill)
+        monkeypatch.setattr(checkpoint, "save", save_and_fill)
         line = one_line(capsys, 2, tiny, name, other)
     assert re.match(f"error: cannot write {path.parent}/.*: File too large; .*same command", line)
-    assert runtime.load(path, "")["step"] == 2 and not list(other.rglob("*.tmp"))
+    assert checkpoint.load(path)["step"] == 2 and not list(other.rglob("*.tmp"))
     monkeypatch.undo()
     tiny(name, other)
     assert_same(STAGES[name], other, whole)
@@ -176,13 +180,26 @@ def test_a_picture_on_a_full_disk_is_one_line_and_status_2(out, tmp_path):
 
 
 def test_a_record_that_did_not_fit_is_dropped_when_the_run_goes_on(tmp_path):
-    path, config = tmp_path / "log.jsonl", eggrpo.Config(preset="smoke")
-    log = runtime.Log(path, config, "cpu")
-    log(step=0, x=1)
+    path, run = tmp_path / "log.jsonl", begin(tmp_path, steps=2)
+    run.log(step=0, x=1)
+    run.save(0, LINEAR, torch.optim.SGD(LINEAR.parameters(), 0.1))
     with full_disk(path.stat().st_size + 5), pytest.raises(UserError, match="cannot write"):
-        log(step=1, x=1)
-    runtime.Log(path, config, "cpu", 1)(step=1, x=2)
+        run.log(step=1, x=1)
+    run.lock.close()
+    begin(tmp_path, steps=2).log(step=1, x=2)
     assert without_seconds(path) == [dict(step=0, x=1), dict(step=1, x=2)]
+
+
+LINEAR = torch.nn.Linear(2, 2)
+LINEAR.config = {}
+
+
+def begin(folder, steps):
+    """Begin a run, or go on with it, that trains nothing."""
+    config = pretrain.Config(preset="smoke", steps=steps)
+    run = checkpoint.Run("base", folder / "a.pt", folder / "log.jsonl", config, "make it")
+    run.start("cpu", LINEAR, torch.optim.SGD(LINEAR.parameters(), 0.1))
+    return run
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -194,7 +211,7 @@ def test_a_folder_that_is_none_is_one_line(tmp_path, capsys, name):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys, name):
-    claim = runtime.lock(tmp_path / "smoke" / STAGES[name].checkpoint)
+    claim = checkpoint.lock_file(tmp_path / "smoke" / STAGES[name].file)
     assert "another run is at it" in one_line(capsys, 2, tiny, name, tmp_path)
     claim.close()
     if name != "tiny_vq":
@@ -209,22 +226,22 @@ def test_memory_that_runs_out_is_one_line_that_says_what_to_lower(capsys):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     for function in (allocate, cuda):
-        line = one_line(capsys, 2, runtime.run, function)
-        assert re.search("lower --micro-batch first.*--prompts or --group.*--batch", line)
+        line = one_line(capsys, 2, common.run, function)
+        assert re.search("lower --micro-batch.*--prompts or --plans-per-prompt.*--batch", line)
 
 
 def test_a_run_that_ran_out_of_memory_may_go_on_in_smaller_portions(folders):
     """What the message says to lower first must not be refused."""
     whole, _ = folders("eggrpo")
     path = whole / "smoke" / "eggrpo-0" / "policy.pt"
-    settings = [runtime.settings(eggrpo.Config(micro_batch=n)) for n in (8, 64)]
-    assert settings[0] == settings[1] and "micro_batch" not in runtime.load(path, "")["settings"]
+    configs = [checkpoint.result_config(eggrpo.Config(micro_batch=n)) for n in (8, 64)]
+    assert configs[0] == configs[1] and "micro_batch" not in checkpoint.load(path)["config"]
 
 
 @pytest.mark.parametrize("name", ["meta", "hpu", "abacus", "cuda:99999999999999999999", "\0", ""])
 def test_a_device_that_cannot_hold_a_number_is_refused(name):
     with pytest.raises(UserError, match="cannot be used.*try --device cpu"):
-        runtime.pick_device(name)
+        common.pick_device(name)
 
 
 def test_a_bug_of_ours_keeps_its_traceback():
@@ -232,7 +249,7 @@ def test_a_bug_of_ours_keeps_its_traceback():
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        runtime.run(bug)
+        common.run(bug)
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -240,7 +257,7 @@ def test_a_bug_of_ours_keeps_its_traceback():
 @pytest.mark.parametrize("name, function, term, tensors", [
     ("tiny_vq", "loss_terms", "error", {"images"}),
     ("base", "token_logp", "plan_nll", {"prompt", "plan", "codes"}),
-    ("eggrpo", "part_loss", "loss", set(eggrpo.Batch._fields))])
+    ("eggrpo", "micro_batch_loss", "loss", set(eggrpo.Batch._fields))])
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(
         folders, monkeypatch, capsys, name, function, term, tensors):
     whole, other = folders(name)
@@ -258,10 +275,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(
 
     monkeypatch.setattr(module, function, wrong)
     line = one_line(capsys, 2, tiny, name, other)
-    path = other / "smoke" / STAGES[name].checkpoint
+    path = other / "smoke" / STAGES[name].file
     dump = path.with_name("bad-batch.pt")
     assert re.match(f"error: step 2: {term} is .*{dump}.*Last good checkpoint: {path}$", line)
-    record, batch = runtime.load(path, ""), runtime.load(dump, "", keys=set())
+    record, batch = checkpoint.load(path), checkpoint.load(dump, keys=set())
     assert record["step"] == batch["step"] == 2 and set(batch["batch"]) == tensors
     assert len({len(x) for x in batch["batch"].values()}) == 1
     monkeypatch.undo()
@@ -270,12 +287,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    model, path = torch.nn.Linear(2, 2), tmp_path / "a.pt"
-    model.config = {}
+    model, run = torch.nn.Linear(2, 2), begin(tmp_path, steps=1)
     model.weight.data[0, 0] = float("inf")
     with pytest.raises(UserError, match="weights that are not finite.*checkpoint: none yet"):
-        runtime.save_stage(path, "base", pretrain.Config(steps=1), 1, model, None)
-    assert not path.exists()
+        run.save(0, model, None)
+    assert not run.path.exists()
+
+
+def test_a_failure_in_a_second_minibatch_says_which_update_was_not_made(
+        folders, monkeypatch, capsys):
+    """Once the message said that no update was made, though the first one was."""
+    _, other = folders("eggrpo")
+    right, calls = eggrpo.micro_batch_loss, []
+
+    def wrong(*arguments):
+        loss, stats = right(*arguments)
+        calls.append(1)
+        return loss, stats | dict(loss=torch.tensor(float("nan"))) if len(calls) == 2 else stats
+
+    monkeypatch.setattr(eggrpo, "micro_batch_loss", wrong)
+    flags = TINY["eggrpo"][1] + " --minibatches 2"
+    monkeypatch.setitem(TINY, "eggrpo", (eggrpo, flags))
+    line = one_line(capsys, 2, tiny, "eggrpo", other)
+    assert "step 0: loss is nan in update 2 of 2; that update was not made" in line
 
 
 # --- a user's rewards -----------------------------------------------------------------------------
@@ -309,21 +343,21 @@ def test_a_reward_without_bounds_stops_a_run_and_is_named(folders, monkeypatch, 
         return torch.full_like(images[:, 0, 0, 0], float("inf"))
 
     whole, other = folders("eggrpo")
-    monkeypatch.setattr(evaluate, "look", lambda *arguments: monkeypatch.setitem(
+    monkeypatch.setattr(evaluate, "evaluate_and_save_gallery", lambda *arguments: monkeypatch.setitem(
         rewards.REWARDS, "endless", endless) or {})
     line = one_line(capsys, 2, tiny, "eggrpo", other)
     assert "yours to mend: an infinite value came from 'endless'" in line
 
 
 def test_a_reward_without_bounds_is_named_and_so_is_a_picture_that_none_judges(
-        monkeypatch, policy, eye):
+        monkeypatch, policy, env):
     full = lambda value: lambda images, found, want: torch.full_like(images[:, 0, 0, 0], value)
     monkeypatch.setitem(rewards.REWARDS, "endless", full(float("inf")))
     with pytest.raises(UserError, match="yours to mend: an infinite value came from 'endless'"):
-        evaluate.evaluate(eye, policy, "eval", 2)
+        evaluate.evaluate(env, policy, "eval", 2)
     monkeypatch.setattr(rewards, "REWARDS", {"mute": full(float("nan"))})
     with pytest.raises(UserError, match="yours to mend: every one of them was NaN"):
-        evaluate.evaluate(eye, policy, "eval", 2)
+        evaluate.evaluate(env, policy, "eval", 2)
 
 
 # --- determinism ----------------------------------------------------------------------------------
@@ -336,10 +370,10 @@ def test_the_same_seed_gives_the_same_run_and_evaluating_more_often_changes_noth
     (other / "smoke" / "eggrpo-0" / "policy.pt").unlink()
     monkeypatch.setitem(TINY, "eggrpo", (eggrpo, TINY["eggrpo"][1].replace("every 2", "every 1")))
     tiny("eggrpo", other)
-    logs = [[{k: v for k, v in r.items() if not k.startswith("eval_")}
+    logs = [[{k: v for k, v in r.items() if not k.startswith(("eval_", "rare_"))}
              for r in without_seconds(f / "smoke" / "eggrpo-0" / "log.jsonl")]
             for f in (whole, other)]
-    weights = [runtime.load(f / "smoke" / "eggrpo-0" / "policy.pt", "")["model"]
+    weights = [checkpoint.load(f / "smoke" / "eggrpo-0" / "policy.pt")["model"]
                for f in (whole, other)]
     assert logs[0] == logs[1] and len(logs[0]) == 4
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])

@@ -7,7 +7,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from eggrpo import policy_loss, shape_advantages
+from eggrpo import entropy_masks, policy_loss, shape_advantages
 
 trainer = pytest.importorskip("trl.trainer.grpo_trainer")
 
@@ -43,7 +43,8 @@ def test_policy_loss_is_trls(method, beta):
     high = 0.28 if method == "dapo-clip" else 0.2
     shaped = advantage[:, None].expand(8, 30)
     if method == "eggrpo":
-        shaped = shape_advantages(advantage, torch.rand(8, 30, generator=g), valid)
+        entropy = torch.rand(8, 30, generator=g)
+        shaped = shape_advantages(advantage, entropy, *entropy_masks(entropy, valid))
     slots = torch.tensor(240.0) if method == "dr-grpo" else None
     ours, _ = policy_loss(logp, old, ref if beta else None, shaped, valid, beta, 0.2, high, slots)
     theirs = trl_loss(logp, old, ref, shaped, valid, "dr_grpo" if slots else "bnpo", beta, 0.2,

@@ -1,6 +1,6 @@
 """What entropy has to do with it: tables and figures of a study, from its logs and records alone.
 
-    python analyze.py --preset cpu     reads out/study/cpu/, as study.py left it
+    python -m lab.analyze --preset cpu     reads out/study/cpu/, as lab.study left it
 
     -> out/study/cpu/study.json (every number), study.md (the tables), figures/*.png and *.csv
 
@@ -15,13 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-import figures
-import runtime
-from study import ABLATIONS, MAIN, REGIMES, SWEEPS
+import common
+from evaluate import markdown_table
+from lab import figures
+from lab.study import ABLATIONS, MAIN, REGIMES, SWEEPS, read_lines
+from scenes import WORLDS
 
 # two-sided 95 % quantiles of Student's t, by degrees of freedom
 T95 = (np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-SETTINGS = {"base": "base-direct", "base + plan": "base", "GRPO": "grpo", "EG-GRPO": "eggrpo"}
+SETTINGS = {"base": "base-no-plan", "base + plan": "base", "GRPO": "grpo", "EG-GRPO": "eggrpo"}
 ENTROPIES = ("image_entropy", "image_entropy_std", "plan_entropy")
 
 
@@ -34,13 +36,13 @@ class Config:
     resamples: int = 1000
 
     def check(self):
-        runtime.require_at_least(1, self, "resamples")
-        runtime.require_at_least(0, self, "seed")
+        common.check_at_least(1, self, "resamples")
+        common.check_at_least(0, self, "seed")
 
 
 # --- statistics -----------------------------------------------------------------------------------
 
-def over_runs(values):
+def mean_t_ci(values):
     """Mean and half-width of its 95 % interval by Student's t. values: one a run."""
     n = len(values)
     half = T95[min(n - 1, 10)] * np.std(values, ddof=1) / n ** 0.5 if n > 1 else np.nan
@@ -67,7 +69,7 @@ def bootstrap(sums, statistic, config):
     return dict(value=value, low=float(low), high=float(high), n=n)
 
 
-def mean_of(groups, config):
+def bootstrap_mean(groups, config):
     """Mean of everything, with its bootstrap interval. groups: a list of (n,), one a prompt."""
     sums = np.array([(len(g), np.sum(g)) for g in groups], float)
     return bootstrap(sums, lambda s: s[..., 1] / s[..., 0], config)
@@ -105,7 +107,7 @@ def read_runs(folder):
         if not seed.isdigit():                                                # the base policies
             variant, seed = path.parent.name, "0"
         log, scores = path.with_name("log.jsonl"), json.loads(path.read_text())
-        lines = runtime.read_lines(log)[1:] if log.exists() else []
+        lines = read_lines(log)[1:] if log.exists() else []
         runs.setdefault(variant, {})[int(seed)] = dict(log=lines, scores=scores)
     return runs
 
@@ -116,7 +118,7 @@ def read_records(folder):
     for setting, name in SETTINGS.items():
         paths = [p for p in sorted(folder.glob("records/*.jsonl"))
                  if p.stem == name or p.stem.rpartition("-")[0] == name and name in MAIN]
-        found[setting] = [row | dict(run=p.stem) for p in paths for row in runtime.read_lines(p)]
+        found[setting] = [row | dict(run=p.stem) for p in paths for row in read_lines(p)]
     return {setting: rows for setting, rows in found.items() if rows}
 
 
@@ -131,16 +133,16 @@ def last(run, key, steps=10):
 def by_category(runs, name, key):
     """{category: mean and interval over runs} of a method, and `all` and `rare`."""
     scores = [run["scores"] for run in runs[name].values()]
-    table = {c: over_runs([s["eval"]["categories"][c][key] for s in scores])
+    table = {c: mean_t_ci([s["eval"]["categories"][c][key] for s in scores])
              for c in scores[0]["eval"]["categories"]}
-    return {"all": over_runs([s["eval"][key] for s in scores]), **table,
-            "rare": over_runs([s["rare"][key] for s in scores])}
+    return {"all": mean_t_ci([s["eval"][key] for s in scores]), **table,
+            "rare": mean_t_ci([s["rare"][key] for s in scores])}
 
 
 def difference(runs, one, other, get):
     """Paired difference of two variants, over the seeds that both have."""
     seeds = sorted(runs.get(one, {}).keys() & runs.get(other, {}).keys())
-    return over_runs([get(runs[one][s]) - get(runs[other][s]) for s in seeds]) if seeds else None
+    return mean_t_ci([get(runs[one][s]) - get(runs[other][s]) for s in seeds]) if seeds else None
 
 
 def compare(runs, one, other):
@@ -156,9 +158,9 @@ def describe(runs, name):
     """What a variant ends with, over its runs."""
     score = lambda key: [run["scores"]["eval"][key] for run in runs[name].values()]
     end = lambda key: [last(run, key) for run in runs[name].values()]
-    return dict(reward=over_runs(score("reward")), exact=over_runs(score("exact")),
-                image_entropy=over_runs(end("image_entropy")),
-                plan_entropy=over_runs(end("plan_entropy")))
+    return dict(reward=mean_t_ci(score("reward")), exact=mean_t_ci(score("exact")),
+                image_entropy=mean_t_ci(end("image_entropy")),
+                plan_entropy=mean_t_ci(end("plan_entropy")))
 
 
 def stability(runs, name):
@@ -219,7 +221,7 @@ def spread(rows, config):
         "distance of pictures": lambda rs: np.mean([r["distance"] for r in rs]),
         "distinct plans": lambda rs: len({r["plan"] for r in rs}),
     }
-    return {name: mean_of([[f(rs) for rs in runs.values()] for runs in by.values()], config)
+    return {name: bootstrap_mean([[f(rs) for rs in runs.values()] for runs in by.values()], config)
             for name, f in measures.items()}
 
 
@@ -227,7 +229,7 @@ def tokens(rows, config):
     """Average what is recorded of the tokens that draw objects, with intervals over prompts."""
     keys = ("objects_share", "low_on_objects", "high_on_objects", "object_entropy",
             "ground_entropy", "image_entropy", "plan_entropy")
-    return {key.replace("_", " "): mean_of([g[:, 0] for g in by_prompt(rows, key)], config)
+    return {key.replace("_", " "): bootstrap_mean([g[:, 0] for g in by_prompt(rows, key)], config)
             for key in keys}
 
 
@@ -274,7 +276,7 @@ def analyze(runs, records, config):
 
 # --- tables ---------------------------------------------------------------------------------------
 
-def show(x, digits=3, sign=False):
+def format_ci(x, digits=3, sign=False):
     """Print a mean and its half-width, or a value and its interval."""
     if x is None:
         return "-"
@@ -284,49 +286,43 @@ def show(x, digits=3, sign=False):
     return f(x["mean"]) + ("" if x["n"] == 1 else f" ± {x['half']:.{digits}f}")
 
 
-def lay(head, rows):
-    """Lay rows out as a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def tables(study):
     """Lay a study out. Returns {name: Markdown}, the text of study.md and of the README."""
     found = {}
     for key in ("reward", "exact"):
         settings = study["A"].items()
         head = ["runs", *next(iter(study["A"].values()))[key]]
-        found[f"A, {key}"] = lay([key, *head], [
-            [s, t[key]["all"]["n"], *(show(x, 3, " - " in s) for x in t[key].values())]
+        found[f"A, {key}"] = markdown_table([key, *head], [
+            [s, t[key]["all"]["n"], *(format_ci(x, 3, " - " in s) for x in t[key].values())]
             for s, t in settings])
     ends = ("reward", "exact", "image_entropy", "plan_entropy")
     heads = ["reward", "exact", "image entropy", "plan entropy", "reward - GRPO's",
              "exact - GRPO's"]
     line = lambda name, t: [
-        name, t["reward"]["n"], *(show(t[k]) for k in ends),
-        *(show(t["minus_grpo"][k], 3, True) for k in ("reward", "exact"))]
-    found["B"] = lay(["method", "runs", *heads, "reward - EG-GRPO's"], [
-        [*line(f"`{n}`", t), show(t["minus_eggrpo"]["reward"], 3, True)]
+        name, t["reward"]["n"], *(format_ci(t[k]) for k in ends),
+        *(format_ci(t["minus_grpo"][k], 3, True) for k in ("reward", "exact"))]
+    found["B"] = markdown_table(["method", "runs", *heads, "reward - EG-GRPO's"], [
+        [*line(f"`{n}`", t), format_ci(t["minus_eggrpo"]["reward"], 3, True)]
         for n, t in study["B"].items()])
-    found["C"] = lay(["value", "runs", *heads],
+    found["C"] = markdown_table(["value", "runs", *heads],
                      [line(f"`{n}`", t) for n, t in study["C"].items()])
-    found["D"] = lay(["method", "runs", "worst reward", "runs that fell by .05", "largest fall",
+    found["D"] = markdown_table(["method", "runs", "worst reward", "runs that fell by .05", "largest fall",
                       "image entropy at the end", "plan entropy at the end"],
                      [[f"`{n}`", t["n"], f"{t['worst']:.3f}", f"{t['fell']:.0%}",
-                       f"{t['largest_fall']:.3f}", show(t["image_entropy"]),
-                       show(t["plan_entropy"])] for n, t in study["D"].items()])
-    found["regimes"] = lay(
+                       f"{t['largest_fall']:.3f}", format_ci(t["image_entropy"]),
+                       format_ci(t["plan_entropy"])] for n, t in study["D"].items()])
+    found["regimes"] = markdown_table(
         ["regime", "runs", "reward, GRPO", "reward, EG-GRPO", "difference", "exact: difference",
          "image entropy: difference"],
-        [[n, t["difference"]["reward"]["n"], show(t["grpo"]["reward"]), show(t["eggrpo"]["reward"]),
-          *(show(t["difference"][k], 3, True) for k in ("reward", "exact", "image_entropy"))]
+        [[n, t["difference"]["reward"]["n"], format_ci(t["grpo"]["reward"]), format_ci(t["eggrpo"]["reward"]),
+          *(format_ci(t["difference"][k], 3, True) for k in ("reward", "exact", "image_entropy"))]
          for n, t in study["regimes"].items()])
     for name, title, digits, sign in (("correlations", "reward against", 2, True),
                                       ("spread", "within a prompt", 3, False),
                                       ("tokens", "mean over pictures", 3, False)):
         columns = study[name]
-        found[name] = lay([title, *columns],
-                          [[k, *(show(t[k], digits, sign) for t in columns.values())]
+        found[name] = markdown_table([title, *columns],
+                          [[k, *(format_ci(t[k], digits, sign) for t in columns.values())]
                            for k in next(iter(columns.values()), {})])
     return found
 
@@ -342,27 +338,27 @@ TITLES = {
 }
 
 
-def page(study):
+def report(study):
     """Lay all tables out, as study.md."""
     found = tables(study)
     return "\n".join(f"## {title}\n\n{found[name]}\n" for name, title in TITLES.items())
 
 
 def main(argv=None):
-    presets = {name: {} for name in runtime.PRESETS}
-    config, _ = runtime.parse("analyze.py", Config, presets, __doc__, argv)
+    presets = {name: {} for name in WORLDS}
+    config, _ = common.parse("-m lab.analyze", Config, presets, __doc__, argv)
     folder = Path(config.out) / config.preset
     runs, records = read_runs(folder), read_records(folder)
-    runtime.require(runs and records, f"no study in {folder}: make it with `python study.py "
+    common.check(runs and records, f"no study in {folder}: make it with `python -m lab.study "
                     f"--preset {config.preset}`")
-    study = json.loads(json.dumps(runtime.plain(analyze(runs, records, config))))
-    runtime.write(folder / "study.json", (json.dumps(study, indent=1) + "\n").encode())
-    runtime.write(folder / "study.md", page(study).encode())
-    print(page(study))
+    study = json.loads(json.dumps(common.to_jsonable(analyze(runs, records, config))))
+    common.write(folder / "study.json", (json.dumps(study, indent=1) + "\n").encode())
+    common.write(folder / "study.md", report(study).encode())
+    print(report(study))
     planned = {s: plans(rows) for s, rows in records.items() if s != "base"}
     figures.draw_all(folder, runs, records, planned, study)
     print(f"\nfigures: {folder / 'figures'}")
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    common.run(main)

@@ -1,7 +1,7 @@
 """Kill each stage at random moments, start it again by the same command, and hold what it leaves
 against a run never interrupted: log, weights and pictures, bit for bit.
 
-    python -m tests.kills 20          20 kills a stage, in the smoke preset, and the figures
+    python -m lab.kills 20          20 kills a stage, in the smoke preset, and the figures
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-import runtime
+import checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,12 +24,12 @@ ROOT = Path(__file__).parent.parent
 class Stage(NamedTuple):
     command: list
     needs: tuple       # checkpoints of earlier stages
-    checkpoint: str
+    file: str  # its checkpoint
     log: str
 
 
 STAGES = {
-    "tiny_vq": Stage(["-m", "tiny_vq.train", "--pictures", "100", "--batch", "16", "--scored", "14",
+    "tiny_vq": Stage(["-m", "tiny_vq.train", "--images", "100", "--batch", "16", "--scored", "14",
                       "--steps", "60", "--save-every", "7"], (), "tokenizer.pt", "tokenizer.jsonl"),
     "base": Stage(["pretrain.py", "--items", "100", "--batch", "16", "--steps", "60",
                    "--save-every", "7"], ("tokenizer.pt",), "base.pt", "base.jsonl"),
@@ -81,10 +81,10 @@ def assert_same(stage, ours, theirs):
     """Hold one finished run against another, bit for bit; nothing temporary is left."""
     ours, theirs = ours / "smoke", theirs / "smoke"
     assert without_seconds(ours / stage.log) == without_seconds(theirs / stage.log)
-    weights = [runtime.load(f / stage.checkpoint, "")["model"] for f in (ours, theirs)]
+    weights = [checkpoint.load(f / stage.file)["model"] for f in (ours, theirs)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
-    pictures = [{p.name: p.read_bytes() for p in (f / stage.checkpoint).parent.glob("*.[pg]*")
+    pictures = [{p.name: p.read_bytes() for p in (f / stage.file).parent.glob("*.[pg]*")
                  if p.suffix in (".png", ".gif")} for f in (ours, theirs)]
     assert pictures[0] == pictures[1]
     assert not list(ours.rglob("*.tmp"))
@@ -99,13 +99,13 @@ def kill(stage, made, whole, seconds, folder, kills, seed=0):
     stage uninterrupted; seconds: as finish returns them. Returns how many kills landed before the
     first checkpoint, how many after the log was opened, how many runs were compared.
     """
-    draw, early, running, compared = random.Random(f"{seed} {stage.checkpoint}"), 0, 0, 0
+    draw, early, running, compared = random.Random(f"{seed} {stage.file}"), 0, 0, 0
     out, left = None, kills
     while left or out:
         if not out:
             out = folder / f"{compared}"
             prepare(stage, made, out)
-        checkpoint, log = (out / "smoke" / name for name in (stage.checkpoint, stage.log))
+        file, log = (out / "smoke" / name for name in (stage.file, stage.log))
         started, process = time.time(), start(stage, out)
         if left % 2:
             await_log(process, log, started)
@@ -119,7 +119,7 @@ def kill(stage, made, whole, seconds, folder, kills, seed=0):
             process.kill()
             process.communicate()
             left -= 1
-            early += not checkpoint.exists()
+            early += not file.exists()
             running += log.exists() and log.stat().st_mtime > started
     return early, running, compared
 
@@ -136,8 +136,8 @@ def main(kills):
             print(f"{name}: {kills} of {kills} kills survived, {early} before the first checkpoint,"
                   f" {running} after the log was opened; {compared} runs compared, "
                   f"{seconds[0]:.1f} s uninterrupted", flush=True)
-            if stage.checkpoint != "eggrpo-0/policy.pt":
-                shutil.copy(whole / "smoke" / stage.checkpoint, made / "smoke")
+            if stage.file != "eggrpo-0/policy.pt":
+                shutil.copy(whole / "smoke" / stage.file, made / "smoke")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Draw a study: one idea a figure, readable in grey, the data beside it.
 
-Called by analyze.py. Every function takes records or logs and returns nothing: it writes
+Called by lab.analyze. Every function takes records or logs and returns nothing: it writes
 figures/<name>.png and, where the data are not another file already, figures/<name>.csv.
 """
 
@@ -16,7 +16,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-import runtime
+import common
+from lab.study import read_lines
 
 # a grey, a line and a marker each, so that no figure needs its colours
 STYLES = {"base": ("#9e9e9e", ":", "s"), "base + plan": ("#e69f00", "--", "^"),
@@ -30,10 +31,10 @@ def save(folder, name, figure, head=None, rows=()):
     plt.close(figure)
     # a palette takes half the bytes
     Image.open(drawn).convert("RGB").quantize(256).save(picture, "PNG", optimize=True)
-    runtime.write(folder / f"{name}.png", picture.getvalue())
+    common.write(folder / f"{name}.png", picture.getvalue())
     if head:
         csv.writer(text, lineterminator="\n").writerows([head, *rows])
-        runtime.write(folder / f"{name}.csv", text.getvalue().encode())
+        common.write(folder / f"{name}.csv", text.getvalue().encode())
 
 
 def density(points, x_grid, y_grid):
@@ -200,7 +201,7 @@ def draw_all(folder, runs, records, plans, study):
     if study["D"]:
         curves(to, runs, list(study["D"]))
     if (folder / "records" / "pictures.jsonl").exists():
-        maps(to, runtime.read_lines(folder / "records" / "pictures.jsonl"))
+        maps(to, read_lines(folder / "records" / "pictures.jsonl"))
     for path in (folder / "before-after.png", folder / "eggrpo-0" / "training.gif"):
         if path.exists():
             shutil.copy(path, to / path.name)

@@ -1,6 +1,6 @@
 """How fast, against what the machine could do and against what one would otherwise pick.
 
-    python -m tests.bench            two minutes; theirs too where transformers or TRL are installed
+    python -m lab.bench            two minutes; theirs too where transformers or TRL are installed
 
 One shape for all: a policy of 4 layers, width 128, 4 heads (on CUDA: 8, 512, 8), 64 sequences of 14
 prompt tokens, 15 plan tokens and 64 image tokens of 512 codes. The floor is arithmetic (operations
@@ -16,10 +16,11 @@ from types import SimpleNamespace
 
 import torch
 
+import common
 import eggrpo
 import rewards
-import runtime
 from model import Policy, generate
+from rollout import make_rollout
 from scenes import WORDS, World, encode_words, make_scene
 from tiny_vq.vqvae import VQVAE
 
@@ -60,8 +61,8 @@ def make(device, shape=None):
     world = World(image_size=40, patch=5, plan_slots=C)       # 8 x 8 tokens
     tokenizer = VQVAE(world.patch, codes=CODES).to(device).requires_grad_(False)
     scenes = [make_scene(world, "train", 0, i, "knowledge") for i in range(8)]
-    eye = SimpleNamespace(world=world, tokenizer=tokenizer, device=device)
-    return policy, eye, scenes, eggrpo.Config(method="eggrpo", prompts=8, group=8)
+    env = SimpleNamespace(world=world, tokenizer=tokenizer, device=device)
+    return policy, env, scenes, eggrpo.Config(method="eggrpo", prompts=8, plans_per_prompt=8)
 
 
 def body(policy):
@@ -86,7 +87,7 @@ def floors(policy, device):
     return decode, step, rate, copy
 
 
-def ours(policy, eye, scenes, config, device):
+def ours(policy, env, scenes, config, device):
     """Seconds of decoding, reward, shaping and a whole step."""
     prompt = torch.tensor([encode_words(s.prompt, S) for s in scenes]).to(device)
     noise = torch.rand(B, C + L).to(device)
@@ -97,20 +98,20 @@ def ours(policy, eye, scenes, config, device):
     reference = Policy(**policy.config).to(device).requires_grad_(False)
     reference.load_state_dict(policy.state_dict())
     optimizer = torch.optim.AdamW(policy.parameters(), 0.0)   # the same batch again and again
-    rollout = eggrpo.make_rollout(policy, eye, scenes, config, 0)
+    rollout = make_rollout(policy, env, scenes, config, 0)
     rollout = rollout._replace(rewards=torch.rand(8, 8, device=device))
-    want = rewards.make_want(eye.world, [s for s in scenes for _ in range(8)], device)
+    want = rewards.make_want(env.world, [s for s in scenes for _ in range(8)], device)
 
     def step():
-        rolled = eggrpo.make_rollout(policy, eye, scenes, config, 0)
-        batch = eggrpo.shape_rollout(rolled._replace(rewards=rollout.rewards), config)
+        rolled = make_rollout(policy, env, scenes, config, 0)
+        batch = eggrpo.make_batch(rolled._replace(rewards=rollout.rewards), config)
         eggrpo.update(policy, reference, optimizer, batch, config, 0)
 
-    batch = eggrpo.shape_rollout(rollout, config)
+    batch = eggrpo.make_batch(rollout, config)
     update = lambda: eggrpo.update(policy, reference, optimizer, batch, config, 0)
     return dict(decode=seconds(decode, device),
-                reward=seconds(lambda: rewards.score(rollout.images, want, eye.world), device),
-                shaping=seconds(lambda: eggrpo.shape_rollout(rollout, config), device),
+                reward=seconds(lambda: rewards.score(rollout.images, want, env.world), device),
+                shaping=seconds(lambda: eggrpo.make_batch(rollout, config), device),
                 update=seconds(update, device), step=seconds(step, device))
 
 
@@ -220,9 +221,9 @@ def growth(device):
               f"| {megabytes(cache_bytes(policy, batch, device))} | {megabytes(memory)} |")
     print("\n| update at width | parameters, M | seconds | GFLOP/s |\n|---|---|---|---|")
     for width in (64, 128, 256, 512):
-        policy, eye, scenes, config = make(device, (width, *SHAPE[device.type][1:]))
-        rollout = eggrpo.make_rollout(policy, eye, scenes, config, 0)
-        batch = eggrpo.shape_rollout(rollout, config)
+        policy, env, scenes, config = make(device, (width, *SHAPE[device.type][1:]))
+        rollout = make_rollout(policy, env, scenes, config, 0)
+        batch = eggrpo.make_batch(rollout, config)
         optimizer = torch.optim.AdamW(policy.parameters(), 0.0)
         call = lambda: eggrpo.update(policy, policy, optimizer, batch, config, 0)
         time = seconds(call, device, 2)
@@ -237,13 +238,13 @@ def cache_bytes(policy, batch, device):
 
 
 def main():
-    device = runtime.pick_device()
-    policy, eye, scenes, config = make(device)
+    device = common.pick_device()
+    policy, env, scenes, config = make(device)
     floor_decode, floor_step, rate, copy = floors(policy, device)
     print(f"{sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, {B} sequences, "
           f"{C + L} new tokens; matrix product {rate / 1e9:.0f} GFLOP/s, copy "
           f"{copy / 1e9:.0f} GB/s")
-    t = ours(policy, eye, scenes, config, device)
+    t = ours(policy, env, scenes, config, device)
     rows = [("decoding, floor", floor_decode, floor_decode),
             ("decoding, ours", t["decode"], floor_decode),
             ("decoding, transformers generate", theirs_decode(policy, device), floor_decode),

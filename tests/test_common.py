@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-import runtime
-from runtime import UserError, generator, load, load_finished, parse, resume, save
+import checkpoint
+import common
+from checkpoint import Run, load, load_finished, save
+from common import UserError, generator, parse
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,12 @@ class Config:
     device: str = "auto"
     out: str = "out"
     seed: int = 0
+    steps: int = 2
     rate: float = 0.5
+    save_every: int = 5
+    eval_every: int = 5
+    eval_prompts: int = 5
+    name: str = ""
 
     def check(self):
         if self.rate > 1:
@@ -29,7 +36,7 @@ PRESETS = {"smoke": dict(rate=0.1), "cpu": {}, "gpu": {}}
 
 def record(**change):
     return dict(kind="base",
-                settings=runtime.settings(Config(preset="cpu")),
+                config=checkpoint.result_config(Config(preset="cpu")),
                 step=2,
                 steps=2,
                 model_config={},
@@ -56,13 +63,13 @@ def test_damaged_foreign_and_missing_checkpoints_are_named_with_the_remedy(tmp_p
             path.write_bytes(damaged)
             with pytest.raises(UserError, match=r"a\.pt.*remove it and run `make it`"):
                 load(path, "make it")
-    for place in range(len(runtime.MAGIC) + 65):                       # the header, byte by byte
+    for place in range(len(checkpoint.MAGIC) + 65):                       # the header, byte by byte
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
         with pytest.raises(UserError, match=r"a\.pt.*remove it and run `make it`"):
             load(path, "make it")
     torch.save({"x": 1}, path)
     foreign = path.read_bytes()
-    older = whole.replace(b"checkpoint 2", b"checkpoint 1", 1)
+    older = whole.replace(b"checkpoint 3", b"checkpoint 2", 1)
     for content in (foreign, older, b"", b"\n", whole[100:]):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"a\.pt.*not a checkpoint of this version"):
@@ -74,25 +81,26 @@ def test_damaged_foreign_and_missing_checkpoints_are_named_with_the_remedy(tmp_p
 def test_a_whole_file_of_the_wrong_content_is_refused(tmp_path):
     """The checksum fits: someone or some other version wrote it so."""
     path = tmp_path / "a.pt"
-    lacking = [{k: v for k, v in record().items() if k != key} for key in runtime.RECORD]
+    lacking = [{k: v for k, v in record().items() if k != key} for key in checkpoint.KEYS]
     for content in ([1, 2], 7, {}, None, torch.ones(3), *lacking):
         save(path, content)
         with pytest.raises(UserError, match="not hold what this version writes: remove it and run"):
             load(path, "make it")
     for data in (b"", b"garbage", bytes(1000), b"PK\3\4 and more"):
-        path.write_bytes(runtime._header(data) + data)
+        path.write_bytes(checkpoint._header(data) + data)
         with pytest.raises(UserError, match="not hold what this version writes: remove it and run"):
             load(path, "make it")
 
 
 def test_a_folder_in_place_of_a_checkpoint_and_weights_of_another_shape_are_refused(tmp_path):
     (tmp_path / "a.pt").mkdir()
-    for read in (lambda p: load(p, "make it"), lambda p: resume(p, Config(), "make it")):
+    for read in (lambda p: load(p, "make it"), lambda p: begin(p, Config())):
         with pytest.raises(UserError, match="is not a file: remove it and run `make it`"):
             read(tmp_path / "a.pt")
     for weights in ({}, {"weight": torch.ones(3, 3), "bias": torch.ones(2)}, [1]):
         with pytest.raises(UserError, match="weights of another version: remove it and run"):
-            runtime.restore(torch.nn.Linear(2, 2), dict(model=weights), "a.pt", "make it")
+            record = dict(model=weights)
+            checkpoint.load_weights(torch.nn.Linear(2, 2), record, "a.pt", "make it")
 
 
 def test_a_file_that_may_not_be_read_is_one_line(tmp_path, monkeypatch, capsys):
@@ -102,9 +110,9 @@ def test_a_file_that_may_not_be_read_is_one_line(tmp_path, monkeypatch, capsys):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(runtime.Path, "read_bytes", refuse)
+    monkeypatch.setattr(checkpoint.Path, "read_bytes", refuse)
     with pytest.raises(SystemExit) as stop:
-        runtime.run(lambda: load(tmp_path / "a.pt", "make it"))
+        common.run(lambda: load(tmp_path / "a.pt", "make it"))
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'a.pt'}: Permission denied\n"
 
@@ -113,23 +121,40 @@ def test_unfinished_and_wrong_stages_are_refused(tmp_path):
     path = tmp_path / "a.pt"
     save(path, record(step=1))
     with pytest.raises(UserError, match="unfinished .step 1 of 2."):
-        load_finished(path, "make it", "base", "cpu")
+        load_finished(path, "base", "cpu", "make it")
     save(path, record())
     for kind, preset in (("policy", "cpu"), ("base", "gpu")):
         with pytest.raises(UserError, match=f"is a cpu base, not a {preset} {kind}"):
-            load_finished(path, "make it", kind, preset)
+            load_finished(path, kind, preset, "make it")
 
 
-def test_resuming_with_other_settings_is_refused_and_with_another_device_is_not(tmp_path):
-    path = tmp_path / "a.pt"
-    assert resume(path, Config(preset="cpu"), "make it") is None
+def begin(path, config):
+    run = Run("base", path, path.with_name("log.jsonl"), config, "make it")
+    run.lock.close()
+    return run
+
+
+def test_resuming_with_another_config_is_refused_unless_results_stay_the_same(tmp_path):
+    path, free = tmp_path / "a.pt", dict(device="cuda", out="elsewhere", name="b", save_every=1)
+    assert begin(path, Config(preset="cpu")).record is None
     save(path, record())
-    assert resume(path, Config(preset="cpu", device="cuda", out="elsewhere"),
-                  "make it")["step"] == 2
+    free |= dict(eval_every=1, eval_prompts=1)
+    assert begin(path, Config(preset="cpu", **free)).first_step == 2
     for change, words in ((dict(rate=0.6), "rate 0.5, now 0.6"),
                           (dict(preset="smoke"), "preset 'cpu', now 'smoke'")):
         with pytest.raises(UserError, match=f"made with {words}"):
-            resume(path, Config(**dict(preset="cpu") | change), "make it")
+            begin(path, Config(**dict(preset="cpu") | change))
+
+
+def test_nobody_is_told_to_remove_a_file_of_their_own(tmp_path):
+    path = tmp_path / "mine.pt"
+    path.write_bytes(b"something else")
+    with pytest.raises(UserError, match="not a checkpoint of this version: name another file$"):
+        load(path)
+    for change in (dict(step=1), dict(kind="policy")):
+        save(path, record(**change))
+        with pytest.raises(UserError, match=": name another file$"):
+            load_finished(path, "base", "cpu")
 
 
 def test_streams_depend_on_their_key_alone():
@@ -146,7 +171,7 @@ def test_flags_override_presets_override_defaults():
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--preset", "big"], "no preset 'big': choose one of smoke, cpu, gpu"), (["--speed", "3"], "unrecognized arguments: --speed 3"),
+    (["--preset", "big"], "argument --preset: invalid choice: 'big'"), (["--speed", "3"], "unrecognized arguments: --speed 3"),
     (["--rate", "much"], "argument --rate: invalid float value"), (["--rate", "2"], "--rate must be at most 1")])
 def test_bad_flags_are_one_line(argv, words):
     with pytest.raises(UserError) as error:
@@ -154,14 +179,26 @@ def test_bad_flags_are_one_line(argv, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_the_device_decides_the_preset():
+    assert parse("x.py", Config, PRESETS, "", ["--device", "cpu"])[0].preset == "cpu"
+    assert parse("x.py", Config, PRESETS, "", ["--device", "mps"])[0].preset == "cpu"
+    assert parse("x.py", Config, PRESETS, "", ["--device", "cuda"])[0].preset == "gpu"
+
+
 def test_a_resumed_log_drops_torn_lines_and_steps_to_come(tmp_path):
-    path, device = tmp_path / "log.jsonl", torch.device("cpu")
-    log = runtime.Log(path, Config(), device)
+    path, model = tmp_path / "log.jsonl", torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run = begin(tmp_path / "a.pt", Config(preset="cpu"))
+    run.start("cpu", model, optimizer)
     for step in range(5):
-        log(step=step, x=step / 3)
+        run.log(step=step, x=step / 3)
     with open(path, "a") as file:
         file.write('{"step": 5, "x"')
-    runtime.Log(path, Config(), device, first_step=3)(step=3, x=1.0)
+    weights = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+    save(tmp_path / "a.pt", record(step=3, **weights))
+    run = begin(tmp_path / "a.pt", Config(preset="cpu"))
+    run.start("cpu", model, optimizer)
+    run.log(step=3, x=1.0)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [r.get("step", "head") for r in records] == ["head", 0, 1, 2, 3]
-    assert {"commit", "device", "settings", "torch"} <= set(records[0])
+    assert {"commit", "device", "config", "torch"} <= set(records[0])

@@ -1,6 +1,6 @@
 """What each half of EG-GRPO adds to the gradient, exactly.
 
-    python bonus.py             a minute; prints tables
+    python -m lab.bonus             a minute; prints tables
 
 With on-policy sampling a bonus that does not depend on the sampled token is a baseline: E_a[d *
 grad log pi(a)] = 0. So does the bonus of EG-GRPO explore? Here a policy over 3 ^ 10 sequences is
@@ -18,7 +18,7 @@ import time
 
 import torch
 
-import runtime
+import common
 from eggrpo import (METHODS, Config, differentiable_entropy, entropy_masks, group_advantages,
                     policy_loss, shape_advantages)
 
@@ -33,7 +33,7 @@ class Instance:
 
     def __init__(self, seed):
         noise = lambda name, *shape: torch.randn(
-            *shape, generator=runtime.generator(seed, name), dtype=torch.float64)
+            *shape, generator=common.generator(seed, name), dtype=torch.float64)
         self.theta = 1.5 * noise("theta", T, V + 1, V)
         # the policy without its prompt
         self.empty = 0.5 * self.theta + 0.5 * noise("empty", T, V + 1, V)
@@ -84,7 +84,7 @@ def parts_of_the_method(advantage, entropy):
         "bonus where it is 0.3 abs(A)": by_advantage * high * (by_entropy > by_advantage),
         "bonus: both": torch.minimum(by_entropy, by_advantage) * high,
         "exclusion: -A on low": -a * low,
-        "EG-GRPO: all of it": shape_advantages(advantage, entropy, valid),
+        "EG-GRPO: all of it": shape_advantages(advantage, entropy, low, high),
     }
 
 
@@ -169,7 +169,7 @@ def train(instances, method, guidance, steps, **change):
     empty, start = torch.stack([i.empty for i in instances]), theta.detach().clone()
     optimizer, n, t = torch.optim.Adam([theta], 0.03), len(instances), torch.arange(T)
     for step in range(steps):
-        draw = runtime.generator("bonus", step)
+        draw = common.generator("bonus", step)
         with torch.no_grad():
             tokens = sample(empty + guidance * (theta - empty), PROMPTS * GROUP, draw)  # (n, 32, T)
             reward = torch.stack([i.rewards(x) for i, x in zip(instances, tokens)])
@@ -182,8 +182,8 @@ def train(instances, method, guidance, steps, **change):
         entropy = pick(differentiable_entropy(theta)).flatten(0, 1)
         valid = torch.ones_like(logp, dtype=torch.bool)
         advantage = group_advantages(reward.view(-1, GROUP)).flatten()
-        knobs = (config.low_frac, config.high_frac)
-        shaped = shape_advantages(advantage, entropy.detach(), valid, *knobs, config.bonus_coef,
+        low, high = entropy_masks(entropy.detach(), valid, config.low_frac, config.high_frac)
+        shaped = shape_advantages(advantage, entropy.detach(), low, high, config.bonus_coef,
                                   config.bonus_cap)
         loss, _ = policy_loss(logp,
                               logp.detach(),
@@ -193,7 +193,6 @@ def train(instances, method, guidance, steps, **change):
                               beta=0.01,
                               denominator=logp.numel() / n)
         if config.entropy_coef:
-            high = entropy_masks(entropy.detach(), valid, *knobs)[1]
             loss = loss - config.entropy_coef * (entropy * high).sum() / (logp.numel() / n)
         optimizer.zero_grad()
         loss.backward()
@@ -237,7 +236,7 @@ def sampled_table(seeds, steps, guidance):
 
 def main():
     started = time.time()
-    runtime.require(len(sys.argv) == 1, "usage: python bonus.py")
+    common.check(len(sys.argv) == 1, "usage: python -m lab.bonus")
     torch.set_default_dtype(torch.float64)
     mismatch = f"drawn under guidance {GUIDANCE:g}, scored without"
     for title, guidance in (("on-policy", 1.0), (mismatch, GUIDANCE)):
@@ -250,4 +249,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    common.run(main)

@@ -1,0 +1,189 @@
+"""Shared helpers: errors, command line, device, random streams, writing files.
+
+User errors, refused writes and exhausted memory print one line to stderr and exit with status 2;
+SIGINT and SIGTERM exit with status 130 and 143.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import math
+import os
+import shlex
+import signal
+import sys
+import typing
+from pathlib import Path
+
+import torch
+
+
+class UserError(ValueError):
+    """An error that the user can correct; run() prints it as one line and exits with status 2."""
+
+
+class TrainingDiverged(UserError):
+    """A value of a training step is not finite or out of bounds; its update was not made."""
+
+
+def check(condition, message):
+    """Raise UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def check_at_least(minimum, config, *names):
+    """Raise UserError unless each of these fields of a config is finite and at least `minimum`."""
+    for name in names:
+        value, flag = getattr(config, name), name.replace("_", "-")
+        check(minimum <= value < math.inf, f"--{flag} {value}: must be at least {minimum}, finite")
+
+
+def run(main):
+    """Run a command's main() and turn user errors and signals into one line and an exit status."""
+    status = 2
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
+        return main()
+    except KeyboardInterrupt as interrupt:
+        print(file=sys.stderr)  # ends the line of ^C or of the progress bar
+        message = "interrupted; the same command goes on from what is saved"
+        status = (*interrupt.args, 130)[0]
+    except UserError as error:
+        message = f"error: {error}"
+    except (OSError, MemoryError, RuntimeError) as error:
+        memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+        if memory or "can't allocate memory" in str(error):
+            message = "error: out of memory: lower --micro-batch (results stay the same), then "
+            message += "--prompts or --plans-per-prompt; in other commands --batch"
+        elif isinstance(error, OSError) and error.strerror:
+            message = f"error: {error.filename or 'output'}: {error.strerror}"
+        else:
+            raise  # a bug keeps its traceback
+    print("".join(c if c.isprintable() else " " for c in message), file=sys.stderr)
+    sys.exit(status)
+
+
+def _interrupt(number, frame):
+    raise KeyboardInterrupt(128 + number)
+
+
+# --- command line, device, random streams ---------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse itself would print 40 flags before the message
+        raise UserError(f"{message} (see --help)")
+
+
+def parse(script, config_class, presets, description, argv=None, methods=None):
+    """Build a config from defaults, preset, method and flags, each overriding those before it.
+
+    config_class: frozen dataclass with a field `preset` and a check() that raises UserError;
+    methods: {name: Method} if it has a field `method`. Returns the config and the command line.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    for name, method in (methods or {}).items():
+        description += f"\n  --method {name:16} {method.about}"
+    style = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(description=description, formatter_class=style, allow_abbrev=False)
+    choices = dict(preset=list(presets), method=list(methods or ()))
+    for field in dataclasses.fields(config_class):
+        kind, allowed = type(field.default), choices.get(field.name) or typing.get_args(field.type)
+        options = dict(type=kind, choices=allowed or None, metavar=kind.__name__)
+        options = dict(action=argparse.BooleanOptionalAction) if kind is bool else options
+        shown = {p: values[field.name] for p, values in presets.items() if field.name in values}
+        values = [f"default {field.default!r}", *(f"{p} {v}" for p, v in shown.items())]
+        values += [f"one of {', '.join(allowed)}"] if allowed else []
+        options["help"] = ", ".join(values)
+        parser.add_argument("--" + field.name.replace("_", "-"), default=None, **options)
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    for name, value in given.items():
+        valid = value != "" if isinstance(value, str) else abs(value) < 2**31  # False for NaN
+        flag = f"--{name.replace('_', '-')} {value!r}"
+        check(valid, f"{flag}: must be less than 2 ** 31, not empty, not NaN")
+    given.setdefault("preset", default_preset(given.get("device", "auto")))
+    method = methods[given.get("method", config_class.method)].values if methods else {}
+    config = config_class(**{**presets[given["preset"]], **method, **given})
+    config.check()
+    return config, shlex.join(["python", *script.split(), *map(str, argv)])
+
+
+def default_preset(device="auto"):
+    """gpu on CUDA, cpu on any other device."""
+    cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    return "gpu" if cuda else "cpu"
+
+
+def pick_device(name="auto"):
+    """Choose the device, CUDA if available, and print the reason. MPS is used only if asked for."""
+    reason = "as asked"
+    if name == "auto":
+        cuda = torch.cuda.is_available()
+        name, reason = ("cuda", torch.cuda.get_device_name()) if cuda else ("cpu", "no CUDA")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # some device types cannot hold values
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used ({reason}): try --device cpu") from None
+    threads = torch.get_num_threads()
+    print(f"device: {device} ({reason}), torch {torch.__version__}, {threads} threads")
+    return device
+
+
+def generator(*key):
+    """Return a CPU generator seeded by a key such as (seed, "rollout", step) and nothing else."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def set_lr(optimizer, lr):
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def check_finite(terms):
+    """Raise TrainingDiverged unless all terms are finite. terms: {name: float}."""
+    wrong = [f"{name} is {value}" for name, value in terms.items() if not math.isfinite(value)]
+    if wrong:
+        raise TrainingDiverged(", ".join(wrong))
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def write(path, data, append=False):
+    """Write bytes to a temporary name and rename it, or append. Raises UserError if that fails."""
+    path = Path(path)
+    target = path if append else path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(target, "ab" if append else "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint must not reach the disk before its log
+        os.replace(target, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.with_name(path.name + ".tmp").unlink()
+        message = f"cannot write {path}: {error.strerror}; correct that and run the same command"
+        raise UserError(f"{message} again: what was saved is kept") from None
+
+
+def command_for(script, preset, out):
+    """Return the command that makes a stage, for messages."""
+    folder = "" if out == "out" else f" --out {shlex.quote(out)}"
+    return f"python {script} --preset {preset}{folder}"
+
+
+def to_jsonable(value):
+    """Round floats to six digits; replace NaN and infinity, which JSON lacks, by None."""
+    if isinstance(value, dict):
+        return {k: to_jsonable(v) for k, v in value.items()}
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""Studies, figures, benchmarks and kill tests: uses the lesson, and nothing in the lesson uses it."""

@@ -1,0 +1,159 @@
+"""Prompts become plans, images and rewards: one batch of rollouts, and what is logged of it.
+
+Used by eggrpo.py; sample_images is also used by evaluate.py and sample.py. Dimension letters as in
+eggrpo.py: P prompts, G rollouts per prompt, B = P * G, S, C, L slots, T = C + L.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import common
+import rewards
+from common import TrainingDiverged
+from model import forward_logits, generate, normalized_entropy
+from scenes import END, WORLDS, World, encode_scenes, make_scene
+from tiny_vq import load_tokenizer
+
+
+def draw_uniform(policy, count, images_per_plan, *key):
+    """Draw the noise of `count` sequences, (count, T) in [0, 1). Each `images_per_plan` in a row
+    share the noise of the plan, hence the plan. key: as for common.generator."""
+    uniform = torch.rand(count, policy.C + policy.L, generator=common.generator(*key))
+    plans = uniform[::images_per_plan, : policy.C]
+    uniform[:, : policy.C] = plans.repeat_interleave(images_per_plan, 0)
+    return uniform
+
+
+class Env(NamedTuple):
+    """What turns the codes of a policy into images and rewards."""
+
+    tokenizer: torch.nn.Module
+    world: World
+    device: torch.device
+
+
+def load_env(preset, out, device):
+    return Env(load_tokenizer(preset, out, device), WORLDS[preset], device)
+
+
+def sample_images(env, policy, prompt, uniform, **options):
+    """Sample and decode. prompt: (P, S); uniform: (B, T); options: as for model.generate. Returns a
+    Sample of B sequences and images (B, 3, h, w) in [0, 1]."""
+    sample = generate(policy, prompt.to(env.device), uniform.to(env.device), **options)
+    return sample, env.tokenizer.decode(sample.codes).float()
+
+
+def sample_scenes(env, policy, scenes, *key, **options):
+    """Draw one image for each scene's prompt. key: of the noise. Returns as sample_images."""
+    prompt, uniform = encode_scenes(env.world, scenes)[0], draw_uniform(policy, len(scenes), 1, *key)
+    return sample_images(env, policy, prompt, uniform, **options)
+
+
+def training_scenes(world, config, step):
+    """Make the P scenes of a step. Every third has a rare pair."""
+    scenes, seed = [], 1000 + config.seed
+    for i in range(step * config.prompts, (step + 1) * config.prompts):
+        split, index = ("rare-train", i // 3) if i % 3 == 2 else ("train", i - i // 3)
+        scenes.append(make_scene(world, split, seed, index))
+    return scenes
+
+
+class Rollout(NamedTuple):
+    prompt: Tensor  # (B, S) word ids, each prompt G times in a row
+    plan: Tensor  # (B, C) word ids
+    codes: Tensor  # (B, L)
+    logp: Tensor  # (B, T) of the sampled tokens when they were sampled, nats
+    entropy: Tensor  # (B, T) of the distributions that they were sampled from, fraction of log V
+    valid: Tensor  # (B, T) bool
+    images: Tensor  # (B, 3, h, w) in [0, 1]
+    rewards: Tensor  # (P, G)
+    components: dict  # {name: (P, G)}, NaN if a component does not apply
+    exact: Tensor  # (P, G)
+
+
+@torch.no_grad()
+def make_rollout(policy, env, scenes, config, step):
+    """Sample plans and images for each scene's prompt and score the images. Returns a Rollout."""
+    g = config.plans_per_prompt * config.images_per_plan
+    prompt = encode_scenes(env.world, scenes)[0].to(env.device)  # (P, S)
+    uniform = draw_uniform(policy, len(scenes) * g, config.images_per_plan, config.seed, "rollout", step)
+    target = rewards.make_want(env.world, [s for s in scenes for _ in range(g)], env.device)
+    # all that comes from the host has been sent: from here on it does not wait for the device
+    sample, images = sample_images(env, policy, prompt, uniform, guidance=config.guidance)
+    reward, components, exact = rewards.score(images, target, env.world)
+    reward = exact if config.reward == "exact" else reward
+    prompt, entropy = prompt.repeat_interleave(g, 0), sample.entropy
+    if config.score_guidance:  # the released mismatch: entropy too is that of scoring
+        logits = forward_logits(policy, prompt, sample.plan, sample.codes, config.score_guidance)
+        entropy = torch.cat([normalized_entropy(x.log_softmax(-1)) for x in logits], 1)
+    grouped = lambda x: x.view(len(scenes), g)  # (B,) -> (P, G)
+    components = {name: grouped(value) for name, value in components.items()}
+    return Rollout(prompt, sample.plan, sample.codes, sample.logp, entropy, sample.valid, images,
+                   grouped(reward), components, grouped(exact))  # fmt: skip
+
+
+# --- statistics for the log -------------------------------------------------------------------------
+
+
+def split_modalities(plan_slots):
+    """Slices of a sequence's sampled tokens, T = C + L."""
+    return {"plan": slice(None, plan_slots), "image": slice(plan_slots, None)}
+
+
+def entropy_moments(entropy, valid):
+    """Mean and std of each row's entropy over its valid tokens. (B, T) -> (B,), (B,)."""
+    n = valid.sum(1).clamp(min=1)
+    mean = (entropy * valid).sum(1) / n
+    return mean, (((entropy - mean[:, None]) ** 2 * valid).sum(1) / n).sqrt()
+
+
+def entropy_stats(entropy, valid, plan_slots):
+    """Average the moments of entropy over a batch, for plan and image. Returns a dict of scalars."""
+    stats = {}
+    for name, part in split_modalities(plan_slots).items():
+        mean, std = entropy_moments(entropy[:, part], valid[:, part])
+        stats |= {f"{name}_entropy": mean.mean(), f"{name}_entropy_std": std.mean()}
+    return stats
+
+
+def rollout_stats(rollout, batch):
+    """Describe a batch of rollouts. Returns a dict of scalars to log."""
+    c, r, n = rollout.plan.shape[1], rollout.rewards, rollout.valid.sum()
+    bonus = batch.advantage - batch.group_advantage[:, None]  # (B, T)
+    bonus = torch.where(rollout.valid & ~batch.low, bonus, 0.0)
+    return dict(
+        reward=r.mean(), exact=rollout.exact.mean(),
+        **{name: value.nanmean() for name, value in rollout.components.items()},
+        reward_std=r.std(1).mean(), frac_reward_zero_std=(r.amax(1) == r.amin(1)).float().mean(),
+        plan_length=rollout.valid[:, :c].sum(1).float().mean(),
+        frac_truncated_plans=(rollout.plan != END).all(1).float().mean(),
+        low_share=batch.low.sum() / n, high_share=batch.high.sum() / n, bonus=bonus.sum() / n,
+        **entropy_stats(rollout.entropy, rollout.valid, c),
+    )  # fmt: skip
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+# nats, and a fraction of 1 + |logp|; the README gives the measurements that they are chosen from
+LOGP_DIFF_BOUNDS = {
+    "cpu": dict(logp_diff_mean=5e-6, logp_diff_max=1e-3),
+    "cuda": dict(logp_diff_mean=0.05, logp_diff_max=0.5),
+}
+
+
+def check_stats(stats, config, device, update="update 1 of 1"):
+    """Raise TrainingDiverged if a value is not finite or sampler and learner are not one policy.
+
+    Before the first update of a step the rollout's log-probs equal the re-scored ones up to
+    rounding. The bounds are wider on CUDA, where bf16 rounds a whole sequence differently from a
+    single slot. A component that no prompt of the batch asks for is NaN.
+    """
+    for name, value in stats.items():
+        if not (value.isfinite() or name in rewards.REWARDS):
+            raise TrainingDiverged(f"{name} is {value.item()} in {update}")
+    for name, bound in LOGP_DIFF_BOUNDS["cuda" if device.type == "cuda" else "cpu"].items():
+        if stats[name] > bound and not config.score_guidance:
+            raise TrainingDiverged(f"{name} is {stats[name]:.1e} in {update}, more than {bound:.0e}: "
+                                   "sampler and learner are not the same policy")
