@@ -181,14 +181,18 @@ class Run:
             return
         finite = all(value.isfinite().all() for value in model.state_dict().values())
         if not finite:
-            problem = f"step {step} made weights that are not finite: they are not saved; lower --lr"
+            problem = (
+                f"step {step} made weights that are not finite: they are not saved; lower --lr"
+            )
             raise TrainingDiverged(f"{problem}. {self._last_checkpoint()}")
         state = optimizer.state_dict() if done < config.steps else {}  # a finished run needs none
         record = dict(kind=self.kind, config=result_config(config), step=done, steps=config.steps)
         weights = dict(model_config=model.config, model=model.state_dict(), optimizer=state)
         save(self.path, record | weights | more)
         if self.signal:
-            print(f"\ninterrupted; saved in {self.path}; go on with `{self.command}`", file=sys.stderr)
+            print(
+                f"\ninterrupted; saved in {self.path}; go on with `{self.command}`", file=sys.stderr
+            )
             sys.exit(128 + self.signal)
 
     def _last_checkpoint(self):

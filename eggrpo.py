@@ -123,7 +123,8 @@ METHODS = {  # all share one loop and one loss
     "grpo": Method("one advantage for every token", GRPO),
     "eggrpo": Method("the paper: exclusion and bonus, plan and image", {}),
     "eggrpo-text": Method("the paper's ablation: shaping on the plan only", dict(modality="plan")),
-    "eggrpo-image": Method("the paper's ablation: shaping on the image only", dict(modality="image")),
+    "eggrpo-image": Method("the paper's ablation: shaping on the image only",
+                           dict(modality="image")),
     "bonus": Method("one half of the method: the bonus", dict(low_frac=0.0)),
     "exclude": Method("one half of the method: exclusion", dict(bonus_coef=0.0)),
     "eggrpo-gradient": Method("exclusion, and for the bonus a true entropy gradient on high tokens",
@@ -284,8 +285,8 @@ def make_batch(rollout, config):
         kept = rollout.rewards.amax(1) > rollout.rewards.amin(1)  # (P,)
         weight = weight * kept.repeat_interleave(rollout.rewards.shape[1])[:, None]
     denominator_weight = torch.ones_like(weight) if config.constant_denominator else weight
-    return Batch(rollout.prompt, rollout.plan, rollout.codes, rollout.logp, rollout.valid, a, shaped,
-                 low, high, weight, denominator_weight)  # fmt: skip
+    return Batch(rollout.prompt, rollout.plan, rollout.codes, rollout.logp, rollout.valid, a,
+                 shaped, low, high, weight, denominator_weight)  # fmt: skip
 
 
 def modality_masks(entropy, rollout, config):
@@ -311,8 +312,8 @@ def micro_batch_loss(policy, reference, part, denominator, config):
             logp_ref = token_logp(*ref_logits, part.plan, part.codes)
     # with the released mismatch the ratio is 1 by construction, and hides it
     logp_old = logp.detach() if config.score_guidance else part.logp
-    loss, stats = policy_loss(logp, logp_old, logp_ref, part.advantage, part.loss_weight, config.beta,
-                              config.clip_low, config.clip_high, denominator)  # fmt: skip
+    loss, stats = policy_loss(logp, logp_old, logp_ref, part.advantage, part.loss_weight,
+                              config.beta, config.clip_low, config.clip_high, denominator)  # fmt: skip
     if config.entropy_coef:
         entropy = torch.cat([differentiable_entropy(x) for x in logits], 1)  # (B, T)
         high_entropy = torch.where(part.high, entropy, 0.0) * part.loss_weight

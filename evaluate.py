@@ -185,7 +185,9 @@ def evaluate_and_save_gallery(env, policy, config, folder, step):
         for old in folder.glob("gallery-*.png"):
             old.unlink()
     options, n = dict(guidance=config.guidance), config.eval_prompts
-    usual, rare = (summarize(evaluate(env, policy, split, n, **options)) for split in ("eval", "rare"))
+    usual, rare = (
+        summarize(evaluate(env, policy, split, n, **options)) for split in ("eval", "rare")
+    )
     images, exact = gallery_row(env, policy, **options)
     sheet = gallery([images], gallery_titles(env.world), [f"step {step}"], [exact])
     save_image(sheet, folder / f"gallery-{step:05d}.png")
@@ -196,7 +198,9 @@ def evaluate_and_save_gallery(env, policy, config, folder, step):
         options = dict(save_all=True, append_images=frames[1:], duration=duration, loop=0)
         save_image(frames[0], folder / "training.gif", **options)
     numbers = usual["reward"], usual["exact"], rare["exact"]
-    tqdm.write("step {}: held-out reward {:.3f}, exact {:.3f}, rare pairs {:.3f}".format(step, *numbers))
+    tqdm.write(
+        "step {}: held-out reward {:.3f}, exact {:.3f}, rare pairs {:.3f}".format(step, *numbers)
+    )
     return dict(eval_reward=usual["reward"], eval_exact=usual["exact"],
                 rare_reward=rare["reward"], rare_exact=rare["exact"])  # fmt: skip
 
@@ -216,7 +220,9 @@ def load_policies(config, device):
             policy, trained = load_policy(path, "policy", config.preset, command, device)
             policies[path.parent.name] = policy, dict(guidance=trained["guidance"])
     if len(policies) == 2:
-        print(f"no finished run in {folder}: only the base policy is scored (make one with `{command}`)")
+        print(
+            f"no finished run in {folder}: only the base policy is scored (make one: `{command}`)"
+        )
     return policies
 
 

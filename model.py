@@ -51,7 +51,7 @@ class Block(nn.Module):
         # (B, H, n, D/H) each
         q, k, v = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if cache is not None:
-            copies = cache.view(2, b, -1, self.heads, *cache.shape[2:])       # (2, B, G, H, N, D/H)
+            copies = cache.view(2, b, -1, self.heads, *cache.shape[2:])  # (2, B, G, H, N, D/H)
             copies[:, :, :, :, :n] = torch.stack([k, v])[:, :, None]
         attended = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
         x = x + self.proj(attended.reshape(b, n, d))
@@ -63,10 +63,10 @@ class Block(nn.Module):
         Plain batched products: with one query a sequence, scaled_dot_product_attention is slower.
         """
         b, d = x.shape
-        qkv = self.qkv(self.norm1(x)).view(b, 3, self.heads, -1)                    # (B, 3, H, D/H)
+        qkv = self.qkv(self.norm1(x)).view(b, 3, self.heads, -1)  # (B, 3, H, D/H)
         cache.view(2, b, self.heads, *cache.shape[2:])[:, :, :, slot] = qkv[:, 1:].transpose(0, 1)
-        q, (k, v) = qkv[:, 0].reshape(b * self.heads, 1, -1), cache[:, :, :slot + 1]
-        seen = torch.baddbmm(bias[..., :slot + 1], q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+        q, (k, v) = qkv[:, 0].reshape(b * self.heads, 1, -1), cache[:, :, : slot + 1]
+        seen = torch.baddbmm(bias[..., : slot + 1], q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
         x = x + self.proj(torch.bmm(seen.softmax(-1), v).view(b, d))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -75,32 +75,50 @@ class Policy(nn.Module):
     """words, codes: vocabulary sizes; code_dim: width of the tokenizer's codebook vectors.
     prompt_slots, plan_slots, image_tokens: S, C, L."""
 
-    def __init__(self, words, codes, code_dim, prompt_slots, plan_slots, image_tokens, width=128,
-                 layers=4, heads=4):
+    def __init__(
+        self,
+        words,
+        codes,
+        code_dim,
+        prompt_slots,
+        plan_slots,
+        image_tokens,
+        width=128,
+        layers=4,
+        heads=4,
+    ):
         super().__init__()
-        self.config = dict(words=words, codes=codes, code_dim=code_dim, prompt_slots=prompt_slots,
-                           plan_slots=plan_slots, image_tokens=image_tokens, width=width,
-                           layers=layers, heads=heads)
+        self.config = dict(
+            words=words,
+            codes=codes,
+            code_dim=code_dim,
+            prompt_slots=prompt_slots,
+            plan_slots=plan_slots,
+            image_tokens=image_tokens,
+            width=width,
+            layers=layers,
+            heads=heads,
+        )
         self.S, self.C, self.L = prompt_slots, plan_slots, image_tokens
         self.slots = prompt_slots + plan_slots + image_tokens + 1  # the last code is never an input
         self.word_embedding = nn.Embedding(words, width)
         # (D, SMEAR)
         self.smear = nn.Parameter(torch.empty(width, SMEAR))
         self.code_embedding = nn.Embedding(codes, width)
-        self.register_buffer("codebook", torch.randn(codes, code_dim))        # see set_codebook
+        self.register_buffer("codebook", torch.randn(codes, code_dim))  # see set_codebook
         self.code_aligner = nn.Linear(code_dim, width, bias=False)
         self.code_query = nn.Linear(width, code_dim, bias=False)
         self.place_embedding = nn.Embedding(prompt_slots + plan_slots + 2, width)
-        side = int(image_tokens ** 0.5)
+        side = int(image_tokens**0.5)
         self.row_embedding = nn.Embedding(side, width)
         self.column_embedding = nn.Embedding(side, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        self.graphs = {}                                 # CUDA graphs, see sample_by_graph
+        self.graphs = {}  # CUDA graphs, see sample_by_graph
         self.norm = nn.LayerNorm(width, bias=False)
         self.word_head = nn.Linear(width, words - END, bias=False)
         self.code_head = nn.Linear(width, codes, bias=False)
         for name, p in self.named_parameters():
-            if p.dim() > 1:                                                 # GPT-2's initialisation
+            if p.dim() > 1:  # GPT-2's initialisation
                 last = name.endswith(("proj.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / (2 * layers) ** 0.5 if last else 0.02)
 
@@ -150,12 +168,12 @@ class Policy(nn.Module):
         the codes (B, L, codes)."""
         words = self.join_words(prompt, plan)
         x = torch.cat([self.embed_words(words), self.embed_codes(codes[:, :-1])], 1)
-        x = x + self.places()                                                            # (B, N, D)
-        mask = causal_mask(F.pad(words != PAD, (0, self.L - 1), value=True))             # (B, N, N)
+        x = x + self.places()  # (B, N, D)
+        mask = causal_mask(F.pad(words != PAD, (0, self.L - 1), value=True))  # (B, N, N)
         for block in self.blocks:
             x = block(x, mask[:, None])
         x = self.norm(x)
-        plan, image = x[:, self.S:self.S + self.C], x[:, self.S + self.C + 1:]
+        plan, image = x[:, self.S : self.S + self.C], x[:, self.S + self.C + 1 :]
         return self.word_head(plan), self.code_logits(image)
 
 
@@ -259,11 +277,12 @@ class Decoder:
         self.cache = [torch.empty(size, dtype=dtype, device=device) for _ in policy.blocks]
         self.bias = torch.zeros(batch, heads, policy.slots, device=device)
         nothing = prompts.new_full((len(prompts), policy.C), PAD)
-        start = policy.join_words(prompts, nothing)[:, :policy.S + 1]         # the prompt, <plan>
+        start = policy.join_words(prompts, nothing)[:, : policy.S + 1]  # the prompt, <plan>
         self.words = policy.join_words(prompts, nothing).repeat_interleave(batch // len(prompts), 0)
         n, keep = policy.S + 1, start != PAD
-        self.bias[..., :n].masked_fill_(~keep.repeat_interleave(batch // len(prompts), 0)[:, None],
-                                        float("-inf"))
+        self.bias[..., :n].masked_fill_(
+            ~keep.repeat_interleave(batch // len(prompts), 0)[:, None], float("-inf")
+        )
         x, mask = policy.embed_words(start) + self.places[:n], causal_mask(keep)
         for block, memory in zip(policy.blocks, self.cache):
             x = block(x, mask[:, None], memory)
@@ -279,7 +298,7 @@ class Decoder:
         """word: (B,); PAD stays unseen by all that follows."""
         self.words[:, self.slot] = word
         self.bias[..., self.slot].masked_fill_((word == PAD)[:, None], float("-inf"))
-        window = self.words[:, max(0, self.slot + 1 - SMEAR):self.slot + 1]
+        window = self.words[:, max(0, self.slot + 1 - SMEAR) : self.slot + 1]
         self._feed(self.policy.embed_words(window)[:, -1])
 
     def feed_code(self, code):

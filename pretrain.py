@@ -106,7 +106,7 @@ def shuffled(items, seed, epoch):
 
 
 def training_batch(corpus, config, step, device):
-    """Return prompts (B, S), plans (B, C), codes (B, L) of a step, some prompts and plans dropped."""
+    """Return prompts (B, S), plans (B, C), codes (B, L), some prompts and plans dropped."""
     epoch_size = max(config.items // config.batch, 1) * config.batch
     epoch, offset = divmod(step * config.batch, epoch_size)
     rows = shuffled(config.items, config.seed, epoch)[offset : offset + config.batch]
@@ -122,8 +122,16 @@ def training_batch(corpus, config, step, device):
 
 def make_policy(config, world, codebook):
     """Make an untrained policy for a world and a tokenizer's codebook (V, code_dim)."""
-    policy = Policy(len(WORDS), *codebook.shape, world.prompt_slots, world.plan_slots,
-                    world.image_tokens, config.width, config.layers, config.heads)
+    policy = Policy(
+        len(WORDS),
+        *codebook.shape,
+        world.prompt_slots,
+        world.plan_slots,
+        world.image_tokens,
+        config.width,
+        config.layers,
+        config.heads,
+    )
     policy.set_codebook(codebook)
     return policy
 

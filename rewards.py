@@ -34,28 +34,28 @@ from torch import Tensor
 from common import UserError
 from scenes import COLOURS, BACKGROUND, RELATIONS, SHAPES, stamp
 
-INK_FLOOR = 0.25       # contrast with the background below this is no paint
-INK_FULL = 0.6         # contrast above this is full paint: objects differ in brightness
-MATCH = 0.75           # least Dice overlap of ink and template that counts as an object
-MOST = 16              # objects a picture is searched for; a tokenizer's scene has up to 8
-CLEAN = 0.9            # least cleanliness of an exact picture
+INK_FLOOR = 0.25  # contrast with the background below this is no paint
+INK_FULL = 0.6  # contrast above this is full paint: objects differ in brightness
+MATCH = 0.75  # least Dice overlap of ink and template that counts as an object
+MOST = 16  # objects a picture is searched for; a tokenizer's scene has up to 8
+CLEAN = 0.9  # least cleanliness of an exact picture
 
 
 class Want(NamedTuple):
-    kinds: Tensor      # (B, K) how many of each kind
-    relation: Tensor   # (B,) index into RELATIONS, -1 where the prompt names none
-    pair: Tensor       # (B, 2) kinds of the relation's subject and object
+    kinds: Tensor  # (B, K) how many of each kind
+    relation: Tensor  # (B,) index into RELATIONS, -1 where the prompt names none
+    pair: Tensor  # (B, 2) kinds of the relation's subject and object
 
 
 class Found(NamedTuple):
-    kinds: Tensor      # (B, K) how many of each kind
-    kind: Tensor      # (B, M) kind of each object, the best match first; -1 where there are no more
-    row: Tensor        # (B, M) centre of each object, in pixels
-    column: Tensor     # (B, M)
-    ink: Tensor        # (B,) pixels of palette colour, in pixels
+    kinds: Tensor  # (B, K) how many of each kind
+    kind: Tensor  # (B, M) kind of each object, the best match first; -1 where there are no more
+    row: Tensor  # (B, M) centre of each object, in pixels
+    column: Tensor  # (B, M)
+    ink: Tensor  # (B,) pixels of palette colour, in pixels
     explained: Tensor  # (B,) those that lie on an object of their colour
-    shape: tuple       # (colours, textures, shapes): how K unfolds
-    reach: float       # pixels by which centres must differ for a relation to hold
+    shape: tuple  # (colours, textures, shapes): how K unfolds
+    reach: float  # pixels by which centres must differ for a relation to hold
 
 
 def kind_index(world, colour, shape, texture):
@@ -74,11 +74,15 @@ def make_want(world, scenes, device="cpu"):
         if scene.relation:
             pair[i] = indices[:2]
     relation = [RELATIONS.index(s.relation) if s.relation else -1 for s in scenes]
-    return Want(torch.from_numpy(kinds).to(device), torch.tensor(relation, device=device),
-                torch.from_numpy(pair).to(device))
+    return Want(
+        torch.from_numpy(kinds).to(device),
+        torch.tensor(relation, device=device),
+        torch.from_numpy(pair).to(device),
+    )
 
 
 # --- what the picture shows -----------------------------------------------------------------------
+
 
 @lru_cache(maxsize=8)
 def _palette(device):
@@ -95,9 +99,9 @@ def ink(images):
     A pixel is background + a * (colour - background) with contrast a; it belongs to the colour that
     leaves the least residue.
     """
-    ground, axes = _palette(str(images.device))                              # (3,), (C, 3)
+    ground, axes = _palette(str(images.device))  # (3,), (C, 3)
     offset = images.float() - ground[:, None, None]
-    square = (axes ** 2).sum(1)[:, None, None]                                           # (C, 1, 1)
+    square = (axes**2).sum(1)[:, None, None]  # (C, 1, 1)
     dot = torch.einsum("bkhw,ck->bchw", offset, axes)
     cover = (dot / square).clamp_(0, 1)
     # |offset - a axis|^2 less |offset|^2, the same for all colours
@@ -124,40 +128,50 @@ def detect(images, world):
     """Find the objects in pictures. images: (B, 3, h, w) in [0, 1]."""
     b, _, h, w = images.shape
     c, t, s = len(COLOURS), len(world.textures), len(SHAPES)
-    templates = _templates(world, str(images.device))                                  # (t*s, n, n)
+    templates = _templates(world, str(images.device))  # (t*s, n, n)
     n = templates.shape[-1]
-    before, after = (n - 1) // 2, n // 2        # pads so that a match stands at its object's centre
-    paint = F.pad(ink(images),
-                  (before, after, before, after)).reshape(b * c, 1, h + n - 1, w + n - 1)
-    overlap = F.conv2d(paint, templates[:, None])                                 # (B*C, t*s, h, w)
+    before, after = (n - 1) // 2, n // 2  # pads so that a match stands at its object's centre
+    paint = F.pad(ink(images), (before, after, before, after)).reshape(
+        b * c, 1, h + n - 1, w + n - 1
+    )
+    overlap = F.conv2d(paint, templates[:, None])  # (B*C, t*s, h, w)
     # the sum of n x n squares, as products with two matrices whose bands are ones
     band = lambda size: torch.ones(size, size + n - 1, device=images.device).triu().tril(n - 1)
-    energy = band(h) @ paint ** 2 @ band(w).t()                                     # (B*C, 1, h, w)
+    energy = band(h) @ paint**2 @ band(w).t()  # (B*C, 1, h, w)
     # in place: these are the largest tensors here, and new memory costs more than arithmetic
-    dice = overlap.mul_(2).div_(energy + (templates ** 2).sum((1, 2))[:, None, None])
-    dice = dice.view(b, c * t * s, h, w)                                              # (B, K, h, w)
+    dice = overlap.mul_(2).div_(energy + (templates**2).sum((1, 2))[:, None, None])
+    dice = dice.view(b, c * t * s, h, w)  # (B, K, h, w)
 
-    best, radius = dice.amax(1), world.object_size // 2                                  # (B, h, w)
+    best, radius = dice.amax(1), world.object_size // 2  # (B, h, w)
     summit = F.max_pool2d(best[:, None], 2 * radius + 1, stride=1, padding=radius)[:, 0]
-    height, place = (best * (best == summit)).flatten(1).topk(MOST)                         # (B, M)
-    kind = dice.flatten(2).gather(2, place[:, None].expand(-1, c * t * s, -1)).argmax(1)    # (B, M)
+    height, place = (best * (best == summit)).flatten(1).topk(MOST)  # (B, M)
+    kind = dice.flatten(2).gather(2, place[:, None].expand(-1, c * t * s, -1)).argmax(1)  # (B, M)
     there = height > MATCH
     kinds = torch.zeros(b, c * t * s, device=images.device).scatter_add_(1, kind, there.float())
 
     # What the objects explain: stamp each one's template, one pixel wider, into its colour's ink.
-    cover = F.max_pool2d((templates > 0).float(), 3, stride=1, padding=1)              # (t*s, n, n)
-    stamps = cover[kind % (t * s)] * there[:, :, None, None]                          # (B, M, n, n)
+    cover = F.max_pool2d((templates > 0).float(), 3, stride=1, padding=1)  # (t*s, n, n)
+    stamps = cover[kind % (t * s)] * there[:, :, None, None]  # (B, M, n, n)
     side = torch.arange(n, device=images.device)
-    y, x = place // w, place % w            # centres; in the padded picture, the stamps' corners
-    rows = (kind // (t * s) * (h + n - 1) + y)[:, :, None, None] + side[:, None]      # (B, M, n, 1)
-    index = rows * (w + n - 1) + x[:, :, None, None] + side                           # (B, M, n, n)
+    y, x = place // w, place % w  # centres; in the padded picture, the stamps' corners
+    rows = (kind // (t * s) * (h + n - 1) + y)[:, :, None, None] + side[:, None]  # (B, M, n, 1)
+    index = rows * (w + n - 1) + x[:, :, None, None] + side  # (B, M, n, n)
     paint = paint.view(b, -1)
     mine = torch.zeros_like(paint).scatter_add_(1, index.flatten(1), stamps.flatten(1)).clamp(max=1)
-    return Found(kinds, kind.masked_fill(~there, -1), y, x, paint.sum(1), (paint * mine).sum(1),
-                 (c, t, s), radius)
+    return Found(
+        kinds,
+        kind.masked_fill(~there, -1),
+        y,
+        x,
+        paint.sum(1),
+        (paint * mine).sum(1),
+        (c, t, s),
+        radius,
+    )
 
 
 # --- the components of the reward -----------------------------------------------------------------
+
 
 def _overlap(found, want):
     """Compare two histograms: the common part over the larger whole, 0 for two empty ones."""
@@ -174,8 +188,8 @@ def objects(images, found, want):
 def attributes(images, found, want):
     """The same for each attribute by itself (colours, shapes, textures), averaged: credit for
     half-right objects."""
-    f, w = (k.reshape(-1, *found.shape) for k in (found.kinds, want.kinds))           # (B, c, t, s)
-    sums = [(1, 2), (2, 3)] + [(1, 3)] * (found.shape[1] > 1)            # shapes, colours, textures
+    f, w = (k.reshape(-1, *found.shape) for k in (found.kinds, want.kinds))  # (B, c, t, s)
+    sums = [(1, 2), (2, 3)] + [(1, 3)] * (found.shape[1] > 1)  # shapes, colours, textures
     return torch.stack([_overlap(f.sum(dims), w.sum(dims)) for dims in sums]).mean(0)
 
 
@@ -187,8 +201,8 @@ def count(images, found, want):
 def relation(images, found, want):
     """1 where both objects are there and stand as the prompt says, else 0; NaN where it names no
     relation."""
-    at = (found.kind[:, None] == want.pair[:, :, None]).float()                          # (B, 2, M)
-    here, first = at.max(2)                                              # (B, 2) best match of each
+    at = (found.kind[:, None] == want.pair[:, :, None]).float()  # (B, 2, M)
+    here, first = at.max(2)  # (B, 2) best match of each
     dy, dx = found.row.gather(1, first).diff(dim=1), found.column.gather(1, first).diff(dim=1)
     # in the order of RELATIONS: left of, right of, above, below
     offsets = torch.cat([dx, -dx, dy, -dy], 1)
@@ -204,8 +218,11 @@ def cleanliness(images, found, want):
 
 
 REWARDS = {
-    "objects": objects, "attributes": attributes, "count": count, "relation": relation,
-    "cleanliness": cleanliness
+    "objects": objects,
+    "attributes": attributes,
+    "count": count,
+    "relation": relation,
+    "cleanliness": cleanliness,
 }
 
 
@@ -215,7 +232,7 @@ def call(name, function, images, found, want):
     yours = f"the reward function {name!r} in rewards.REWARDS, which is yours to mend,"
     try:
         part = function(images, found, want)
-    except Exception as error:                                # a user's code may raise anything
+    except Exception as error:  # a user's code may raise anything
         raise UserError(f"{yours} raised {type(error).__name__}: {error}") from error
     wanted = f"must return floats ({len(images)},) on {images.device}, not"
     if not isinstance(part, Tensor):
@@ -234,8 +251,11 @@ def require_sound(rewards, parts):
     """
     if not rewards.isfinite().all():
         wrong = [name for name, part in parts.items() if part.isinf().any()]
-        fault = f"an infinite value came from {wrong[0]!r}" if wrong else (
-            "every one of them was NaN for some picture, as if none applied to it")
+        fault = (
+            f"an infinite value came from {wrong[0]!r}"
+            if wrong
+            else ("every one of them was NaN for some picture, as if none applied to it")
+        )
         raise UserError(f"the reward functions in rewards.REWARDS are yours to mend: {fault}")
 
 
@@ -246,6 +266,7 @@ def score(images, want, world):
     parts = {name: call(name, function, images, found, want) for name, function in REWARDS.items()}
     rewards = torch.stack(list(parts.values())).nanmean(0)
     related = relation(images, found, want).nan_to_num(1.0) == 1
-    exact = (found.kinds == want.kinds).all(1) & related & (cleanliness(images, found, want)
-                                                            >= CLEAN)
+    exact = (
+        (found.kinds == want.kinds).all(1) & related & (cleanliness(images, found, want) >= CLEAN)
+    )
     return rewards, parts, exact.float()

@@ -47,7 +47,10 @@ def sample_images(env, policy, prompt, uniform, **options):
 
 def sample_scenes(env, policy, scenes, *key, **options):
     """Draw one image for each scene's prompt. key: of the noise. Returns as sample_images."""
-    prompt, uniform = encode_scenes(env.world, scenes)[0], draw_uniform(policy, len(scenes), 1, *key)
+    prompt, uniform = (
+        encode_scenes(env.world, scenes)[0],
+        draw_uniform(policy, len(scenes), 1, *key),
+    )
     return sample_images(env, policy, prompt, uniform, **options)
 
 
@@ -78,7 +81,9 @@ def make_rollout(policy, env, scenes, config, step):
     """Sample plans and images for each scene's prompt and score the images. Returns a Rollout."""
     g = config.plans_per_prompt * config.images_per_plan
     prompt = encode_scenes(env.world, scenes)[0].to(env.device)  # (P, S)
-    uniform = draw_uniform(policy, len(scenes) * g, config.images_per_plan, config.seed, "rollout", step)
+    uniform = draw_uniform(
+        policy, len(scenes) * g, config.images_per_plan, config.seed, "rollout", step
+    )
     target = rewards.make_want(env.world, [s for s in scenes for _ in range(g)], env.device)
     # all that comes from the host has been sent: from here on it does not wait for the device
     sample, images = sample_images(env, policy, prompt, uniform, guidance=config.guidance)
@@ -94,7 +99,7 @@ def make_rollout(policy, env, scenes, config, step):
                    grouped(reward), components, grouped(exact))  # fmt: skip
 
 
-# --- statistics for the log -------------------------------------------------------------------------
+# --- statistics for the log -----------------------------------------------------------------------
 
 
 def split_modalities(plan_slots):
@@ -110,7 +115,7 @@ def entropy_moments(entropy, valid):
 
 
 def entropy_stats(entropy, valid, plan_slots):
-    """Average the moments of entropy over a batch, for plan and image. Returns a dict of scalars."""
+    """Average the moments of entropy over a batch, for plan and image. Returns scalars."""
     stats = {}
     for name, part in split_modalities(plan_slots).items():
         mean, std = entropy_moments(entropy[:, part], valid[:, part])
@@ -155,5 +160,7 @@ def check_stats(stats, config, device, update="update 1 of 1"):
             raise TrainingDiverged(f"{name} is {value.item()} in {update}")
     for name, bound in LOGP_DIFF_BOUNDS["cuda" if device.type == "cuda" else "cpu"].items():
         if stats[name] > bound and not config.score_guidance:
-            raise TrainingDiverged(f"{name} is {stats[name]:.1e} in {update}, more than {bound:.0e}: "
-                                   "sampler and learner are not the same policy")
+            raise TrainingDiverged(
+                f"{name} is {stats[name]:.1e} in {update}, more than {bound:.0e}: "
+                "sampler and learner are not the same policy"
+            )

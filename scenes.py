@@ -46,8 +46,12 @@ import torch
 from PIL import Image, ImageDraw
 
 COLOURS = {
-    "red": (225, 50, 50), "green": (60, 190, 70), "blue": (60, 105, 245),
-    "yellow": (240, 215, 50), "purple": (180, 70, 220), "white": (245, 245, 245),
+    "red": (225, 50, 50),
+    "green": (60, 190, 70),
+    "blue": (60, 105, 245),
+    "yellow": (240, 215, 50),
+    "purple": (180, 70, 220),
+    "white": (245, 245, 245),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -55,8 +59,12 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 NUMBERS = ("one", "two", "three", "four")
 RARE_PAIRS = (("red", "cross"), ("purple", "triangle"), ("yellow", "circle"))
 KNOWN_COLOURS = {
-    "red": ("blood", "tomatoes"), "green": ("grass", "leaves"), "blue": ("oceans", "sapphires"),
-    "yellow": ("lemons", "bananas"), "purple": ("violets", "plums"), "white": ("snow", "milk"),
+    "red": ("blood", "tomatoes"),
+    "green": ("grass", "leaves"),
+    "blue": ("oceans", "sapphires"),
+    "yellow": ("lemons", "bananas"),
+    "purple": ("violets", "plums"),
+    "white": ("snow", "milk"),
 }
 KNOWN_SHAPES = {
     "circle": ("with no corners", "like a wheel"),
@@ -66,26 +74,27 @@ KNOWN_SHAPES = {
     "cross": ("like a plus sign", "with four arms"),
 }
 CATEGORIES = ("colour", "shape", "texture", "numeracy", "spatial", "complex", "knowledge")
-BACKGROUND = (40, 44, 50)    # 0 to 255
-CAPTION_FAULTS = 0.25        # share of the corpus whose picture and plan contradict the prompt
-PLAN_FAULTS = 0.20           # share of the rest whose plan contradicts prompt and picture
-RARE_FRACTION = 0.01         # of the corpus: scenes with one of RARE_PAIRS
-EVAL_SHARE = 6               # one meaning in six is held out for evaluation
+BACKGROUND = (40, 44, 50)  # 0 to 255
+CAPTION_FAULTS = 0.25  # share of the corpus whose picture and plan contradict the prompt
+PLAN_FAULTS = 0.20  # share of the rest whose plan contradicts prompt and picture
+RARE_FRACTION = 0.01  # of the corpus: scenes with one of RARE_PAIRS
+EVAL_SHARE = 6  # one meaning in six is held out for evaluation
 
 
 @dataclass(frozen=True)
 class World:
     """What differs between presets. Sizes are in pixels."""
+
     image_size: int = 30
-    patch: int = 5                   # a token stands for a patch x patch square
-    grid: int = 3                    # cells a side; a cell is a whole number of patches
-    object_size: int = 9             # an object never leaves its cell
+    patch: int = 5  # a token stands for a patch x patch square
+    grid: int = 3  # cells a side; a cell is a whole number of patches
+    object_size: int = 9  # an object never leaves its cell
     textures: tuple = ("solid",)
     max_objects: int = 3
-    prompt_slots: int = 13           # longest prompt in words
-    plan_slots: int = 24             # longest plan in words, its end token included
-    min_brightness: float = 0.65     # brightness of objects lies between this and 1
-    noise_std: float = 5.0           # of an object's pixels, in grey levels of 255
+    prompt_slots: int = 13  # longest prompt in words
+    plan_slots: int = 24  # longest plan in words, its end token included
+    min_brightness: float = 0.65  # brightness of objects lies between this and 1
+    noise_std: float = 5.0  # of an object's pixels, in grey levels of 255
 
     @property
     def cell(self):
@@ -103,8 +112,16 @@ class World:
 WORLDS = {
     "smoke": World(),
     "cpu": World(),
-    "gpu": World(image_size=64, patch=4, grid=4, object_size=14, max_objects=4, prompt_slots=20,
-                 plan_slots=36, textures=("solid", "striped", "hollow")),
+    "gpu": World(
+        image_size=64,
+        patch=4,
+        grid=4,
+        object_size=14,
+        max_objects=4,
+        prompt_slots=20,
+        plan_slots=36,
+        textures=("solid", "striped", "hollow"),
+    ),
 }
 
 
@@ -112,28 +129,34 @@ class Object(NamedTuple):
     colour: str
     shape: str
     texture: str
-    row: int                 # cell, from 0 at the top
-    column: int              # cell, from 0 at the left
-    shift: tuple             # (down, right) in pixels within the cell
+    row: int  # cell, from 0 at the top
+    column: int  # cell, from 0 at the left
+    shift: tuple  # (down, right) in pixels within the cell
 
 
 class Scene(NamedTuple):
     category: str
-    objects: tuple           # of Object; the first two are subject and object of the relation
-    relation: str            # one of RELATIONS, or ""
+    objects: tuple  # of Object; the first two are subject and object of the relation
+    relation: str  # one of RELATIONS, or ""
     prompt: str
     plan: str
-    noise_seed: int          # of what the prompt leaves open in the objects' appearance
+    noise_seed: int  # of what the prompt leaves open in the objects' appearance
 
 
 # --- words ----------------------------------------------------------------------------------------
 
+
 def _vocabulary():
     words = set("a and both shape in the colour of at row column ;".split()) | {
-        "solid", "striped", "hollow"
+        "solid",
+        "striped",
+        "hollow",
     }
     words |= {
-        *COLOURS, *SHAPES, *(s + "s" if s != "cross" else "crosses" for s in SHAPES), *NUMBERS
+        *COLOURS,
+        *SHAPES,
+        *(s + "s" if s != "cross" else "crosses" for s in SHAPES),
+        *NUMBERS,
     }
     words |= {"1", "2", "3", "4"}
     for phrases in (RELATIONS, *KNOWN_COLOURS.values(), *KNOWN_SHAPES.values()):
@@ -141,12 +164,14 @@ def _vocabulary():
     return ("<pad>", "<plan>", "<image>", "<end>", *sorted(words))
 
 
-WORDS = _vocabulary()                            # one vocabulary for every preset
+WORDS = _vocabulary()  # one vocabulary for every preset
 WORD_ID = {word: i for i, word in enumerate(WORDS)}
-PAD, PLAN, IMAGE, END = range(4)                 # the first three are placed, never sampled
-GRAMMAR = ('grammar: "a red circle [left of|right of|above|below|and] a blue square [and a green '
-           'cross]", "three red circles", "a circle and a square both red", "a shape with three '
-           'sides in the colour of grass"')
+PAD, PLAN, IMAGE, END = range(4)  # the first three are placed, never sampled
+GRAMMAR = (
+    'grammar: "a red circle [left of|right of|above|below|and] a blue square [and a green '
+    'cross]", "three red circles", "a circle and a square both red", "a shape with three '
+    'sides in the colour of grass"'
+)
 
 
 def encode_words(text, slots, end=False):
@@ -160,9 +185,9 @@ def encode_words(text, slots, end=False):
         raise ValueError(f"the prompt is empty; {GRAMMAR}")
     for word in words:
         if word not in WORD_ID or word.startswith("<"):
-            near = difflib.get_close_matches(word[:40], [w for w in WORDS if w[0] != "<"],
-                                             n=3,
-                                             cutoff=0.4)
+            near = difflib.get_close_matches(
+                word[:40], [w for w in WORDS if w[0] != "<"], n=3, cutoff=0.4
+            )
             hint = f"nearest known: {', '.join(near)}" if near else "nothing like it is known"
             raise ValueError(f"unknown word {word[:40]!r} ({hint}); {GRAMMAR}")
     ids = [WORD_ID[word] for word in words] + [END] * end
@@ -174,7 +199,7 @@ def encode_words(text, slots, end=False):
 def decode_words(ids):
     """Turn word ids into text; what stands after the stop token, and padding, is left out."""
     ids = [int(i) for i in ids]
-    ids = ids[:ids.index(END)] if END in ids else ids
+    ids = ids[: ids.index(END)] if END in ids else ids
     return " ".join(WORDS[i] for i in ids if i != PAD)
 
 
@@ -202,10 +227,12 @@ def plan_text(objects):
 
 # --- scenes ---------------------------------------------------------------------------------------
 
+
 def _rng(*key):
     """A generator whose stream NumPy has frozen: RandomState never changes between versions."""
     return np.random.RandomState(
-        [zlib.crc32(str(k).encode()) if isinstance(k, str) else int(k) for k in key])
+        [zlib.crc32(str(k).encode()) if isinstance(k, str) else int(k) for k in key]
+    )
 
 
 def _pick(rng, options):
@@ -214,8 +241,12 @@ def _pick(rng, options):
 
 def holds(relation, a, b):
     """Say whether `a relation b` is true of two objects."""
-    return {"left of": a.column < b.column, "right of": a.column > b.column, "above": a.row < b.row,
-            "below": a.row > b.row}[relation]
+    return {
+        "left of": a.column < b.column,
+        "right of": a.column > b.column,
+        "above": a.row < b.row,
+        "below": a.row > b.row,
+    }[relation]
 
 
 def _draw_kinds(world, category, rng):
@@ -224,8 +255,10 @@ def _draw_kinds(world, category, rng):
     kind = lambda: (_pick(rng, colours), _pick(rng, SHAPES), "solid")
     if category == "colour":
         first, second = rng.permutation(len(colours))[:2]
-        return [(colours[first], _pick(rng, SHAPES), "solid"),
-                (colours[second], _pick(rng, SHAPES), "solid")]
+        return [
+            (colours[first], _pick(rng, SHAPES), "solid"),
+            (colours[second], _pick(rng, SHAPES), "solid"),
+        ]
     if category == "shape":
         colour = _pick(rng, colours)
         return [(colour, SHAPES[i], "solid") for i in rng.permutation(len(SHAPES))[:2]]
@@ -237,7 +270,7 @@ def _draw_kinds(world, category, rng):
     if category == "knowledge":
         return [kind()]
     n = 2 if category == "spatial" else rng.randint(3, world.max_objects + 1)
-    kinds = []                                       # a set would be ordered by Python's hash seed
+    kinds = []  # a set would be ordered by Python's hash seed
     while len(kinds) < n:
         texture = "solid" if category == "spatial" else _pick(rng, textures)
         new = (*kind()[:2], texture)
@@ -248,9 +281,11 @@ def _draw_kinds(world, category, rng):
 def _place(world, kinds, rng):
     """Put objects of these kinds into cells of their own, anywhere within them."""
     room = world.cell - world.object_size + 1
-    cells = rng.permutation(world.grid ** 2)[:len(kinds)].tolist()
-    return tuple(Object(*kind, *divmod(cell, world.grid), (rng.randint(room), rng.randint(room)))
-                 for kind, cell in zip(kinds, cells))
+    cells = rng.permutation(world.grid**2)[: len(kinds)].tolist()
+    return tuple(
+        Object(*kind, *divmod(cell, world.grid), (rng.randint(room), rng.randint(room)))
+        for kind, cell in zip(kinds, cells)
+    )
 
 
 def _prompt(category, objects, relation, rng):
@@ -273,10 +308,13 @@ def _prompt(category, objects, relation, rng):
 def meaning(objects, relation):
     """Reduce a scene to what it asks for, so that paraphrases and mirrored relations are equal."""
     names = [_name(o) for o in objects]
-    if relation in ("right of", "below"):                       # "a right of b" is "b left of a"
+    if relation in ("right of", "below"):  # "a right of b" is "b left of a"
         return f"{names[1]} {OPPOSITE[relation]} {names[0]} / {sorted(names[2:])}"
-    return f"{names[0]} {relation} {names[1]} / {sorted(names[2:])}" if relation else str(
-        sorted(names))
+    return (
+        f"{names[0]} {relation} {names[1]} / {sorted(names[2:])}"
+        if relation
+        else str(sorted(names))
+    )
 
 
 def rare_pairs(objects):
@@ -304,17 +342,25 @@ def make_scene(world, split, seed, index, category=None):
         if category == "numeracy":
             objects = tuple(sorted(objects, key=lambda o: (o.row, o.column)))
         if split_of(objects, relation) == split and (not relation or holds(relation, *objects[:2])):
-            return Scene(category, objects, relation, _prompt(category, objects, relation, rng),
-                         plan_text(objects), rng.randint(2 ** 31))
+            return Scene(
+                category,
+                objects,
+                relation,
+                _prompt(category, objects, relation, rng),
+                plan_text(objects),
+                rng.randint(2**31),
+            )
 
 
 def random_scene(world, seed, index):
     """Make a crowded scene of any pairs, without prompt: what the tokenizer, which knows no text,
     is trained on."""
     rng = _rng("random", seed, index)
-    kinds = [(_pick(rng, tuple(COLOURS)), _pick(rng, SHAPES), _pick(rng, world.textures))
-             for _ in range(rng.randint(1, 2 * world.grid + 1))]
-    return Scene("random", _place(world, kinds, rng), "", "", "", rng.randint(2 ** 31))
+    kinds = [
+        (_pick(rng, tuple(COLOURS)), _pick(rng, SHAPES), _pick(rng, world.textures))
+        for _ in range(rng.randint(1, 2 * world.grid + 1))
+    ]
+    return Scene("random", _place(world, kinds, rng), "", "", "", rng.randint(2**31))
 
 
 def _contradict(world, scene, rng):
@@ -334,8 +380,10 @@ def _contradict(world, scene, rng):
             del objects[i]
         elif fault == "places" and scene.relation:
             a, b = objects[:2]
-            objects[:2] = (a._replace(row=b.row, column=b.column, shift=b.shift),
-                           b._replace(row=a.row, column=a.column, shift=a.shift))
+            objects[:2] = (
+                a._replace(row=b.row, column=b.column, shift=b.shift),
+                b._replace(row=a.row, column=a.column, shift=a.shift),
+            )
         wrong = tuple(objects)
         if wrong != scene.objects and rare_pairs(wrong) <= rare_pairs(scene.objects):
             return scene._replace(objects=wrong, plan=plan_text(wrong))
@@ -361,11 +409,12 @@ def corpus_item(world, seed, index):
 
 # --- pictures -------------------------------------------------------------------------------------
 
+
 @lru_cache(maxsize=None)
 def stamp(shape, texture, size):
     """Draw one shape's coverage, antialiased: a PIL image of mode L, size x size, 255 where the
     object is."""
-    n, u = 8 * size, size                       # eight times too large, then shrunk; u is an eighth
+    n, u = 8 * size, size  # eight times too large, then shrunk; u is an eighth
     image = Image.new("L", (n, n))
     draw = ImageDraw.Draw(image)
     polygons = {
@@ -381,14 +430,14 @@ def stamp(shape, texture, size):
     else:
         draw.polygon(polygons[shape], fill=255)
     if texture == "striped":
-        for i in range(3):                                      # three stripes and three gaps
+        for i in range(3):  # three stripes and three gaps
             draw.rectangle((0, (2 * i + 1) * n // 6, n, (2 * i + 2) * n // 6 - 1), fill=0)
     if texture == "hollow":
         inner = np.asarray(image.resize((n // 2, n // 2)))
         whole = np.array(image)
         # a triangle's middle lies lower than its box's
         drop = {"triangle": 5 * n // 16}.get(shape, n // 4)
-        whole[drop:drop + n // 2, n // 4:n // 4 + n // 2][inner > 127] = 0
+        whole[drop : drop + n // 2, n // 4 : n // 4 + n // 2][inner > 127] = 0
         image = Image.fromarray(whole)
     return image.resize((size, size), Image.BOX)
 
@@ -408,5 +457,5 @@ def render(world, scene):
         coverage = np.asarray(stamp(o.shape, o.texture, size)) / 255
         paint = np.subtract(COLOURS[o.colour], BACKGROUND) * rng.uniform(world.min_brightness, 1)
         noise = world.noise_std * rng.standard_normal((size, size, 3))
-        image[top:top + size, left:left + size] += coverage[..., None] * (paint + noise)
+        image[top : top + size, left : left + size] += coverage[..., None] * (paint + noise)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)

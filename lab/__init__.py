@@ -1,1 +1,1 @@
-"""Studies, figures, benchmarks and kill tests: uses the lesson, and nothing in the lesson uses it."""
+"""Studies, figures, benchmarks and kill tests: uses the lesson, and the lesson does not use it."""

@@ -29,10 +29,10 @@ ENTROPIES = ("image_entropy", "image_entropy_std", "plan_entropy")
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = ""              # smoke, cpu or gpu
+    preset: str = ""  # smoke, cpu or gpu
     device: str = "cpu"
     out: str = "out/study"
-    seed: int = 0                 # of the bootstrap
+    seed: int = 0  # of the bootstrap
     resamples: int = 1000
 
     def check(self):
@@ -42,10 +42,11 @@ class Config:
 
 # --- statistics -----------------------------------------------------------------------------------
 
+
 def mean_t_ci(values):
     """Mean and half-width of its 95 % interval by Student's t. values: one a run."""
     n = len(values)
-    half = T95[min(n - 1, 10)] * np.std(values, ddof=1) / n ** 0.5 if n > 1 else np.nan
+    half = T95[min(n - 1, 10)] * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
     return dict(mean=float(np.mean(values)), half=float(half), n=n)
 
 
@@ -77,10 +78,12 @@ def bootstrap_mean(groups, config):
 
 def correlation_of(groups, config):
     """Pearson's correlation of everything, likewise. groups: a list of (n, 2), one a prompt."""
-    centre = np.concatenate(groups).mean(0)                                      # for precision
+    centre = np.concatenate(groups).mean(0)  # for precision
+
     def add(group):
         x, y = (group - centre).T
         return len(x), x.sum(), y.sum(), x @ x, y @ y, x @ y
+
     return bootstrap(np.array([add(g) for g in groups], float), correlation, config)
 
 
@@ -99,12 +102,13 @@ def within(groups):
 
 # --- reading --------------------------------------------------------------------------------------
 
+
 def read_runs(folder):
     """Read every finished run. Returns {variant: {seed: dict(log=[...], scores={...})}}."""
     runs = {}
     for path in sorted(folder.glob("*/scores.json")):
         variant, _, seed = path.parent.name.rpartition("-")
-        if not seed.isdigit():                                                # the base policies
+        if not seed.isdigit():  # the base policies
             variant, seed = path.parent.name, "0"
         log, scores = path.with_name("log.jsonl"), json.loads(path.read_text())
         lines = read_lines(log)[1:] if log.exists() else []
@@ -116,13 +120,17 @@ def read_records(folder):
     """Read the records of each setting. Returns {setting: list of rows, each with its run}."""
     found = {}
     for setting, name in SETTINGS.items():
-        paths = [p for p in sorted(folder.glob("records/*.jsonl"))
-                 if p.stem == name or p.stem.rpartition("-")[0] == name and name in MAIN]
+        paths = [
+            p
+            for p in sorted(folder.glob("records/*.jsonl"))
+            if p.stem == name or p.stem.rpartition("-")[0] == name and name in MAIN
+        ]
         found[setting] = [row | dict(run=p.stem) for p in paths for row in read_lines(p)]
     return {setting: rows for setting, rows in found.items() if rows}
 
 
 # --- numbers --------------------------------------------------------------------------------------
+
 
 def last(run, key, steps=10):
     """Mean of a logged key over the last steps of a run."""
@@ -133,10 +141,15 @@ def last(run, key, steps=10):
 def by_category(runs, name, key):
     """{category: mean and interval over runs} of a method, and `all` and `rare`."""
     scores = [run["scores"] for run in runs[name].values()]
-    table = {c: mean_t_ci([s["eval"]["categories"][c][key] for s in scores])
-             for c in scores[0]["eval"]["categories"]}
-    return {"all": mean_t_ci([s["eval"][key] for s in scores]), **table,
-            "rare": mean_t_ci([s["rare"][key] for s in scores])}
+    table = {
+        c: mean_t_ci([s["eval"]["categories"][c][key] for s in scores])
+        for c in scores[0]["eval"]["categories"]
+    }
+    return {
+        "all": mean_t_ci([s["eval"][key] for s in scores]),
+        **table,
+        "rare": mean_t_ci([s["rare"][key] for s in scores]),
+    }
 
 
 def difference(runs, one, other, get):
@@ -158,9 +171,12 @@ def describe(runs, name):
     """What a variant ends with, over its runs."""
     score = lambda key: [run["scores"]["eval"][key] for run in runs[name].values()]
     end = lambda key: [last(run, key) for run in runs[name].values()]
-    return dict(reward=mean_t_ci(score("reward")), exact=mean_t_ci(score("exact")),
-                image_entropy=mean_t_ci(end("image_entropy")),
-                plan_entropy=mean_t_ci(end("plan_entropy")))
+    return dict(
+        reward=mean_t_ci(score("reward")),
+        exact=mean_t_ci(score("exact")),
+        image_entropy=mean_t_ci(end("image_entropy")),
+        plan_entropy=mean_t_ci(end("plan_entropy")),
+    )
 
 
 def stability(runs, name):
@@ -172,8 +188,13 @@ def stability(runs, name):
         smooth = figures.running_mean(rewards)
         falls.append(float(smooth.max() - smooth[-1]))
     finals = [run["scores"]["eval"]["reward"] for run in runs[name].values()]
-    return dict(n=len(finals), worst=min(finals), fell=float(np.mean(np.array(falls) > 0.05)),
-                largest_fall=max(falls), **describe(runs, name))
+    return dict(
+        n=len(finals),
+        worst=min(finals),
+        fell=float(np.mean(np.array(falls) > 0.05)),
+        largest_fall=max(falls),
+        **describe(runs, name),
+    )
 
 
 def by_prompt(rows, *keys):
@@ -207,8 +228,10 @@ def plans(rows):
     for row in rows:
         by.setdefault((row["run"], row["number"], row["plan_index"]), []).append(row)
     keys = ("reward", "plan_entropy", "image_entropy_std")
-    return [dict(number=k[1], **{key: float(np.mean([r[key] for r in group])) for key in keys})
-            for k, group in by.items()]
+    return [
+        dict(number=k[1], **{key: float(np.mean([r[key] for r in group])) for key in keys})
+        for k, group in by.items()
+    ]
 
 
 def spread(rows, config):
@@ -221,23 +244,42 @@ def spread(rows, config):
         "distance of pictures": lambda rs: np.mean([r["distance"] for r in rs]),
         "distinct plans": lambda rs: len({r["plan"] for r in rs}),
     }
-    return {name: bootstrap_mean([[f(rs) for rs in runs.values()] for runs in by.values()], config)
-            for name, f in measures.items()}
+    return {
+        name: bootstrap_mean([[f(rs) for rs in runs.values()] for runs in by.values()], config)
+        for name, f in measures.items()
+    }
 
 
 def tokens(rows, config):
     """Average what is recorded of the tokens that draw objects, with intervals over prompts."""
-    keys = ("objects_share", "low_on_objects", "high_on_objects", "object_entropy",
-            "ground_entropy", "image_entropy", "plan_entropy")
-    return {key.replace("_", " "): bootstrap_mean([g[:, 0] for g in by_prompt(rows, key)], config)
-            for key in keys}
+    keys = (
+        "objects_share",
+        "low_on_objects",
+        "high_on_objects",
+        "object_entropy",
+        "ground_entropy",
+        "image_entropy",
+        "plan_entropy",
+    )
+    return {
+        key.replace("_", " "): bootstrap_mean([g[:, 0] for g in by_prompt(rows, key)], config)
+        for key in keys
+    }
 
 
 def analyze(runs, records, config):
     """Reduce a study to its numbers: what study.json holds."""
     has = lambda *names: all(name in runs for name in names)
-    study = {"A": {}, "B": {}, "C": {}, "D": {}, "regimes": {}, "correlations": {}, "spread": {},
-             "tokens": {}}
+    study = {
+        "A": {},
+        "B": {},
+        "C": {},
+        "D": {},
+        "regimes": {},
+        "correlations": {},
+        "spread": {},
+        "tokens": {},
+    }
     for setting, name in SETTINGS.items():
         if has(name):
             study["A"][setting] = {key: by_category(runs, name, key) for key in ("reward", "exact")}
@@ -247,16 +289,29 @@ def analyze(runs, records, config):
         of = lambda c, key: lambda run: run["scores"]["eval"]["categories"][c][key]
         pair = lambda f: difference(runs, "eggrpo", "grpo", f)
         study["A"]["EG-GRPO - GRPO"] = {
-            key: {"all": pair(get("eval", key)), **{c: pair(of(c, key)) for c in categories},
-                  "rare": pair(get("rare", key))} for key in ("reward", "exact")}
+            key: {
+                "all": pair(get("eval", key)),
+                **{c: pair(of(c, key)) for c in categories},
+                "rare": pair(get("rare", key)),
+            }
+            for key in ("reward", "exact")
+        }
     methods = [name for name in (*MAIN, *ABLATIONS) if has(name)]
     for name in methods:
-        study["B"][name] = dict(describe(runs, name), minus_grpo=compare(runs, name, "grpo"),
-                                minus_eggrpo=compare(runs, name, "eggrpo"))
+        study["B"][name] = dict(
+            describe(runs, name),
+            minus_grpo=compare(runs, name, "grpo"),
+            minus_eggrpo=compare(runs, name, "eggrpo"),
+        )
         study["D"][name] = stability(runs, name)
     # values that methods of table B stand for
-    named = {"low-frac-0": "bonus", "low-frac-0.2": "eggrpo", "high-frac-0.5": "eggrpo",
-             "bonus-coef-0": "exclude", "bonus-coef-0.3": "eggrpo"}
+    named = {
+        "low-frac-0": "bonus",
+        "low-frac-0.2": "eggrpo",
+        "high-frac-0.5": "eggrpo",
+        "bonus-coef-0": "exclude",
+        "bonus-coef-0.3": "eggrpo",
+    }
     swept = {name: name for name in runs if name in SWEEPS}
     for label, name in sorted((named | swept).items()):
         if has(name):
@@ -264,9 +319,11 @@ def analyze(runs, records, config):
     for regime in REGIMES:
         names = f"{regime}-eggrpo", f"{regime}-grpo"
         if has(*names):
-            study["regimes"][regime] = dict(grpo=describe(runs, names[1]),
-                                            eggrpo=describe(runs, names[0]),
-                                            difference=compare(runs, *names))
+            study["regimes"][regime] = dict(
+                grpo=describe(runs, names[1]),
+                eggrpo=describe(runs, names[0]),
+                difference=compare(runs, *names),
+            )
     for setting, rows in records.items():
         study["correlations"][setting] = correlations(rows, config)
         study["spread"][setting] = spread(rows, config)
@@ -275,6 +332,7 @@ def analyze(runs, records, config):
 
 
 # --- tables ---------------------------------------------------------------------------------------
+
 
 def format_ci(x, digits=3, sign=False):
     """Print a mean and its half-width, or a value and its interval."""
@@ -292,44 +350,106 @@ def tables(study):
     for key in ("reward", "exact"):
         settings = study["A"].items()
         head = ["runs", *next(iter(study["A"].values()))[key]]
-        found[f"A, {key}"] = markdown_table([key, *head], [
-            [s, t[key]["all"]["n"], *(format_ci(x, 3, " - " in s) for x in t[key].values())]
-            for s, t in settings])
+        found[f"A, {key}"] = markdown_table(
+            [key, *head],
+            [
+                [s, t[key]["all"]["n"], *(format_ci(x, 3, " - " in s) for x in t[key].values())]
+                for s, t in settings
+            ],
+        )
     ends = ("reward", "exact", "image_entropy", "plan_entropy")
-    heads = ["reward", "exact", "image entropy", "plan entropy", "reward - GRPO's",
-             "exact - GRPO's"]
+    heads = [
+        "reward",
+        "exact",
+        "image entropy",
+        "plan entropy",
+        "reward - GRPO's",
+        "exact - GRPO's",
+    ]
     line = lambda name, t: [
-        name, t["reward"]["n"], *(format_ci(t[k]) for k in ends),
-        *(format_ci(t["minus_grpo"][k], 3, True) for k in ("reward", "exact"))]
-    found["B"] = markdown_table(["method", "runs", *heads, "reward - EG-GRPO's"], [
-        [*line(f"`{n}`", t), format_ci(t["minus_eggrpo"]["reward"], 3, True)]
-        for n, t in study["B"].items()])
-    found["C"] = markdown_table(["value", "runs", *heads],
-                     [line(f"`{n}`", t) for n, t in study["C"].items()])
-    found["D"] = markdown_table(["method", "runs", "worst reward", "runs that fell by .05", "largest fall",
-                      "image entropy at the end", "plan entropy at the end"],
-                     [[f"`{n}`", t["n"], f"{t['worst']:.3f}", f"{t['fell']:.0%}",
-                       f"{t['largest_fall']:.3f}", format_ci(t["image_entropy"]),
-                       format_ci(t["plan_entropy"])] for n, t in study["D"].items()])
+        name,
+        t["reward"]["n"],
+        *(format_ci(t[k]) for k in ends),
+        *(format_ci(t["minus_grpo"][k], 3, True) for k in ("reward", "exact")),
+    ]
+    found["B"] = markdown_table(
+        ["method", "runs", *heads, "reward - EG-GRPO's"],
+        [
+            [*line(f"`{n}`", t), format_ci(t["minus_eggrpo"]["reward"], 3, True)]
+            for n, t in study["B"].items()
+        ],
+    )
+    found["C"] = markdown_table(
+        ["value", "runs", *heads], [line(f"`{n}`", t) for n, t in study["C"].items()]
+    )
+    found["D"] = markdown_table(
+        [
+            "method",
+            "runs",
+            "worst reward",
+            "runs that fell by .05",
+            "largest fall",
+            "image entropy at the end",
+            "plan entropy at the end",
+        ],
+        [
+            [
+                f"`{n}`",
+                t["n"],
+                f"{t['worst']:.3f}",
+                f"{t['fell']:.0%}",
+                f"{t['largest_fall']:.3f}",
+                format_ci(t["image_entropy"]),
+                format_ci(t["plan_entropy"]),
+            ]
+            for n, t in study["D"].items()
+        ],
+    )
     found["regimes"] = markdown_table(
-        ["regime", "runs", "reward, GRPO", "reward, EG-GRPO", "difference", "exact: difference",
-         "image entropy: difference"],
-        [[n, t["difference"]["reward"]["n"], format_ci(t["grpo"]["reward"]), format_ci(t["eggrpo"]["reward"]),
-          *(format_ci(t["difference"][k], 3, True) for k in ("reward", "exact", "image_entropy"))]
-         for n, t in study["regimes"].items()])
-    for name, title, digits, sign in (("correlations", "reward against", 2, True),
-                                      ("spread", "within a prompt", 3, False),
-                                      ("tokens", "mean over pictures", 3, False)):
+        [
+            "regime",
+            "runs",
+            "reward, GRPO",
+            "reward, EG-GRPO",
+            "difference",
+            "exact: difference",
+            "image entropy: difference",
+        ],
+        [
+            [
+                n,
+                t["difference"]["reward"]["n"],
+                format_ci(t["grpo"]["reward"]),
+                format_ci(t["eggrpo"]["reward"]),
+                *(
+                    format_ci(t["difference"][k], 3, True)
+                    for k in ("reward", "exact", "image_entropy")
+                ),
+            ]
+            for n, t in study["regimes"].items()
+        ],
+    )
+    for name, title, digits, sign in (
+        ("correlations", "reward against", 2, True),
+        ("spread", "within a prompt", 3, False),
+        ("tokens", "mean over pictures", 3, False),
+    ):
         columns = study[name]
-        found[name] = markdown_table([title, *columns],
-                          [[k, *(format_ci(t[k], digits, sign) for t in columns.values())]
-                           for k in next(iter(columns.values()), {})])
+        found[name] = markdown_table(
+            [title, *columns],
+            [
+                [k, *(format_ci(t[k], digits, sign) for t in columns.values())]
+                for k in next(iter(columns.values()), {})
+            ],
+        )
     return found
 
 
 TITLES = {
-    "A, reward": "Held-out reward by category", "A, exact": "Held-out `exact` by category",
-    "B": "Methods and ablations", "C": "Sweeps of the three knobs, against the same GRPO runs",
+    "A, reward": "Held-out reward by category",
+    "A, exact": "Held-out `exact` by category",
+    "B": "Methods and ablations",
+    "C": "Sweeps of the three knobs, against the same GRPO runs",
     "D": "Stability: falls of training reward, mean of 10 steps, from its best to its last",
     "regimes": "Where might it matter? One change, made to GRPO and to EG-GRPO",
     "correlations": "Reward against entropy, over pictures (plan entropy: over plans)",
@@ -349,8 +469,10 @@ def main(argv=None):
     config, _ = common.parse("-m lab.analyze", Config, presets, __doc__, argv)
     folder = Path(config.out) / config.preset
     runs, records = read_runs(folder), read_records(folder)
-    common.check(runs and records, f"no study in {folder}: make it with `python -m lab.study "
-                    f"--preset {config.preset}`")
+    common.check(
+        runs and records,
+        f"no study in {folder}: make it with `python -m lab.study --preset {config.preset}`",
+    )
     study = json.loads(json.dumps(common.to_jsonable(analyze(runs, records, config))))
     common.write(folder / "study.json", (json.dumps(study, indent=1) + "\n").encode())
     common.write(folder / "study.md", report(study).encode())

@@ -19,10 +19,17 @@ import time
 import torch
 
 import common
-from eggrpo import (METHODS, Config, differentiable_entropy, entropy_masks, group_advantages,
-                    policy_loss, shape_advantages)
+from eggrpo import (
+    METHODS,
+    Config,
+    differentiable_entropy,
+    entropy_masks,
+    group_advantages,
+    policy_loss,
+    shape_advantages,
+)
 
-V, T = 3, 10          # vocabulary, tokens
+V, T = 3, 10  # vocabulary, tokens
 SEEDS, STEPS, GROUP, PROMPTS = 48, 200, 8, 4
 GUIDANCE, STEP = 2.0, 0.1
 
@@ -33,7 +40,8 @@ class Instance:
 
     def __init__(self, seed):
         noise = lambda name, *shape: torch.randn(
-            *shape, generator=common.generator(seed, name), dtype=torch.float64)
+            *shape, generator=common.generator(seed, name), dtype=torch.float64
+        )
         self.theta = 1.5 * noise("theta", T, V + 1, V)
         # the policy without its prompt
         self.empty = 0.5 * self.theta + 0.5 * noise("empty", T, V + 1, V)
@@ -70,6 +78,7 @@ def guided(instance, theta, weight):
 
 # --- exact ----------------------------------------------------------------------------------------
 
+
 def parts_of_the_method(advantage, entropy):
     """Name what the method adds to GRPO's weight A of each token's grad log pi. (n,), (n, T) ->
     {name: (n, T)}."""
@@ -98,14 +107,16 @@ def exact_gradients(instance, guidance=1.0):
     tokens, theta = every_sequence(), instance.theta.clone().requires_grad_(True)
     reward = instance.rewards(tokens)
     logp, entropy = look_up(theta, tokens)
-    p = logp.sum(1).exp()                                                 # (n,) exact probabilities
+    p = logp.sum(1).exp()  # (n,) exact probabilities
     with torch.no_grad():
         drawn = look_up(guided(instance, theta, guidance), tokens)[0].sum(1).exp()
         mean = (drawn * reward).sum()
         advantage = (reward - mean) / (drawn * (reward - mean) ** 2).sum().sqrt()
     gradient = lambda value: torch.autograd.grad(value, theta, retain_graph=True)[0]
-    gradients = {name: gradient((drawn[:, None] * weight * logp).sum() / T)
-                 for name, weight in parts_of_the_method(advantage, entropy.detach()).items()}
+    gradients = {
+        name: gradient((drawn[:, None] * weight * logp).sum() / T)
+        for name, weight in parts_of_the_method(advantage, entropy.detach()).items()
+    }
     high = entropy_masks(entropy.detach(), torch.ones_like(entropy, dtype=torch.bool))[1]
     gradients["entropy gradient: H on high"] = gradient((drawn[:, None] * high * entropy).sum() / T)
     return gradients, gradient((p * reward).sum()), gradient((p[:, None] * entropy).sum() / T)
@@ -134,21 +145,29 @@ def exact_table(seeds, guidance):
             change = reward_and_entropy(instance, theta) - before
             rows.setdefault(name, []).append(torch.stack([size, cosine, *change]))
     grpo_reward = torch.stack(rows["GRPO: A"])[:, 2].abs()
-    print("| part | size / GRPO's | cosine with GRPO | reward of a step / GRPO's "
-          "| entropy of a step | entropy rises in |")
+    print(
+        "| part | size / GRPO's | cosine with GRPO | reward of a step / GRPO's "
+        "| entropy of a step | entropy rises in |"
+    )
     print("|---|---|---|---|---|---|")
     for name, values in rows.items():
         values = torch.stack(values)
         size, cosine, _, entropy = values.median(0).values.tolist()
         reward = (values[:, 2] / grpo_reward).median()
-        effects = (f"{cosine:+.2f} | {reward:+.3f} | {entropy:+.5f} "
-                   f"| {(values[:, 3] > 0).sum()} of {seeds}")
-        print(f"| {name} | {size:.3f} | {effects} |" if size > 1e-12 else
-              f"| {name} | {size:.0e} | - | - | - | - |")
+        effects = (
+            f"{cosine:+.2f} | {reward:+.3f} | {entropy:+.5f} "
+            f"| {(values[:, 3] > 0).sum()} of {seeds}"
+        )
+        print(
+            f"| {name} | {size:.3f} | {effects} |"
+            if size > 1e-12
+            else f"| {name} | {size:.0e} | - | - | - | - |"
+        )
     return rows
 
 
 # --- sampled --------------------------------------------------------------------------------------
+
 
 def sample(theta, number, draw):
     """Sample sequences from several policies at once. theta: (n, T, V + 1, V) -> (n, number, T)."""
@@ -165,7 +184,7 @@ def train(instances, method, guidance, steps, **change):
     """Train every instance by a method, all in parallel. Returns exact expected reward gained and
     exact mean entropy: (n,) each."""
     config = Config(**{**METHODS[method].values, **change})
-    theta = torch.stack([i.theta for i in instances]).requires_grad_(True)        # (n, T, V + 1, V)
+    theta = torch.stack([i.theta for i in instances]).requires_grad_(True)  # (n, T, V + 1, V)
     empty, start = torch.stack([i.empty for i in instances]), theta.detach().clone()
     optimizer, n, t = torch.optim.Adam([theta], 0.03), len(instances), torch.arange(T)
     for step in range(steps):
@@ -183,15 +202,12 @@ def train(instances, method, guidance, steps, **change):
         valid = torch.ones_like(logp, dtype=torch.bool)
         advantage = group_advantages(reward.view(-1, GROUP)).flatten()
         low, high = entropy_masks(entropy.detach(), valid, config.low_frac, config.high_frac)
-        shaped = shape_advantages(advantage, entropy.detach(), low, high, config.bonus_coef,
-                                  config.bonus_cap)
-        loss, _ = policy_loss(logp,
-                              logp.detach(),
-                              ref,
-                              shaped,
-                              valid,
-                              beta=0.01,
-                              denominator=logp.numel() / n)
+        shaped = shape_advantages(
+            advantage, entropy.detach(), low, high, config.bonus_coef, config.bonus_cap
+        )
+        loss, _ = policy_loss(
+            logp, logp.detach(), ref, shaped, valid, beta=0.01, denominator=logp.numel() / n
+        )
         if config.entropy_coef:
             loss = loss - config.entropy_coef * (entropy * high).sum() / (logp.numel() / n)
         optimizer.zero_grad()
@@ -220,17 +236,21 @@ def sampled_table(seeds, steps, guidance):
     )
     print("|---|---|---|---|---|")
     base, results = None, {}
-    strong = dict(entropy_coef=0.1)                    # the positive control: ten times the default
+    strong = dict(entropy_coef=0.1)  # the positive control: ten times the default
     for name, method, change in (
-            *((m, m, {}) for m in ("grpo", "eggrpo", "bonus", "exclude", "eggrpo-gradient")),
-            ("eggrpo-gradient, c = .1", "eggrpo-gradient", strong),
-            ("entropy-coef", "entropy-coef", {}), ("entropy-coef, c = .1", "entropy-coef", strong)):
+        *((m, m, {}) for m in ("grpo", "eggrpo", "bonus", "exclude", "eggrpo-gradient")),
+        ("eggrpo-gradient, c = .1", "eggrpo-gradient", strong),
+        ("entropy-coef", "entropy-coef", {}),
+        ("entropy-coef, c = .1", "entropy-coef", strong),
+    ):
         results[name] = train(instances, method, guidance, steps, **change)
         base = base or results[name]
         show = lambda x: f"{x.mean():+.3f} ± {1.96 * x.std() / len(x) ** 0.5:.3f}"
         (reward, entropy), (reward0, entropy0) = results[name], base
-        print(f"| {name} | {show(reward)} | {show(reward - reward0)} "
-              f"| {show(entropy)} | {show(entropy - entropy0)} |")
+        print(
+            f"| {name} | {show(reward)} | {show(reward - reward0)} "
+            f"| {show(entropy)} | {show(entropy - entropy0)} |"
+        )
     return results
 
 
@@ -242,8 +262,10 @@ def main():
     for title, guidance in (("on-policy", 1.0), (mismatch, GUIDANCE)):
         print(f"\nExact expected gradients, {title}; medians over {SEEDS} instances\n")
         exact_table(SEEDS, guidance)
-        print(f"\nGroups of {GROUP}, {PROMPTS} groups a step, Adam, {STEPS} steps, {title}; "
-              f"{SEEDS} instances\n")
+        print(
+            f"\nGroups of {GROUP}, {PROMPTS} groups a step, Adam, {STEPS} steps, {title}; "
+            f"{SEEDS} instances\n"
+        )
         sampled_table(SEEDS, STEPS, guidance)
     print(f"\n{time.time() - started:.0f} s")
 

@@ -20,8 +20,12 @@ import common
 from lab.study import read_lines
 
 # a grey, a line and a marker each, so that no figure needs its colours
-STYLES = {"base": ("#9e9e9e", ":", "s"), "base + plan": ("#e69f00", "--", "^"),
-          "GRPO": ("#0072b2", "-.", "o"), "EG-GRPO": ("#000000", "-", "D")}
+STYLES = {
+    "base": ("#9e9e9e", ":", "s"),
+    "base + plan": ("#e69f00", "--", "^"),
+    "GRPO": ("#0072b2", "-.", "o"),
+    "EG-GRPO": ("#000000", "-", "D"),
+}
 
 
 def save(folder, name, figure, head=None, rows=()):
@@ -43,16 +47,23 @@ def density(points, x_grid, y_grid):
     kernels = []
     for values, grid in zip(points.T, (x_grid, y_grid)):
         width = max(values.std() * len(values) ** (-1 / 6), (grid[-1] - grid[0]) / 50)
-        kernels.append(np.exp(-((grid[:, None] - values) / width) ** 2 / 2) / width)
+        kernels.append(np.exp(-(((grid[:, None] - values) / width) ** 2) / 2) / width)
     return kernels[1] @ kernels[0].T / len(points)
 
 
 def joint(folder, name, records, key, label):
     """Reward against an entropy: the paper's figure. Contours hold half and nine tenths of the
     pictures; the margins are the histograms."""
-    figure, axes = plt.subplots(2, 2, figsize=(7, 6), sharex="col", sharey="row",
-                                width_ratios=(4, 1), height_ratios=(1, 4),
-                                gridspec_kw=dict(hspace=0.05, wspace=0.05))
+    figure, axes = plt.subplots(
+        2,
+        2,
+        figsize=(7, 6),
+        sharex="col",
+        sharey="row",
+        width_ratios=(4, 1),
+        height_ratios=(1, 4),
+        gridspec_kw=dict(hspace=0.05, wspace=0.05),
+    )
     main, top, side = axes[1, 0], axes[0, 0], axes[1, 1]
     axes[0, 1].axis("off")
     every = np.array([row[key] for rows in records.values() for row in rows])
@@ -66,8 +77,15 @@ def joint(folder, name, records, key, label):
         descending = np.sort(height.ravel())[::-1]
         share = np.cumsum(descending) / descending.sum()
         levels = sorted({descending[np.searchsorted(share, s)] for s in (0.9, 0.5)})
-        main.contour(x_grid, y_grid, height, levels, colors=colour, linestyles=line,
-                     linewidths=np.linspace(1, 2, len(levels)))
+        main.contour(
+            x_grid,
+            y_grid,
+            height,
+            levels,
+            colors=colour,
+            linestyles=line,
+            linewidths=np.linspace(1, 2, len(levels)),
+        )
         main.plot([], [], color=colour, linestyle=line, label=setting)
         how = dict(bins=40, density=True, histtype="step", color=colour, linestyle=line)
         top.hist(points[:, 0], range=(x_grid[0], x_grid[-1]), **how)
@@ -98,8 +116,13 @@ def plan_entropy(folder, plans):
             inside = np.flatnonzero(third == panel)
             if len(inside) >= 10:
                 fifths = np.array_split(inside[np.argsort(x[inside])], 5)
-                axis.errorbar([x[f].mean() for f in fifths], [y[f].mean() for f in fifths],
-                              [1.96 * y[f].std() / len(f) ** 0.5 for f in fifths], capsize=2, **how)
+                axis.errorbar(
+                    [x[f].mean() for f in fifths],
+                    [y[f].mean() for f in fifths],
+                    [1.96 * y[f].std() / len(f) ** 0.5 for f in fifths],
+                    capsize=2,
+                    **how,
+                )
     for panel, axis in enumerate(axes):
         axis.set_title(f"image-entropy std {cuts[panel]:.3f} to {cuts[panel + 1]:.3f}", fontsize=9)
         axis.set_xlabel("plan entropy less its prompt's mean")
@@ -115,14 +138,25 @@ def spread(folder, study):
     for axis, measure in zip(axes, measures):
         for i, (setting, found) in enumerate(study.items()):
             x = found[measure]
-            axis.errorbar([x["value"]], [i], xerr=[[x["value"] - x["low"]],
-                                                   [x["high"] - x["value"]]],
-                          color=STYLES[setting][0], marker=STYLES[setting][2], capsize=3)
-        axis.set(xlabel=f"{measure}, within a prompt", yticks=range(len(study)),
-                 yticklabels=list(study))
+            axis.errorbar(
+                [x["value"]],
+                [i],
+                xerr=[[x["value"] - x["low"]], [x["high"] - x["value"]]],
+                color=STYLES[setting][0],
+                marker=STYLES[setting][2],
+                capsize=3,
+            )
+        axis.set(
+            xlabel=f"{measure}, within a prompt", yticks=range(len(study)), yticklabels=list(study)
+        )
     axes[0].invert_yaxis()
-    save(folder, "spread", figure, ("setting", *measures),
-         [(s, *(f[m]["value"] for m in measures)) for s, f in study.items()])
+    save(
+        folder,
+        "spread",
+        figure,
+        ("setting", *measures),
+        [(s, *(f[m]["value"] for m in measures)) for s, f in study.items()],
+    )
 
 
 def running_mean(values, steps=10):
@@ -135,8 +169,14 @@ def curves(folder, runs, names):
     """Training of every method: seeds thin, mean bold, GRPO's mean dotted; all on the same axes.
     Running means of 10 steps."""
     keys = ("reward", "exact", "plan_entropy", "image_entropy", "kl")
-    figure, axes = plt.subplots(len(keys), len(names), figsize=(1.35 * len(names) + 1, 7),
-                                sharex=True, sharey="row", squeeze=False)
+    figure, axes = plt.subplots(
+        len(keys),
+        len(names),
+        figsize=(1.35 * len(names) + 1, 7),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+    )
     data, base = [], {}
     for column, name in enumerate(names):
         for row, key in enumerate(keys):
@@ -145,7 +185,7 @@ def curves(folder, runs, names):
                 values = np.array([r[key] for r in run["log"] if r["step"] >= 0], float)
                 lines.append(running_mean(values))
                 axes[row, column].plot(lines[-1], color="0.65", linewidth=0.6)
-            mean = np.mean([line[:min(map(len, lines))] for line in lines], 0)
+            mean = np.mean([line[: min(map(len, lines))] for line in lines], 0)
             base.setdefault(key, mean)
             axes[row, column].plot(mean, color="black", linewidth=1.6)
             axes[row, column].plot(base[key], color="black", linewidth=0.8, linestyle=":")
@@ -160,8 +200,9 @@ def curves(folder, runs, names):
 def maps(folder, shown):
     """Pictures, the entropy of their tokens, the masks over it, and the plans by word. shown: the
     rows of records/pictures.jsonl."""
-    figure, axes = plt.subplots(3, len(shown), figsize=(3 * len(shown), 6.6), squeeze=False,
-                                height_ratios=(3, 3, 1))
+    figure, axes = plt.subplots(
+        3, len(shown), figsize=(3 * len(shown), 6.6), squeeze=False, height_ratios=(3, 3, 1)
+    )
     for column, row in enumerate(shown):
         entropy = np.array(row["image_entropy"])
         side = int(len(entropy) ** 0.5)
@@ -171,8 +212,15 @@ def maps(folder, shown):
         drawn = heat.imshow(entropy.reshape(side, side), cmap="gray", vmin=0, vmax=1)
         for i in range(len(entropy)):
             mark = "x" if row["image_low"][i] else "+" if row["image_high"][i] else ""
-            heat.text(i % side, i // side, mark, ha="center", va="center", fontsize=8,
-                      color="white" if entropy[i] < 0.5 else "black")
+            heat.text(
+                i % side,
+                i // side,
+                mark,
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if entropy[i] < 0.5 else "black",
+            )
         heat.set_title("x low, no gradient; + high, bonus", fontsize=7)
         for axis in (picture, heat):
             axis.set(xticks=[], yticks=[])
@@ -182,9 +230,16 @@ def maps(folder, shown):
             width = 0.025 * (len(word) + 1)
             if place + width > 1:
                 place, line = 0.0, line - 0.28
-            words.text(place, line, word, fontsize=6, transform=words.transAxes, family="monospace",
-                       bbox=dict(facecolor=str(1 - min(h, 0.6)), edgecolor="none", pad=1),
-                       color="black" if h < 0.35 else "white")
+            words.text(
+                place,
+                line,
+                word,
+                fontsize=6,
+                transform=words.transAxes,
+                family="monospace",
+                bbox=dict(facecolor=str(1 - min(h, 0.6)), edgecolor="none", pad=1),
+                color="black" if h < 0.35 else "white",
+            )
             place += width
     figure.colorbar(drawn, ax=axes[:2], shrink=0.4, label="entropy of an image token / log V")
     save(folder, "maps", figure)

@@ -23,19 +23,53 @@ ROOT = Path(__file__).parent.parent
 
 class Stage(NamedTuple):
     command: list
-    needs: tuple       # checkpoints of earlier stages
+    needs: tuple  # checkpoints of earlier stages
     file: str  # its checkpoint
     log: str
 
 
 STAGES = {
-    "tiny_vq": Stage(["-m", "tiny_vq.train", "--images", "100", "--batch", "16", "--scored", "14",
-                      "--steps", "60", "--save-every", "7"], (), "tokenizer.pt", "tokenizer.jsonl"),
-    "base": Stage(["pretrain.py", "--items", "100", "--batch", "16", "--steps", "60",
-                   "--save-every", "7"], ("tokenizer.pt",), "base.pt", "base.jsonl"),
-    "eggrpo": Stage(["eggrpo.py", "--eval-prompts", "4", "--steps", "12", "--save-every", "5",
-                     "--eval-every", "6"], ("tokenizer.pt", "base.pt"), "eggrpo-0/policy.pt",
-                    "eggrpo-0/log.jsonl"),
+    "tiny_vq": Stage(
+        [
+            "-m",
+            "tiny_vq.train",
+            "--images",
+            "100",
+            "--batch",
+            "16",
+            "--scored",
+            "14",
+            "--steps",
+            "60",
+            "--save-every",
+            "7",
+        ],
+        (),
+        "tokenizer.pt",
+        "tokenizer.jsonl",
+    ),
+    "base": Stage(
+        ["pretrain.py", "--items", "100", "--batch", "16", "--steps", "60", "--save-every", "7"],
+        ("tokenizer.pt",),
+        "base.pt",
+        "base.jsonl",
+    ),
+    "eggrpo": Stage(
+        [
+            "eggrpo.py",
+            "--eval-prompts",
+            "4",
+            "--steps",
+            "12",
+            "--save-every",
+            "5",
+            "--eval-every",
+            "6",
+        ],
+        ("tokenizer.pt", "base.pt"),
+        "eggrpo-0/policy.pt",
+        "eggrpo-0/log.jsonl",
+    ),
 }
 
 
@@ -51,8 +85,13 @@ def command_of(stage, out):
 
 
 def start(stage, out):
-    return subprocess.Popen(command_of(stage, out), cwd=ROOT, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command_of(stage, out),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def await_log(process, log, since):
@@ -84,8 +123,14 @@ def assert_same(stage, ours, theirs):
     weights = [checkpoint.load(f / stage.file)["model"] for f in (ours, theirs)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
-    pictures = [{p.name: p.read_bytes() for p in (f / stage.file).parent.glob("*.[pg]*")
-                 if p.suffix in (".png", ".gif")} for f in (ours, theirs)]
+    pictures = [
+        {
+            p.name: p.read_bytes()
+            for p in (f / stage.file).parent.glob("*.[pg]*")
+            if p.suffix in (".png", ".gif")
+        }
+        for f in (ours, theirs)
+    ]
     assert pictures[0] == pictures[1]
     assert not list(ours.rglob("*.tmp"))
 
@@ -133,9 +178,12 @@ def main(kills):
             prepare(stage, made, whole)
             seconds = finish(stage, whole)
             early, running, compared = kill(stage, made, whole, seconds, Path(folder) / name, kills)
-            print(f"{name}: {kills} of {kills} kills survived, {early} before the first checkpoint,"
-                  f" {running} after the log was opened; {compared} runs compared, "
-                  f"{seconds[0]:.1f} s uninterrupted", flush=True)
+            print(
+                f"{name}: {kills} of {kills} kills survived, {early} before the first checkpoint,"
+                f" {running} after the log was opened; {compared} runs compared, "
+                f"{seconds[0]:.1f} s uninterrupted",
+                flush=True,
+            )
             if stage.file != "eggrpo-0/policy.pt":
                 shutil.copy(whole / "smoke" / stage.file, made / "smoke")
 

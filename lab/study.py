@@ -41,23 +41,24 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = ""              # smoke, cpu or gpu
+    preset: str = ""  # smoke, cpu or gpu
     device: str = "auto"
     out: str = "out/study"
-    seed: int = 0                 # of evaluation and records; runs have seeds 0, 1, 2, ...
-    seeds: int = 5                # runs of grpo and eggrpo
-    other_seeds: int = 3          # runs of everything else
-    steps: int = 100              # of a run (`python eggrpo.py` itself makes more)
-    prompts: int = 2100           # evaluation prompts a run; a fifth as many of rare pairs
-    per_category: int = 10        # prompts of each category that are recorded
-    plans: int = 8                # plans a recorded prompt (paper: 10)
-    pictures: int = 8             # pictures a plan (paper: 10)
-    jobs: int = 0                 # runs at a time; 0: on a CPU one a core, else one
-    only: str = ""                # do this one job, by name
+    seed: int = 0  # of evaluation and records; runs have seeds 0, 1, 2, ...
+    seeds: int = 5  # runs of grpo and eggrpo
+    other_seeds: int = 3  # runs of everything else
+    steps: int = 100  # of a run (`python eggrpo.py` itself makes more)
+    prompts: int = 2100  # evaluation prompts a run; a fifth as many of rare pairs
+    per_category: int = 10  # prompts of each category that are recorded
+    plans: int = 8  # plans a recorded prompt (paper: 10)
+    pictures: int = 8  # pictures a plan (paper: 10)
+    jobs: int = 0  # runs at a time; 0: on a CPU one a core, else one
+    only: str = ""  # do this one job, by name
 
     def check(self):
-        common.check_at_least(1, self, "seeds", "other_seeds", "steps", "prompts",
-                                 "per_category", "plans", "pictures")
+        common.check_at_least(
+            1, self, "seeds", "other_seeds", "steps", "prompts", "per_category", "plans", "pictures"
+        )
         common.check_at_least(0, self, "seed", "jobs")
 
 
@@ -68,48 +69,89 @@ PRESETS = {
 }
 # name: (what differs, flags of eggrpo.py). Names are folders: <name>-<seed>.
 MAIN = {"grpo": ["--method", "grpo"], "eggrpo": ["--method", "eggrpo"]}
-ABLATIONS = {m: ["--method", m] for m in
-             ("calm", "bonus", "exclude", "eggrpo-text", "eggrpo-image", "eggrpo-gradient",
-              "top-entropy", "entropy-coef", "dr-grpo", "dapo")}
-SWEEPS = {f"{flag}-{value}": [f"--{flag}", value] for flag, values in (
-    ("low-frac", ("0.1", "0.4")),          # 0 is `bonus`, .2 is `eggrpo`
-    ("high-frac", ("0.25", "0.8")),        # .8 is all that low leaves, .5 is `eggrpo`
-    ("bonus-coef", ("0.1", "1.0")),        # 0 is `exclude`, .3 is `eggrpo`
-) for value in values}
+ABLATIONS = {
+    m: ["--method", m]
+    for m in (
+        "calm",
+        "bonus",
+        "exclude",
+        "eggrpo-text",
+        "eggrpo-image",
+        "eggrpo-gradient",
+        "top-entropy",
+        "entropy-coef",
+        "dr-grpo",
+        "dapo",
+    )
+}
+SWEEPS = {
+    f"{flag}-{value}": [f"--{flag}", value]
+    for flag, values in (
+        ("low-frac", ("0.1", "0.4")),  # 0 is `bonus`, .2 is `eggrpo`
+        ("high-frac", ("0.25", "0.8")),  # .8 is all that low leaves, .5 is `eggrpo`
+        ("bonus-coef", ("0.1", "1.0")),  # 0 is `exclude`, .3 is `eggrpo`
+    )
+    for value in values
+}
 REGIMES = ("lr", "exact", "group", "long")
 
 
 def regimes(config):
     """Where should the method matter? Changes that are made to grpo and to eggrpo."""
     usual = eggrpo.Config(**eggrpo.PRESETS[config.preset])
-    return dict(zip(REGIMES, (
-        ["--lr", f"{usual.lr * 10 / 3:.3g}"],                        # a step that may overshoot
-        ["--reward", "exact"],                                       # a sparse reward
-        ["--plans-per-prompt", str(usual.plans_per_prompt // 2), "--prompts", str(usual.prompts * 2)],     # more noise
-        ["--steps", str(config.steps * 5 // 2)])))
+    return dict(
+        zip(
+            REGIMES,
+            (
+                ["--lr", f"{usual.lr * 10 / 3:.3g}"],  # a step that may overshoot
+                ["--reward", "exact"],  # a sparse reward
+                [
+                    "--plans-per-prompt",
+                    str(usual.plans_per_prompt // 2),
+                    "--prompts",
+                    str(usual.prompts * 2),
+                ],  # more noise
+                ["--steps", str(config.steps * 5 // 2)],
+            ),
+        )
+    )
 
 
 class Job(NamedTuple):
-    name: str          # a run <variant>-<seed>, records-<policy> or records-pictures
-    flags: list        # of eggrpo.py; None for records
+    name: str  # a run <variant>-<seed>, records-<policy> or records-pictures
+    flags: list  # of eggrpo.py; None for records
 
 
 def all_jobs(config):
     """List all jobs, in the order in which they are done: what matters most first."""
-    runs = lambda variants, seeds: [Job(f"{name}-{seed}", [*flags, "--seed", str(seed)])
-                                    for seed in range(seeds) for name, flags in variants.items()]
+    runs = lambda variants, seeds: [
+        Job(f"{name}-{seed}", [*flags, "--seed", str(seed)])
+        for seed in range(seeds)
+        for name, flags in variants.items()
+    ]
     main = runs(MAIN, config.seeds)
     recorded = [Job(f"records-{name}", None) for name in ("base-no-plan", "base")]
     recorded += [Job(f"records-{job.name}", None) for job in main]
     recorded += [Job("records-pictures", None)]
-    changed = {f"{regime}-{method}": ["--method", method, *flags]
-               for regime, flags in regimes(config).items() for method in MAIN}
+    changed = {
+        f"{regime}-{method}": ["--method", method, *flags]
+        for regime, flags in regimes(config).items()
+        for method in MAIN
+    }
     dear = {name: changed.pop(name) for name in list(changed) if name.startswith("long")}
-    return main + recorded + [job for variants in (ABLATIONS, changed, SWEEPS, dear)
-                              for job in runs(variants, config.other_seeds)]
+    return (
+        main
+        + recorded
+        + [
+            job
+            for variants in (ABLATIONS, changed, SWEEPS, dear)
+            for job in runs(variants, config.other_seeds)
+        ]
+    )
 
 
 # --- one job --------------------------------------------------------------------------------------
+
 
 def open_policy(config, name, device):
     """Load a policy by name: base-no-plan, base or a run. Returns it and how it is drawn from."""
@@ -123,9 +165,10 @@ def open_policy(config, name, device):
 def score_policy(config, env, name):
     """Score a policy on held-out and rare prompts and write its summaries."""
     policy, how = open_policy(config, name, env.device)
-    scored = {split: evaluate.summarize(evaluate.evaluate(env, policy, split, n, seed=config.seed,
-                                                        **how))
-              for split, n in (("eval", config.prompts), ("rare", max(config.prompts // 5, 1)))}
+    scored = {
+        split: evaluate.summarize(evaluate.evaluate(env, policy, split, n, seed=config.seed, **how))
+        for split, n in (("eval", config.prompts), ("rare", max(config.prompts // 5, 1)))
+    }
     path = Path(config.out) / config.preset / name / "scores.json"
     common.write(path, json.dumps(common.to_jsonable(scored), indent=1).encode())
 
@@ -154,19 +197,31 @@ def record_rows(config, env, policy, scene, number, **how):
         nll, _ = entropy_moments(-drawn.logp[:, slots], valid)
         columns |= {f"{part}_entropy": mean, f"{part}_entropy_std": std, f"{part}_nll": nll}
     # which tokens draw objects: a tenth of their patch is paint
-    h, valid = drawn.entropy[:, policy.C:], drawn.valid[:, policy.C:]
+    h, valid = drawn.entropy[:, policy.C :], drawn.valid[:, policy.C :]
     paint = F.avg_pool2d(rewards.ink(images).sum(1, keepdim=True), env.world.patch).flatten(1) > 0.1
     low, high = eggrpo.entropy_masks(h, valid)
     share = lambda of, among: (of & among).sum(1) / among.sum(1).clamp(min=1)
-    columns |= dict(objects_share=share(paint, valid), low_on_objects=share(paint, low),
-                    high_on_objects=share(paint, high),
-                    object_entropy=(h * paint).sum(1) / paint.sum(1).clamp(min=1),
-                    ground_entropy=(h * ~paint).sum(1) / (~paint).sum(1).clamp(min=1))
+    columns |= dict(
+        objects_share=share(paint, valid),
+        low_on_objects=share(paint, low),
+        high_on_objects=share(paint, high),
+        object_entropy=(h * paint).sum(1) / paint.sum(1).clamp(min=1),
+        ground_entropy=(h * ~paint).sum(1) / (~paint).sum(1).clamp(min=1),
+    )
     columns = {name: values.tolist() for name, values in columns.items()}
-    return [common.to_jsonable(dict(prompt=scene.prompt, number=number, category=scene.category,
-                               plan=decode_words(drawn.plan[i]), plan_index=i // m,
-                               **{name: values[i] for name, values in columns.items()}))
-            for i in range(n)]
+    return [
+        common.to_jsonable(
+            dict(
+                prompt=scene.prompt,
+                number=number,
+                category=scene.category,
+                plan=decode_words(drawn.plan[i]),
+                plan_index=i // m,
+                **{name: values[i] for name, values in columns.items()},
+            )
+        )
+        for i in range(n)
+    ]
 
 
 def record_policy(config, env, name):
@@ -199,20 +254,28 @@ def record_pictures(config, env):
     maps, image = [], slice(policy.C, None)
     low, high = eggrpo.entropy_masks(drawn.entropy[:, image], drawn.valid[:, image])
     for i in range(0, len(scenes), 2):
-        words = drawn.valid[i, :policy.C]
-        maps.append(dict(
-            prompt=scenes[i].prompt, plan=decode_words(drawn.plan[i]),
-            plan_entropy=drawn.entropy[i, :policy.C][words].tolist(),
-            image_entropy=drawn.entropy[i, image].tolist(), image_low=low[i].tolist(),
-            image_high=high[i].tolist(),
-            picture=(images[i] * 255).round().byte().permute(1, 2, 0).tolist()))
+        words = drawn.valid[i, : policy.C]
+        maps.append(
+            dict(
+                prompt=scenes[i].prompt,
+                plan=decode_words(drawn.plan[i]),
+                plan_entropy=drawn.entropy[i, : policy.C][words].tolist(),
+                image_entropy=drawn.entropy[i, image].tolist(),
+                image_low=low[i].tolist(),
+                image_high=high[i].tolist(),
+                picture=(images[i] * 255).round().byte().permute(1, 2, 0).tolist(),
+            )
+        )
     write_lines(folder / "records" / "pictures.jsonl", maps)
 
 
 def is_done(config, job):
     folder, name = Path(config.out) / config.preset, job.name.removeprefix("records-")
-    return ((folder / "records" / f"{name}.jsonl") if job.flags is None
-            else (folder / name / "scores.json")).exists()
+    return (
+        (folder / "records" / f"{name}.jsonl")
+        if job.flags is None
+        else (folder / name / "scores.json")
+    ).exists()
 
 
 def run_job(config, job):
@@ -233,6 +296,7 @@ def run_job(config, job):
 
 
 # --- all jobs -------------------------------------------------------------------------------------
+
 
 def stages(config):
     """Make the tokenizer and the base policy, which all runs share."""
@@ -285,13 +349,17 @@ def main(argv=None):
     print(f"study: {len(todo)} jobs, {len(left)} to do, {number} at a time")
     pool = ThreadPoolExecutor(number)
     try:
-        statuses = list(tqdm(pool.map(lambda job: launch(config, job, argv), left), "study",
-                             len(left)))
+        statuses = list(
+            tqdm(pool.map(lambda job: launch(config, job, argv), left), "study", len(left))
+        )
     finally:
-        pool.shutdown(cancel_futures=True)              # after Ctrl-C the jobs to come do not start
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C the jobs to come do not start
     failed = [job.name for job, status in zip(left, statuses) if status]
-    common.check(not failed, f"{len(failed)} jobs failed ({', '.join(failed[:5])}): see "
-                    f"{config.out}/{config.preset}/logs, then go on with `{command}`")
+    common.check(
+        not failed,
+        f"{len(failed)} jobs failed ({', '.join(failed[:5])}): see "
+        f"{config.out}/{config.preset}/logs, then go on with `{command}`",
+    )
     print(f"study: done in {time.time() - started:.0f} s; draw it with `python -m lab.analyze`")
 
 

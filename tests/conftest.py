@@ -25,11 +25,13 @@ def pytest_collection_modifyitems(items):
 
 def run(*command, status=0):
     """Run a command in the repository; return what it printed (both streams)."""
-    done = subprocess.run([*map(str, command)],
-                          cwd=ROOT,
-                          capture_output=True,
-                          text=True,
-                          env={**os.environ, "PYTHON": sys.executable})
+    done = subprocess.run(
+        [*map(str, command)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable},
+    )
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
@@ -78,8 +80,17 @@ def world():
 def tiny_policy(world, codes=32, seed=0, scale=8.0):
     """A random policy whose distributions are far from uniform, so that mistakes show."""
     torch.manual_seed(seed)
-    policy = Policy(len(WORDS), codes, 4, world.prompt_slots, world.plan_slots, world.image_tokens,
-                    width=32, layers=2, heads=2)
+    policy = Policy(
+        len(WORDS),
+        codes,
+        4,
+        world.prompt_slots,
+        world.plan_slots,
+        world.image_tokens,
+        width=32,
+        layers=2,
+        heads=2,
+    )
     for parameter in policy.parameters():
         if parameter.dim() > 1:
             parameter.data *= scale

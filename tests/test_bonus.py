@@ -25,8 +25,11 @@ def test_a_bonus_that_ignores_the_sampled_token_has_no_expected_gradient(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_method_is_grpo_and_its_two_halves(seed):
     g, _, _ = exact_gradients(Instance(seed))
-    assert torch.allclose(g["bonus where it is 0.3 H"] + g["bonus where it is 0.3 abs(A)"],
-                          g["bonus: both"], atol=1e-14)
+    assert torch.allclose(
+        g["bonus where it is 0.3 H"] + g["bonus where it is 0.3 abs(A)"],
+        g["bonus: both"],
+        atol=1e-14,
+    )
     parts = g["GRPO: A"] + g["bonus: both"] + g["exclusion: -A on low"]
     assert torch.allclose(parts, g["EG-GRPO: all of it"], atol=1e-14)
 
@@ -64,7 +67,7 @@ def test_the_true_entropy_gradient_raises_entropy():
 
 def test_entropies_and_probabilities_are_exact():
     tokens = every_sequence()
-    assert tokens.shape == (3 ** 10, 10) and len(tokens.unique(dim=0)) == 3 ** 10
+    assert tokens.shape == (3**10, 10) and len(tokens.unique(dim=0)) == 3**10
     logp, entropy = look_up(Instance(0).theta, tokens)
     assert abs(logp.sum(1).exp().sum() - 1) < 1e-12 and 0 < entropy.min() and entropy.max() <= 1
 

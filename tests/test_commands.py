@@ -26,12 +26,23 @@ from tiny_vq import train as tiny_vq_train
 def test_train_sh_runs_all_stages_and_writes_all_outputs(out):
     folder, printed, seconds = out
     smoke = folder / "smoke"
-    for name in ("tokenizer.pt", "tokenizer.jsonl", "base.pt", "base.jsonl", "results.json", "results.md", "before-after.png",
-                 "eggrpo-0/policy.pt", "eggrpo-0/log.jsonl", "eggrpo-0/gallery-00000.png", "eggrpo-0/training.gif"):
+    for name in (
+        "tokenizer.pt",
+        "tokenizer.jsonl",
+        "base.pt",
+        "base.jsonl",
+        "results.json",
+        "results.md",
+        "before-after.png",
+        "eggrpo-0/policy.pt",
+        "eggrpo-0/log.jsonl",
+        "eggrpo-0/gallery-00000.png",
+        "eggrpo-0/training.gif",
+    ):
         assert (smoke / name).stat().st_size > 0, name
-    assert Image.open(smoke / "eggrpo-0" / "training.gif").n_frames == 3          # steps 0, 2 and 4
+    assert Image.open(smoke / "eggrpo-0" / "training.gif").n_frames == 3  # steps 0, 2 and 4
     assert "| base + plan (n = 24) |" in printed and "| eggrpo-0 (n = 24) |" in printed
-    assert seconds < 120                                                # under 60 on an idle laptop
+    assert seconds < 120  # under 60 on an idle laptop
 
 
 def test_finished_stages_are_skipped_with_a_line_that_says_so(out, capsys):
@@ -51,12 +62,9 @@ def test_the_log_has_every_key_of_the_table(out):
     ]
     logged = {key for r in records[2:] for key in r}
     readme = (ROOT / "README.md").read_text()
-    table = readme[readme.index("| key |"):].split("\n\n")[0]
+    table = readme[readme.index("| key |") :].split("\n\n")[0]
     documented = {
-        key
-        for row in table.splitlines()[2:]
-        for key in re.findall(r"`(\w+)`",
-                              row.split("|")[1])
+        key for row in table.splitlines()[2:] for key in re.findall(r"`(\w+)`", row.split("|")[1])
     }
     assert logged == documented
 
@@ -67,19 +75,45 @@ def test_sample_draws_what_is_typed(out, capsys):
     printed = run("bash", "train.sh", "sample", prompt, "--preset", "smoke", "--out", out[0])
     name = "a-red-circle-left-of-a-blue-square.png"
     assert (out[0] / "smoke" / "samples" / name).exists() and "image:" in printed
-    sample.main(["three green crosses", "--preset", "smoke", "--out", str(out[0]), "--policy",
-                 "base", "--no-plan"])
+    sample.main(
+        [
+            "three green crosses",
+            "--preset",
+            "smoke",
+            "--out",
+            str(out[0]),
+            "--policy",
+            "base",
+            "--no-plan",
+        ]
+    )
     assert "(no plan)" in capsys.readouterr().out
 
 
 def test_sample_uses_the_guidance_that_the_policy_was_trained_under(out, tmp_path, monkeypatch):
     prepare(STAGES["eggrpo"], out[0], tmp_path / "out")
     flags = ["--preset", "smoke", "--out", str(tmp_path / "out")]
-    eggrpo.main([*flags, "--steps", "1", "--prompts", "1", "--plans-per-prompt", "2",
-                 "--eval-prompts", "1", "--guidance", "3"])
+    eggrpo.main(
+        [
+            *flags,
+            "--steps",
+            "1",
+            "--prompts",
+            "1",
+            "--plans-per-prompt",
+            "2",
+            "--eval-prompts",
+            "1",
+            "--guidance",
+            "3",
+        ]
+    )
     used, original = [], sample.sample_images
-    monkeypatch.setattr(sample, "sample_images",
-                        lambda *x, **how: used.append(how["guidance"]) or original(*x, **how))
+    monkeypatch.setattr(
+        sample,
+        "sample_images",
+        lambda *x, **how: used.append(how["guidance"]) or original(*x, **how),
+    )
     for more in ([], ["--guidance", "2"], ["--policy", "base"]):
         sample.main(["a red circle and a blue square", *flags, *more])
     assert used == [3.0, 2.0, 1.0]
@@ -89,24 +123,40 @@ def test_the_tokenizers_training_can_be_called_as_a_file():
     assert "usage: train.py" in run(sys.executable, "tiny_vq/train.py", "--help")
 
 
-@pytest.mark.parametrize("command, words", [
-    (["sample.py", "a rde circle"], "unknown word 'rde' .nearest known: .*red.*grammar"),
-    (["sample.py", ""], "prompt is empty"),
-    (["eggrpo.py", "--method", "ppo"], "--method: invalid choice: 'ppo' .choose from .?grpo.?, .?eggrpo"),
-    (["eggrpo.py", "--plans-per-prompt", "1"], "--plans-per-prompt 1: .* at least 2"),
-    (["eggrpo.py", "--low-frac", "0.6", "--high-frac", "0.5"], "add up to at most 1"),
-    (["eggrpo.py", "--colour", "red"], "unrecognized arguments: --colour red"),
-    (["pretrain.py", "--preset", "huge"], "--preset: invalid choice: 'huge' .choose from .?smoke.?, .?cpu.?, .?gpu"),
-    (["pretrain.py", "--width", "65"], "must be a multiple of --heads"),
-    (["pretrain.py", "--save-every", "0"], "--save-every 0: must be at least 1"),
-    (["-m", "tiny_vq.train", "--width", "20"], "must be a multiple of 8"),
-    (["eggrpo.py", "--guidance", "3", "--score-guidance", "1", "--minibatches", "2"], "one update"),
-    (["eggrpo.py", "--seed", "9", "--device", "abacus"], "device 'abacus' cannot be used"),
-])
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        (["sample.py", "a rde circle"], "unknown word 'rde' .nearest known: .*red.*grammar"),
+        (["sample.py", ""], "prompt is empty"),
+        (
+            ["eggrpo.py", "--method", "ppo"],
+            "--method: invalid choice: 'ppo' .choose from .?grpo.?, .?eggrpo",
+        ),
+        (["eggrpo.py", "--plans-per-prompt", "1"], "--plans-per-prompt 1: .* at least 2"),
+        (["eggrpo.py", "--low-frac", "0.6", "--high-frac", "0.5"], "add up to at most 1"),
+        (["eggrpo.py", "--colour", "red"], "unrecognized arguments: --colour red"),
+        (
+            ["pretrain.py", "--preset", "huge"],
+            "--preset: invalid choice: 'huge' .choose from .?smoke.?, .?cpu.?, .?gpu",
+        ),
+        (["pretrain.py", "--width", "65"], "must be a multiple of --heads"),
+        (["pretrain.py", "--save-every", "0"], "--save-every 0: must be at least 1"),
+        (["-m", "tiny_vq.train", "--width", "20"], "must be a multiple of 8"),
+        (
+            ["eggrpo.py", "--guidance", "3", "--score-guidance", "1", "--minibatches", "2"],
+            "one update",
+        ),
+        (["eggrpo.py", "--seed", "9", "--device", "abacus"], "device 'abacus' cannot be used"),
+    ],
+)
 def test_bad_input_is_one_line_and_status_2(out, capsys, command, words):
-    module = {"-m": tiny_vq_train, "eggrpo.py": eggrpo, "pretrain.py": pretrain,
-              "sample.py": sample}[command[0]]
-    argv = [*command[1 + (command[0] == "-m"):], "--out", str(out[0])]
+    module = {
+        "-m": tiny_vq_train,
+        "eggrpo.py": eggrpo,
+        "pretrain.py": pretrain,
+        "sample.py": sample,
+    }[command[0]]
+    argv = [*command[1 + (command[0] == "-m") :], "--out", str(out[0])]
     argv += [] if "--preset" in command else ["--preset", "smoke"]
     line = one_line(capsys, 2, common.run, lambda: module.main(argv))
     assert re.search("error: .*" + words, line)
@@ -126,10 +176,13 @@ def test_train_sh_refuses_what_it_does_not_know():
     assert "invalid choice: 'big'" in run("bash", "train.sh", "--preset", "big", status=2)
 
 
-@pytest.mark.parametrize("stage, number", [("tiny_vq", signal.SIGINT), ("base", signal.SIGTERM),
-                                           ("eggrpo", signal.SIGINT)])
+@pytest.mark.parametrize(
+    "stage, number",
+    [("tiny_vq", signal.SIGINT), ("base", signal.SIGTERM), ("eggrpo", signal.SIGINT)],
+)
 def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_is_the_uninterrupted_one(
-        out, whole, tmp_path, stage, number):
+    out, whole, tmp_path, stage, number
+):
     """Bit for bit: the same log, but for its clock, the same weights and pictures. The command that
     goes on is the one that was printed."""
     there, stage = whole(stage)[0], STAGES[stage]
@@ -190,20 +243,62 @@ def test_the_gpu_preset_runs_two_steps_of_every_stage_on_the_cpu(tmp_path, layer
     """Nothing in it is untried: its pictures, textures, width and slots; steps and batches are cut,
     and in the fast version layers and width too."""
     small = ["--preset", "gpu", "--out", tmp_path, "--device", "cpu"]
-    run(sys.executable, "-m", "tiny_vq.train", *small, "--images", 8, "--steps", 2, "--batch", 4,
-        "--scored", 7)
+    run(
+        sys.executable,
+        "-m",
+        "tiny_vq.train",
+        *small,
+        "--images",
+        8,
+        "--steps",
+        2,
+        "--batch",
+        4,
+        "--scored",
+        7,
+    )
     width = 128 if layers == 2 else 512
-    run(sys.executable, "pretrain.py", *small, "--items", 8, "--steps", 2, "--batch", 4, "--layers",
-        layers, "--width", width)
-    run(sys.executable, "eggrpo.py", *small, "--steps", 2, "--prompts", 1, "--plans-per-prompt", 2,
-        "--eval-prompts", 1)
+    run(
+        sys.executable,
+        "pretrain.py",
+        *small,
+        "--items",
+        8,
+        "--steps",
+        2,
+        "--batch",
+        4,
+        "--layers",
+        layers,
+        "--width",
+        width,
+    )
+    run(
+        sys.executable,
+        "eggrpo.py",
+        *small,
+        "--steps",
+        2,
+        "--prompts",
+        1,
+        "--plans-per-prompt",
+        2,
+        "--eval-prompts",
+        1,
+    )
     run(sys.executable, "evaluate.py", *small, "--prompts", 1)
 
 
 def test_the_gpu_preset_is_of_the_size_it_claims():
     from scenes import WORLDS
+
     config = pretrain.Config(**pretrain.PRESETS["gpu"])
-    policy = pretrain.make_policy(config, WORLDS["gpu"], torch.randn(tiny_vq_train.PRESETS["gpu"]["codes"], 16))
+    policy = pretrain.make_policy(
+        config, WORLDS["gpu"], torch.randn(tiny_vq_train.PRESETS["gpu"]["codes"], 16)
+    )
     assert 20e6 < sum(p.numel() for p in policy.parameters()) < 60e6
-    assert WORLDS["gpu"].image_tokens == 256 and WORLDS[
-        "gpu"].image_size == 64 and tiny_vq_train.PRESETS["gpu"]["codes"] >= 512
+    assert (
+        WORLDS["gpu"].image_tokens == 256
+        and WORLDS["gpu"].image_size == 64
+        and tiny_vq_train.PRESETS["gpu"]["codes"] >= 512
+    )

@@ -35,21 +35,26 @@ PRESETS = {"smoke": dict(rate=0.1), "cpu": {}, "gpu": {}}
 
 
 def record(**change):
-    return dict(kind="base",
-                config=checkpoint.result_config(Config(preset="cpu")),
-                step=2,
-                steps=2,
-                model_config={},
-                model={},
-                optimizer={},
-                x=torch.arange(1000)) | change
+    return (
+        dict(
+            kind="base",
+            config=checkpoint.result_config(Config(preset="cpu")),
+            step=2,
+            steps=2,
+            model_config={},
+            model={},
+            optimizer={},
+            x=torch.arange(1000),
+        )
+        | change
+    )
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     save(tmp_path / "deep" / "a.pt", record())
     back = load(tmp_path / "deep" / "a.pt", "make it")
     assert torch.equal(back["x"], torch.arange(1000)) and back["kind"] == "base"
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.pt"]   # no temporary file is left
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.pt"]  # no temporary file is left
 
 
 def test_damaged_foreign_and_missing_checkpoints_are_named_with_the_remedy(tmp_path):
@@ -58,13 +63,13 @@ def test_damaged_foreign_and_missing_checkpoints_are_named_with_the_remedy(tmp_p
     whole = path.read_bytes()
     for i in range(200):
         place = torch.randint(len(whole), (), generator=generator("damage", i)).item()
-        flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:]
+        flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
         for damaged in (whole[:place], flipped):
             path.write_bytes(damaged)
             with pytest.raises(UserError, match=r"a\.pt.*remove it and run `make it`"):
                 load(path, "make it")
-    for place in range(len(checkpoint.MAGIC) + 65):                       # the header, byte by byte
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
+    for place in range(len(checkpoint.MAGIC) + 65):  # the header, byte by byte
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(UserError, match=r"a\.pt.*remove it and run `make it`"):
             load(path, "make it")
     torch.save({"x": 1}, path)
@@ -140,8 +145,10 @@ def test_resuming_with_another_config_is_refused_unless_results_stay_the_same(tm
     save(path, record())
     free |= dict(eval_every=1, eval_prompts=1)
     assert begin(path, Config(preset="cpu", **free)).first_step == 2
-    for change, words in ((dict(rate=0.6), "rate 0.5, now 0.6"),
-                          (dict(preset="smoke"), "preset 'cpu', now 'smoke'")):
+    for change, words in (
+        (dict(rate=0.6), "rate 0.5, now 0.6"),
+        (dict(preset="smoke"), "preset 'cpu', now 'smoke'"),
+    ):
         with pytest.raises(UserError, match=f"made with {words}"):
             begin(path, Config(**dict(preset="cpu") | change))
 
@@ -170,9 +177,15 @@ def test_flags_override_presets_override_defaults():
     assert parse("x.py", Config, PRESETS, "", ["--preset", "cpu"])[0].rate == 0.5
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--preset", "big"], "argument --preset: invalid choice: 'big'"), (["--speed", "3"], "unrecognized arguments: --speed 3"),
-    (["--rate", "much"], "argument --rate: invalid float value"), (["--rate", "2"], "--rate must be at most 1")])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--preset", "big"], "argument --preset: invalid choice: 'big'"),
+        (["--speed", "3"], "unrecognized arguments: --speed 3"),
+        (["--rate", "much"], "argument --rate: invalid float value"),
+        (["--rate", "2"], "--rate must be at most 1"),
+    ],
+)
 def test_bad_flags_are_one_line(argv, words):
     with pytest.raises(UserError) as error:
         parse("x.py", Config, PRESETS, "", argv)

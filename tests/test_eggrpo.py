@@ -54,6 +54,7 @@ def test_docstrings_are_true():
 
 # --- advantages -----------------------------------------------------------------------------------
 
+
 def test_advantages_by_hand():
     """Rewards 0, 1, 2, 5: mean 2, squared deviations 4 + 1 + 0 + 9 = 14, std with ddof 1 is sqrt(14
     / 3)."""
@@ -66,9 +67,9 @@ def test_each_group_is_normalised_by_itself():
     r = torch.tensor([[0.0, 1.0, 2.0], [10.0, 11.0, 12.0]])
     a = group_advantages(r)
     assert torch.allclose(a[0], a[1]) and torch.allclose(a.sum(1), torch.zeros(2), atol=1e-6)
-    assert torch.allclose(group_advantages(3 * r + 7, eps=0.0),
-                          group_advantages(r, eps=0.0),
-                          atol=1e-5)
+    assert torch.allclose(
+        group_advantages(3 * r + 7, eps=0.0), group_advantages(r, eps=0.0), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("eps", [1e-4, 1e-8])
@@ -85,21 +86,25 @@ def test_a_group_of_one_is_refused():
 
 # --- entropy and masks ----------------------------------------------------------------------------
 
+
 def test_entropy_is_that_of_the_full_distribution_as_a_fraction():
     assert torch.allclose(token_entropy(torch.zeros(3, 512)), torch.ones(3))
-    assert torch.allclose(token_entropy(torch.tensor([[0.0, 0.0, -1e9, -1e9]])),
-                          torch.tensor([0.5]))
+    assert torch.allclose(
+        token_entropy(torch.tensor([[0.0, 0.0, -1e9, -1e9]])), torch.tensor([0.5])
+    )
     assert token_entropy(torch.tensor([[0.0, -float("inf")]])).item() == 0
     logits = torch.randn(4, 7, requires_grad=True)
     p = logits.softmax(-1)
     assert torch.allclose(token_entropy(logits), -(p * p.log()).sum(-1) / math.log(7), atol=1e-6)
-    assert not token_entropy(logits).requires_grad and token_entropy(
-        logits.bfloat16()).dtype == torch.float32
+    assert (
+        not token_entropy(logits).requires_grad
+        and token_entropy(logits.bfloat16()).dtype == torch.float32
+    )
 
 
 def test_masks_of_eight_entropies():
     """The worked example of the docstring: .10 and .20 are low, .50 and above are high."""
-    entropy = torch.tensor([[.30, .10, .80, .20, .60, .50, .70, .40]])
+    entropy = torch.tensor([[0.30, 0.10, 0.80, 0.20, 0.60, 0.50, 0.70, 0.40]])
     low, high = entropy_masks(entropy, torch.ones(1, 8, dtype=torch.bool), 0.25, 0.5)
     assert low.tolist() == [[False, True, False, True, False, False, False, False]]
     assert high.tolist() == [[False, False, True, False, True, True, True, False]]
@@ -109,24 +114,28 @@ def masks_by_loop(entropy, valid, low_frac, high_frac):
     low, high = torch.zeros_like(valid), torch.zeros_like(valid)
     for row in range(len(entropy)):
         places = sorted(
-            (entropy[row, t].item(), t) for t in range(entropy.shape[1]) if valid[row, t])
+            (entropy[row, t].item(), t) for t in range(entropy.shape[1]) if valid[row, t]
+        )
         n = len(places)
-        for _, t in places[:round(100 * low_frac) * n // 100]:
+        for _, t in places[: round(100 * low_frac) * n // 100]:
             low[row, t] = True
-        for _, t in places[n - round(100 * high_frac) * n // 100:]:
+        for _, t in places[n - round(100 * high_frac) * n // 100 :]:
             high[row, t] = True
     return low, high
 
 
-@pytest.mark.parametrize("low_frac, high_frac", [(0.2, 0.5), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0),
-                                                 (0.33, 0.29)])
+@pytest.mark.parametrize(
+    "low_frac, high_frac", [(0.2, 0.5), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (0.33, 0.29)]
+)
 def test_masks_equal_the_loop_ties_included(low_frac, high_frac):
     """Guard: strict thresholds mask nothing when many entropies tie."""
     for seed in range(20):
         _, entropy, valid = random_batch(seed=seed)
         for h in (entropy, (entropy * 4).round() / 4, torch.zeros_like(entropy)):
-            got, expected = entropy_masks(h, valid, low_frac,
-                                          high_frac), masks_by_loop(h, valid, low_frac, high_frac)
+            got, expected = (
+                entropy_masks(h, valid, low_frac, high_frac),
+                masks_by_loop(h, valid, low_frac, high_frac),
+            )
             assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
             assert not (got[0] & got[1]).any()
 
@@ -148,8 +157,10 @@ def test_counts_are_those_of_exact_fractions():
 def test_masks_do_not_change_when_padding_is_added():
     """Guard: thresholds that depend on the longest plan of the batch."""
     _, entropy, valid = random_batch()
-    wide = torch.cat([entropy, torch.full((6, 9), -1.0)],
-                     1), torch.cat([valid, torch.zeros(6, 9, dtype=torch.bool)], 1)
+    wide = (
+        torch.cat([entropy, torch.full((6, 9), -1.0)], 1),
+        torch.cat([valid, torch.zeros(6, 9, dtype=torch.bool)], 1),
+    )
     for got, expected in zip(entropy_masks(*wide), entropy_masks(entropy, valid)):
         assert torch.equal(got[:, :20], expected) and not got[:, 20:].any()
 
@@ -162,6 +173,7 @@ def test_fractions_that_overlap_or_leave_the_range_are_refused(fractions):
 
 # --- shaping --------------------------------------------------------------------------------------
 
+
 def test_shaping_by_hand():
     """A = -1, low .2, high .5 of five tokens: one is excluded, the top two get min(.3 * 1, .3 * H)
     = .3 H."""
@@ -169,7 +181,7 @@ def test_shaping_by_hand():
     out = shape(torch.tensor([-1.0]), h, torch.ones(1, 5, dtype=torch.bool))
     assert torch.allclose(out, torch.tensor([[-1 + 0.27, 0.0, -1.0, -1 + 0.21, -1.0]]))
     capped = shape(torch.tensor([0.5]), h, torch.ones(1, 5, dtype=torch.bool))
-    assert torch.allclose(capped, torch.tensor([[0.65, 0.0, 0.5, 0.65, 0.5]]))   # .3 * .5 < .3 * .7
+    assert torch.allclose(capped, torch.tensor([[0.65, 0.0, 0.5, 0.65, 0.5]]))  # .3 * .5 < .3 * .7
 
 
 def test_shaping_equals_the_loop():
@@ -178,10 +190,9 @@ def test_shaping_equals_the_loop():
     out = shape(a, h, valid)
     for b, t in zip(*valid.nonzero(as_tuple=True)):
         bonus = min(0.3 * abs(a[b].item()), 0.3 * h[b, t].item()) if high[b, t] else 0.0
-        assert math.isclose(out[b, t].item(),
-                            0.0 if low[b, t] else a[b].item() + bonus,
-                            rel_tol=1e-5,
-                            abs_tol=1e-7)
+        assert math.isclose(
+            out[b, t].item(), 0.0 if low[b, t] else a[b].item() + bonus, rel_tol=1e-5, abs_tol=1e-7
+        )
 
 
 def test_the_bonus_never_flips_a_sign_and_a_zero_advantage_stays_zero():
@@ -193,17 +204,23 @@ def test_the_bonus_never_flips_a_sign_and_a_zero_advantage_stays_zero():
 
 def test_nothing_masked_and_no_bonus_is_grpo_bit_for_bit():
     a, h, valid = random_batch()
-    assert torch.equal(shape_advantages(a, h, *entropy_masks(h, valid, low_frac=0.0), bonus_coef=0.0),
-                       a[:, None].expand(6, 20))
+    assert torch.equal(
+        shape_advantages(a, h, *entropy_masks(h, valid, low_frac=0.0), bonus_coef=0.0),
+        a[:, None].expand(6, 20),
+    )
 
 
 # --- loss -----------------------------------------------------------------------------------------
 
+
 def random_logps(seed=0, b=6, t=20, spread=0.1):
     g = torch.Generator().manual_seed(seed)
     logp = -torch.rand(b, t, generator=g) * 3
-    return logp, logp + spread * torch.randn(b, t, generator=g), logp + spread * torch.randn(
-        b, t, generator=g)
+    return (
+        logp,
+        logp + spread * torch.randn(b, t, generator=g),
+        logp + spread * torch.randn(b, t, generator=g),
+    )
 
 
 def test_the_loss_equals_the_loop():
@@ -220,7 +237,8 @@ def test_the_loss_equals_the_loop():
     loss, stats = policy_loss(logp, old, ref, a[:, None].expand(6, 20), valid, 0.05, 0.2, 0.28)
     assert math.isclose(loss.item(), -total / n, rel_tol=1e-5)
     assert math.isclose(stats["kl"], kl_total / n, rel_tol=1e-4) and math.isclose(
-        stats["clipped"], clipped / n, rel_tol=1e-5)
+        stats["clipped"], clipped / n, rel_tol=1e-5
+    )
 
 
 def test_the_first_updates_gradient_is_reinforce():
@@ -272,8 +290,10 @@ def test_expected_gradient_equals_the_exact_one_on_an_enumerable_policy():
     """One token of three, reward known: the mean over many groups of GRPO's gradient (no std, no
     clip) is the gradient of E[R]."""
     torch.manual_seed(0)
-    logits, reward = torch.tensor([0.2, -0.5, 0.8],
-                                  requires_grad=True), torch.tensor([1.0, 0.0, 0.3])
+    logits, reward = (
+        torch.tensor([0.2, -0.5, 0.8], requires_grad=True),
+        torch.tensor([1.0, 0.0, 0.3]),
+    )
     (exact,) = torch.autograd.grad((logits.softmax(0) * reward).sum(), logits)
     p, g = 40000, 4
     tokens = torch.multinomial(logits.softmax(0).detach(), p * g, replacement=True)
@@ -281,12 +301,9 @@ def test_expected_gradient_equals_the_exact_one_on_an_enumerable_policy():
     # the group mean includes the sample itself, which shrinks the gradient by (G - 1) / G
     advantage = ((r - r.mean(1, keepdim=True)) * g / (g - 1)).view(-1, 1)
     logp = logits.log_softmax(0)[tokens][:, None]
-    loss, _ = policy_loss(logp,
-                          logp.detach(),
-                          None,
-                          advantage,
-                          torch.ones(p * g, 1, dtype=torch.bool),
-                          beta=0.0)
+    loss, _ = policy_loss(
+        logp, logp.detach(), None, advantage, torch.ones(p * g, 1, dtype=torch.bool), beta=0.0
+    )
     (estimate,) = torch.autograd.grad(loss, logits)
     assert torch.allclose(-estimate, exact, atol=0.01)
 
@@ -295,8 +312,9 @@ def test_nan_at_padding_passes_neither_shaping_nor_loss():
     """Other trainers leave anything there."""
     logp, old, ref = random_logps()
     a, h, valid = random_batch()
-    clean, dirty = (shape(a, torch.where(valid, h, torch.tensor(x)), valid)
-                    for x in (0.0, float("nan")))
+    clean, dirty = (
+        shape(a, torch.where(valid, h, torch.tensor(x)), valid) for x in (0.0, float("nan"))
+    )
     assert torch.equal(clean[valid], dirty[valid])
     dirty = torch.where(valid, dirty, torch.tensor(float("nan")))
     loss = policy_loss(logp, old, ref, dirty, valid)[0]
@@ -304,6 +322,7 @@ def test_nan_at_padding_passes_neither_shaping_nor_loss():
 
 
 # --- the step -------------------------------------------------------------------------------------
+
 
 def logits_of(policy, rollout, config):
     return forward_logits(policy, rollout.prompt, rollout.plan, rollout.codes, config.guidance)
@@ -355,8 +374,15 @@ def test_rollouts_are_the_learners_own_and_the_first_ratio_is_one(step):
     assert (rollout.entropy[~rollout.valid] == 0).all()
 
 
-@pytest.mark.parametrize("change", [dict(), dict(METHODS["entropy-coef"].values, text_weight=2.0),
-                                    METHODS["dr-grpo"].values, METHODS["dapo"].values])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(),
+        dict(METHODS["entropy-coef"].values, text_weight=2.0),
+        METHODS["dr-grpo"].values,
+        METHODS["dapo"].values,
+    ],
+)
 @pytest.mark.parametrize("micro_batch", [1, 3])
 def test_micro_batches_change_neither_loss_nor_gradient_nor_log(step, micro_batch, change):
     """Guards: a denominator per micro-batch; a reported metric that is the last micro-batch's."""
@@ -392,10 +418,10 @@ def test_plan_and_image_are_shaped_apart(step):
     policy, _, rollout, config = step
     before = make_batch(rollout, config)
     entropy = rollout.entropy.clone()
-    entropy[:, :policy.C] /= 100
+    entropy[:, : policy.C] /= 100
     after = make_batch(rollout._replace(entropy=entropy), config)
-    assert torch.equal(before.advantage[:, policy.C:], after.advantage[:, policy.C:])
-    assert before.high[:, :policy.C].any() and before.high[:, policy.C:].any()
+    assert torch.equal(before.advantage[:, policy.C :], after.advantage[:, policy.C :])
+    assert before.high[:, : policy.C].any() and before.high[:, policy.C :].any()
 
 
 def test_the_log_tells_the_realised_shares_and_the_bonus(step):
@@ -436,9 +462,11 @@ def test_bad_numbers_are_named_and_leave_the_weights_alone(step):
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-2)
     batch, before = make_batch(rollout, config), [p.clone() for p in policy.parameters()]
     poison = lambda x, value: x.index_put((torch.tensor(0), torch.tensor(-1)), torch.tensor(value))
-    for change, words in ((dict(logp=poison(batch.logp, math.nan)), "ratio_min|loss|kl"),
-                          (dict(advantage=poison(batch.advantage, math.inf)), "loss is"),
-                          (dict(logp=batch.logp + 0.01), "not the same policy")):
+    for change, words in (
+        (dict(logp=poison(batch.logp, math.nan)), "ratio_min|loss|kl"),
+        (dict(advantage=poison(batch.advantage, math.inf)), "loss is"),
+        (dict(logp=batch.logp + 0.01), "not the same policy"),
+    ):
         with pytest.raises(TrainingDiverged, match=words):
             update(policy, reference, optimizer, batch._replace(**change), config, 3)
         policy.zero_grad()
@@ -465,6 +493,7 @@ def test_a_policy_overfits_one_reward(world, env):
 
 # --- methods and switches -------------------------------------------------------------------------
 
+
 def shaped_by(method):
     """Shape the same random rollout, plan of 12 and image of 20 tokens, by a method."""
     a, h, valid = random_batch(b=6, t=32)
@@ -476,7 +505,7 @@ def shaped_by(method):
 
 
 PLAN, IMAGE = slice(None, 12), slice(12, None)
-WHAT_DIFFERS = {                           # a: plain advantages, v: valid, s: shaped, all (6, 32)
+WHAT_DIFFERS = {  # a: plain advantages, v: valid, s: shaped, all (6, 32)
     "eggrpo": lambda a, v, s: (s[v] == 0).any() and (s > a)[v].any(),
     "eggrpo-text": lambda a, v, s: (s != a)[v].any() and (s == a)[:, IMAGE].all(),
     "eggrpo-image": lambda a, v, s: (s != a)[v].any() and (s == a)[:, PLAN].all(),
@@ -532,14 +561,21 @@ def test_dr_grpo_divides_neither_by_the_std_nor_by_the_valid_tokens(step):
     two = group_advantages(torch.tensor([[1.0, 3.0]]), scale_rewards=False)
     assert torch.equal(two, torch.tensor([[-1.0, 1.0]]))
     batch = make_batch(rollout, replace(config, **METHODS["dr-grpo"].values))
-    assert batch.denominator_weight.sum() == rollout.valid.numel() > rollout.valid.sum() == batch.loss_weight.sum()
+    assert (
+        batch.denominator_weight.sum()
+        == rollout.valid.numel()
+        > rollout.valid.sum()
+        == batch.loss_weight.sum()
+    )
 
 
 def test_dapo_drops_constant_groups_from_numerator_and_denominator(step):
     _, _, rollout, config = step
     rollout = rollout._replace(rewards=torch.tensor([[0.5] * 4, [0.0, 1.0, 0.5, 0.2]]))
     batch = make_batch(rollout, replace(config, **METHODS["dapo"].values))
-    assert not batch.loss_weight[:4].any() and torch.equal(batch.loss_weight[4:] > 0, rollout.valid[4:])
+    assert not batch.loss_weight[:4].any() and torch.equal(
+        batch.loss_weight[4:] > 0, rollout.valid[4:]
+    )
     assert batch.denominator_weight.sum() == rollout.valid[4:].sum()
 
 
@@ -551,8 +587,9 @@ def test_dapo_clips_higher_than_grpo():
     def slope(ratio, a, method):
         config = Config(**METHODS[method].values)
         leaf = torch.full((1, 1), math.log(ratio), requires_grad=True)
-        policy_loss(leaf, old, None, torch.tensor([[a]]), valid, 0.0, config.clip_low,
-                    config.clip_high)[0].backward()
+        policy_loss(
+            leaf, old, None, torch.tensor([[a]]), valid, 0.0, config.clip_low, config.clip_high
+        )[0].backward()
         return leaf.grad.item()
 
     assert slope(1.25, 1.0, "grpo") == 0 != slope(1.25, 1.0, "dapo")
@@ -580,7 +617,7 @@ def test_a_modality_that_is_not_shaped_gets_no_entropy_gradient_either(step):
     policy, _, rollout, config = step
     config = replace(config, **METHODS["eggrpo-gradient"].values, modality="image")
     batch = make_batch(rollout, config)
-    assert not batch.high[:, :policy.C].any() and batch.high[:, policy.C:].any()
+    assert not batch.high[:, : policy.C].any() and batch.high[:, policy.C :].any()
 
 
 def test_the_additive_bonus_alone_moves_nothing_where_all_rewards_are_equal(step):
@@ -619,7 +656,11 @@ def test_pictures_of_a_plan_share_the_plan_and_all_are_one_group(env, world, pol
 
 def test_several_updates_move_the_ratio_and_use_each_sequence_once_an_epoch(step, monkeypatch):
     policy, reference, rollout, config = step
-    config, seen, original = replace(config, inner_epochs=2, minibatches=4), [], eggrpo.micro_batch_loss
+    config, seen, original = (
+        replace(config, inner_epochs=2, minibatches=4),
+        [],
+        eggrpo.micro_batch_loss,
+    )
     rollout = rollout._replace(prompt=rollout.prompt.clone())
     names = {tuple(p.tolist()): i for i, p in enumerate(rollout.codes)}
 
@@ -638,7 +679,7 @@ def test_several_updates_move_the_ratio_and_use_each_sequence_once_an_epoch(step
 def test_text_weight_weighs_plan_tokens_and_one_is_the_pooled_mean(step):
     policy, _, rollout, config = step
     batch = make_batch(rollout, replace(config, text_weight=2.5))
-    assert torch.equal(batch.loss_weight[:, :policy.C], 2.5 * rollout.valid[:, :policy.C].float())
+    assert torch.equal(batch.loss_weight[:, : policy.C], 2.5 * rollout.valid[:, : policy.C].float())
     assert batch.denominator_weight is batch.loss_weight
     assert torch.equal(make_batch(rollout, config).loss_weight, rollout.valid.float())
 
@@ -654,11 +695,26 @@ def test_the_reference_is_idle_where_beta_is_zero(step, monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("field, value", [
-    ("low_frac", 1.2), ("high_frac", -0.1), ("low_frac", 0.7), ("inner_epochs", 0),
-    ("minibatches", 7), ("plans_per_prompt", 1), ("images_per_plan", 0), ("lr", -1.0), ("seed", -1),
-    ("beta", float("nan")), ("guidance", float("nan")), ("bonus_cap", 1.5), ("low_frac", -0.2),
-    ("eval_prompts", 0), ("micro_batch", 0)])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("low_frac", 1.2),
+        ("high_frac", -0.1),
+        ("low_frac", 0.7),
+        ("inner_epochs", 0),
+        ("minibatches", 7),
+        ("plans_per_prompt", 1),
+        ("images_per_plan", 0),
+        ("lr", -1.0),
+        ("seed", -1),
+        ("beta", float("nan")),
+        ("guidance", float("nan")),
+        ("bonus_cap", 1.5),
+        ("low_frac", -0.2),
+        ("eval_prompts", 0),
+        ("micro_batch", 0),
+    ],
+)
 def test_bad_values_are_refused_in_one_line(field, value):
     with pytest.raises(UserError, match=f"--{field.replace('_', '-')}") as error:
         Config(**{field: value}).check()
@@ -668,20 +724,20 @@ def test_bad_values_are_refused_in_one_line(field, value):
 @pytest.mark.gpu
 def test_the_host_waits_for_the_device_once_a_step(world):
     """Sampling and scoring never, an update where it reads its numbers."""
-    env = Env(VQVAE(world.patch, width=16, blocks=1, codes=32, dim=4).cuda(), world,
-              torch.device("cuda"))
+    env = Env(
+        VQVAE(world.patch, width=16, blocks=1, codes=32, dim=4).cuda(), world, torch.device("cuda")
+    )
     policy, reference = tiny_policy(world).cuda(), tiny_policy(world).cuda()
     config = Config(prompts=2, plans_per_prompt=4, micro_batch=4)
     scenes = [make_scene(world, "train", 0, i) for i in range(2)]
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-3, fused=True)
-    for step in range(2):                                            # the first one captures graphs
+    for step in range(2):  # the first one captures graphs
         rollout = make_rollout(policy, env, scenes, config, step)
         batch = make_batch(rollout, config)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as waits:
             warnings.simplefilter("always")
-            update(policy, reference, optimizer, batch, config, step,
-                   rollout_stats(rollout, batch))
+            update(policy, reference, optimizer, batch, config, step, rollout_stats(rollout, batch))
         torch.cuda.set_sync_debug_mode("default")
         assert len([w for w in waits if "synchroniz" in str(w.message)]) == 1

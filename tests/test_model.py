@@ -8,8 +8,9 @@ from model import forward_logits, generate, policy_logits, sample_token, token_l
 from scenes import END, IMAGE, PAD, PLAN, encode_words
 
 PROMPTS = [
-    "a red circle and a blue square", "three green crosses",
-    "a shape with three sides in the colour of grass"
+    "a red circle and a blue square",
+    "three green crosses",
+    "a shape with three sides in the colour of grass",
 ]
 
 
@@ -23,18 +24,21 @@ def noise(policy, n, seed=0):
 
 
 def rescored(policy, prompt, draw, **how):
-    return token_logp(*forward_logits(policy, prompt, draw.plan, draw.codes, **how), draw.plan, draw.codes)
+    return token_logp(
+        *forward_logits(policy, prompt, draw.plan, draw.codes, **how), draw.plan, draw.codes
+    )
 
 
-@pytest.mark.parametrize("how", [{}, {"guidance": 3.0}, {"temperature": 0.7},
-                                 {"guidance": 0.5, "temperature": 1.3}])
+@pytest.mark.parametrize(
+    "how", [{}, {"guidance": 3.0}, {"temperature": 0.7}, {"guidance": 0.5, "temperature": 1.3}]
+)
 @pytest.mark.parametrize("no_plan", [False, True])
 def test_cached_sampling_equals_uncached_scoring(policy, prompt, how, no_plan):
     """The uncached forward is the oracle: a wrong cache, mask, slot or guidance on one side only
     would show here."""
     draw = generate(policy, prompt, noise(policy, 3), no_plan=no_plan, **how)
     assert (rescored(policy, prompt, draw, **how) - draw.logp).abs().max() < 1e-4
-    assert draw.logp[:, policy.C:].exp().std() > 0.01      # and the distributions are not all alike
+    assert draw.logp[:, policy.C :].exp().std() > 0.01  # and the distributions are not all alike
 
 
 def test_sampling_slot_by_slot_without_cache_gives_the_same_tokens(policy, prompt):
@@ -44,7 +48,9 @@ def test_sampling_slot_by_slot_without_cache_gives_the_same_tokens(policy, promp
     plan, codes = torch.full_like(draw.plan, PAD), torch.zeros_like(draw.codes)
     with torch.no_grad():
         for j in range(policy.C):
-            token, _, _ = sample_token(forward_logits(policy, prompt, plan, codes)[0][:, j], u[:, j])
+            token, _, _ = sample_token(
+                forward_logits(policy, prompt, plan, codes)[0][:, j], u[:, j]
+            )
             ended = (plan == END).any(1)
             plan[:, j] = torch.where(ended, PAD, token + END)
         for j in range(policy.L):
@@ -56,23 +62,30 @@ def test_sampling_slot_by_slot_without_cache_gives_the_same_tokens(policy, promp
 def test_the_stop_token_is_valid_and_what_follows_is_not(world, prompt):
     policy = tiny_policy(world)
     with torch.no_grad():
-        policy.word_head.weight[0] += 0.2 * policy.word_head.weight[1:].abs().mean() * torch.randn(
-            32)
+        policy.word_head.weight[0] += (
+            0.2 * policy.word_head.weight[1:].abs().mean() * torch.randn(32)
+        )
     draw = generate(policy, prompt.repeat(40, 1), noise(policy, 120))
     stopped = (draw.plan == END).any(1)
     assert 0 < stopped.sum()
     for plan, valid, logp in zip(draw.plan[stopped], draw.valid[stopped], draw.logp[stopped]):
         end = (plan == END).nonzero()[0, 0]
-        assert valid[:end +
-                     1].all() and not valid[end + 1:policy.C].any() and valid[policy.C:].all()
-        assert (plan[end + 1:] == PAD).all() and (logp[end + 1:policy.C]
-                                                  == 0).all() and logp[end] != 0
-    assert draw.valid[~stopped].all()                  # a plan that never stops is valid throughout
+        assert (
+            valid[: end + 1].all()
+            and not valid[end + 1 : policy.C].any()
+            and valid[policy.C :].all()
+        )
+        assert (
+            (plan[end + 1 :] == PAD).all()
+            and (logp[end + 1 : policy.C] == 0).all()
+            and logp[end] != 0
+        )
+    assert draw.valid[~stopped].all()  # a plan that never stops is valid throughout
 
 
 def test_markers_and_padding_are_never_sampled(policy, prompt):
     draw = generate(policy, prompt.repeat(20, 1), noise(policy, 60))
-    words = draw.plan[draw.valid[:, :policy.C]]
+    words = draw.plan[draw.valid[:, : policy.C]]
     assert words.min() >= END > max(PAD, PLAN, IMAGE)
 
 
@@ -103,8 +116,9 @@ def test_attention_is_causal(policy, prompt):
 def test_guidance_one_is_none_and_guidance_moves_from_the_empty_prompt():
     raw, empty = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0]])
     assert torch.equal(policy_logits(raw), raw)
-    assert torch.equal(policy_logits(torch.cat([raw, empty]), guidance=3.0),
-                       torch.tensor([[1.0, 4.0]]))
+    assert torch.equal(
+        policy_logits(torch.cat([raw, empty]), guidance=3.0), torch.tensor([[1.0, 4.0]])
+    )
     assert torch.equal(policy_logits(raw, temperature=2.0), raw / 2)
     assert policy_logits(raw.bfloat16()).dtype == torch.float32
 
@@ -117,15 +131,17 @@ def test_sample_token_samples_the_distribution():
     share = torch.bincount(token, minlength=4) / 20000
     assert (share - logits.softmax(0)).abs().max() < 0.0144
     assert torch.allclose(logp, logits.log_softmax(0)[token])
-    edge, _, _ = sample_token(torch.tensor([[0.0, -200.0]]).expand(2, 2), torch.tensor([0.0, 1 - 1e-7]))
-    assert edge.tolist() == [0, 0]                               # impossible tokens stay impossible
+    edge, _, _ = sample_token(
+        torch.tensor([[0.0, -200.0]]).expand(2, 2), torch.tensor([0.0, 1 - 1e-7])
+    )
+    assert edge.tolist() == [0, 0]  # impossible tokens stay impossible
 
 
 def test_a_given_plan_is_drawn_from_and_scored_the_same(policy, prompt):
     first = generate(policy, prompt, noise(policy, 3))
     second = generate(policy, prompt, noise(policy, 3, seed=1), plan=first.plan)
     assert torch.equal(second.plan, first.plan) and not torch.equal(second.codes, first.codes)
-    assert (rescored(policy, prompt, second) - second.logp)[:, policy.C:].abs().max() < 1e-4
+    assert (rescored(policy, prompt, second) - second.logp)[:, policy.C :].abs().max() < 1e-4
 
 
 def test_sequences_of_a_batch_do_not_meet(policy, prompt):
@@ -144,7 +160,7 @@ def test_a_prompt_is_continued_several_times_from_one_prefill(policy, prompt):
 
 def test_the_noise_at_its_ends_never_chooses_an_impossible_token():
     """Rounding could land beyond the last token, or on one of probability 0."""
-    ends = torch.tensor([0.0, 1 - 2.0 ** -24])
+    ends = torch.tensor([0.0, 1 - 2.0**-24])
     for seed in range(200):
         logits = 4 * torch.randn(1, 512, generator=torch.Generator().manual_seed(seed))
         logits[0, :5] = logits[0, -5:] = -200.0
@@ -155,14 +171,16 @@ def test_the_noise_at_its_ends_never_chooses_an_impossible_token():
 @pytest.mark.parametrize("batch", [2, 6])
 def test_the_cache_takes_two_times_layers_sequences_slots_width_numbers(policy, prompt, batch):
     from model import Decoder
+
     held = sum(memory.numel() for memory in Decoder(policy, prompt[:2], batch).cache)
-    assert held == 2 * 2 * batch * policy.slots * 32                   # 2 layers of width 32
+    assert held == 2 * 2 * batch * policy.slots * 32  # 2 layers of width 32
 
 
 @pytest.mark.gpu
 def test_the_cuda_graph_replays_what_runs_eagerly_with_new_weights_and_inputs(policy, prompt):
     """Captured once, replayed with the weights as they are: eager and graph agree to rounding."""
     from model import sample_slots
+
     policy, prompt = policy.cuda(), prompt.cuda()
     for seed in range(3):
         u = noise(policy, 6, seed).cuda()
@@ -185,11 +203,17 @@ def test_cuda_and_cpu_score_alike(policy, prompt):
 
 def test_codes_with_equal_codebook_vectors_share_embedding_and_logit_but_for_their_own_part(policy):
     """The tokenizer's codebook reaches input and output: what is learned of a code is shared."""
-    policy.set_codebook(torch.randn(32, 4).index_copy(0, torch.tensor([7]), torch.ones(1, 4))
-                        .index_copy(0, torch.tensor([9]), torch.ones(1, 4)))
+    policy.set_codebook(
+        torch.randn(32, 4)
+        .index_copy(0, torch.tensor([7]), torch.ones(1, 4))
+        .index_copy(0, torch.tensor([9]), torch.ones(1, 4))
+    )
     assert abs(policy.codebook.std(0).mean() - 1) < 1e-5
     with torch.no_grad():
         policy.code_embedding.weight.zero_(), policy.code_head.weight.zero_()
-        embedded, logits = policy.embed_codes(torch.arange(32)), policy.code_logits(torch.randn(3, 32))
+        embedded, logits = (
+            policy.embed_codes(torch.arange(32)),
+            policy.code_logits(torch.randn(3, 32)),
+        )
     assert torch.equal(embedded[7], embedded[9]) and not torch.equal(embedded[7], embedded[8])
     assert torch.allclose(logits[:, 7], logits[:, 9]) and logits.std(1).min() > 0

@@ -22,7 +22,7 @@ def test_the_core_shown_is_the_core_that_runs():
 
 
 def test_every_method_is_listed_as_in_the_code_and_no_other():
-    table = README[README.index("| method | what it is |"):].split("\n\n")[0]
+    table = README[README.index("| method | what it is |") :].split("\n\n")[0]
     rows = [f"| `{name}` | {method.about} |" for name, method in eggrpo.METHODS.items()]
     assert table.splitlines()[2:] == rows
 
@@ -31,8 +31,17 @@ def test_every_file_of_the_reading_order_is_there_and_every_local_link_leads_som
     root = Path(__file__).parent.parent
     for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (root / link).is_file(), link
-    for name in ("scenes", "model", "pretrain", "rewards", "eggrpo", "evaluate", "sample",
-                 "common", "checkpoint"):
+    for name in (
+        "scenes",
+        "model",
+        "pretrain",
+        "rewards",
+        "eggrpo",
+        "evaluate",
+        "sample",
+        "common",
+        "checkpoint",
+    ):
         assert f"`{name}.py`" in README and (root / f"{name}.py").is_file()
 
 
@@ -43,7 +52,7 @@ def test_the_studys_numbers_are_those_of_study_json():
     found, page = analyze.tables(numbers), analyze.report(numbers)
     assert (root / "assets" / "study.md").read_text().endswith(page)
     assert found["A, reward"] in README and found["A, exact"] in README
-    section = README[README.index("## The study"):].split("\n## ")[0]
+    section = README[README.index("## The study") :].split("\n## ")[0]
     quoted = re.findall(r"[+-]?\d\.\d+ (?:± \d\.\d+|\[[^]]+\])", section)
     assert len(quoted) > 40
     assert not [number for number in quoted if number not in page]
@@ -69,13 +78,13 @@ def test_the_example_runs_on_any_causal_language_model_and_learns():
     optimizer = torch.optim.Adam(model.parameters(), 0.1)
     history = []
     for _ in range(40):
-        tokens = torch.randint(11, (4 * 8, 1))                       # prompts of one token
+        tokens = torch.randint(11, (4 * 8, 1))  # prompts of one token
         for _ in range(10):
             p = model(tokens[:, -1]).logits.softmax(-1).detach()
             tokens = torch.cat([tokens, torch.multinomial(p, 1)], 1)
         generated = torch.ones_like(tokens, dtype=torch.bool)
         generated[:, 0] = False
-        rewards = (tokens[:, 1:] == 7).float().mean(1).view(4, 8)    # say seven
+        rewards = (tokens[:, 1:] == 7).float().mean(1).view(4, 8)  # say seven
         stats = space["eggrpo_update"](model, reference, optimizer, tokens, generated, rewards)
         history.append(rewards.mean().item())
     assert history[-1] > 3 * history[0] and stats["kl"] > 0 and stats["ratio_min"] == 1

@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from rewards import REWARDS, detect, ink, make_want, score
-from scenes import BACKGROUND, COLOURS, RELATIONS, SHAPES, WORLDS, Object, Scene, make_scene, random_scene, render
+from scenes import (
+    BACKGROUND,
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    WORLDS,
+    Object,
+    Scene,
+    make_scene,
+    random_scene,
+    render,
+)
 
 PRESETS = ["cpu", "gpu"]
 
@@ -21,7 +32,7 @@ def test_a_true_scene_scores_one_in_every_component(preset, split):
     """Every category and relation is reachable: in the released code 364 spatial prompts could
     never earn their reward."""
     world = WORLDS[preset]
-    n = 84 if preset == "cpu" else 28                    # whole rounds of the categories
+    n = 84 if preset == "cpu" else 28  # whole rounds of the categories
     scenes = [make_scene(world, split, 5, i) for i in range(n)]
     reward, parts, exact = score(pictures(world, scenes), make_want(world, scenes), world)
     assert torch.equal(reward, torch.ones(n)) and torch.equal(exact, torch.ones(n))
@@ -32,8 +43,11 @@ def test_a_true_scene_scores_one_in_every_component(preset, split):
 
 
 def scene_with_relation(world, relation):
-    return next(s for s in (make_scene(world, "train", 0, i, "spatial") for i in range(99))
-                if s.relation == relation)
+    return next(
+        s
+        for s in (make_scene(world, "train", 0, i, "spatial") for i in range(99))
+        if s.relation == relation
+    )
 
 
 def swap(scene, **change):
@@ -57,25 +71,34 @@ def test_each_single_corruption_scores_less_and_in_the_right_components(preset, 
     a, b = scene.objects
     other_colour = next(c for c in COLOURS if c not in (a.colour, b.colour))
     other_shape = next(s for s in SHAPES if s not in (a.shape, b.shape))
-    free = next(c for c in ((0, 0), (1, 1), (2, 2))
-                if c not in ((a.row, a.column), (b.row, b.column)))
+    free = next(
+        c for c in ((0, 0), (1, 1), (2, 2)) if c not in ((a.row, a.column), (b.row, b.column))
+    )
     move = lambda o, to: o._replace(row=to[0], column=to[1])
     lower(world, scene, swap(scene, colour=other_colour), {"objects", "attributes", "relation"})
     lower(world, scene, swap(scene, shape=other_shape), {"objects", "attributes", "relation"})
-    lower(world, scene, scene._replace(objects=(b, )),
-          {"objects", "attributes", "count", "relation"})
+    lower(
+        world, scene, scene._replace(objects=(b,)), {"objects", "attributes", "count", "relation"}
+    )
     exchanged = (move(a, (b.row, b.column)), move(b, (a.row, a.column)))
     lower(world, scene, scene._replace(objects=exchanged), {"relation"})
     surplus = (*scene.objects, move(a, free)._replace(colour=other_colour))
     lower(world, scene, scene._replace(objects=surplus), {"objects", "attributes", "count"})
     duplicate = (*scene.objects, move(a, free))
-    lower(world, scene, scene._replace(objects=duplicate), {"objects", "attributes", "count"},
-          maybe={"relation"})                # which of the two then stands for the object is a tie
+    lower(
+        world,
+        scene,
+        scene._replace(objects=duplicate),
+        {"objects", "attributes", "count"},
+        maybe={"relation"},
+    )  # which of the two then stands for the object is a tie
     if len(world.textures) > 1:
         lower(world, scene, swap(scene, texture="striped"), {"objects", "attributes", "relation"})
     smeared = pictures(world, [scene])
     y, x = free[0] * world.cell + world.cell // 2, free[1] * world.cell
-    smeared[0, :, y:y + 3, x:x + world.cell] = torch.tensor(COLOURS["white"])[:, None, None] / 255
+    smeared[0, :, y : y + 3, x : x + world.cell] = (
+        torch.tensor(COLOURS["white"])[:, None, None] / 255
+    )
     lower(world, scene, scene, {"cleanliness"}, smeared)
 
 
@@ -90,22 +113,38 @@ PINS = [
     # wanted, drawn, relation -> objects, attributes (one texture), attributes (three), count, relation
     ("right", (RED, BLUE), (RED, BLUE), "left of", (1, 1, 1, 1, 1)),
     ("wrong colour", (RED, BLUE), (("green", *RED[1:]), BLUE), "", (1 / 2, 3 / 4, 5 / 6, 1, None)),
-    ("wrong shape", (RED, BLUE), (("red", "cross", *RED[2:]), BLUE), "",
-     (1 / 2, 3 / 4, 5 / 6, 1, None)),
+    (
+        "wrong shape",
+        (RED, BLUE),
+        (("red", "cross", *RED[2:]), BLUE),
+        "",
+        (1 / 2, 3 / 4, 5 / 6, 1, None),
+    ),
     ("missing", (RED, BLUE), (RED,), "left of", (1 / 2, 1 / 2, 1 / 2, 1 / 2, 0)),
     ("surplus", (RED,), (RED, BLUE), "", (1 / 2, 1 / 2, 1 / 2, 1 / 2, None)),
-    ("duplicate", (RED, BLUE), (RED, (*RED[:3], 2, 0), BLUE), "",
-     (2 / 3, 2 / 3, 2 / 3, 2 / 3, None)),
+    (
+        "duplicate",
+        (RED, BLUE),
+        (RED, (*RED[:3], 2, 0), BLUE),
+        "",
+        (2 / 3, 2 / 3, 2 / 3, 2 / 3, None),
+    ),
     ("wrong relation", (RED, BLUE), (RED, BLUE), "right of", (1, 1, 1, 1, 0)),
     ("all wrong", (RED,), (BLUE,), "", (0, 0, 1 / 3, 1, None)),
-    ("exchanged colours", (RED, BLUE), (("blue", *RED[1:]), ("red", *BLUE[1:])), "",
-     (0, 1, 1, 1, None)),
+    (
+        "exchanged colours",
+        (RED, BLUE),
+        (("blue", *RED[1:]), ("red", *BLUE[1:])),
+        "",
+        (0, 1, 1, 1, None),
+    ),
 ]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("wanted, drawn, relation, expected", [p[1:] for p in PINS],
-                         ids=[p[0] for p in PINS])
+@pytest.mark.parametrize(
+    "wanted, drawn, relation, expected", [p[1:] for p in PINS], ids=[p[0] for p in PINS]
+)
 def test_component_values_of_hand_worked_pairs(preset, wanted, drawn, relation, expected):
     """The value of every component, not only its order. Once the kinds were unfolded in another
     order than they were numbered in, and "all wrong" earned 1/3 in a world of one texture."""
@@ -113,18 +152,22 @@ def test_component_values_of_hand_worked_pairs(preset, wanted, drawn, relation, 
     scene, image = hand_made(world, *wanted, relation=relation), hand_made(world, *drawn)
     reward, parts, _ = score(pictures(world, [image]), make_want(world, [scene]), world)
     objects, one, three, count, related = expected
-    values = dict(objects=objects, attributes=one if preset == "cpu" else three, count=count,
-                  cleanliness=1)
+    values = dict(
+        objects=objects, attributes=one if preset == "cpu" else three, count=count, cleanliness=1
+    )
     values |= {} if related is None else dict(relation=related)
     assert {k: round(v.item(), 5) for k, v in parts.items() if not v.isnan()} == {
-        k: round(v, 5) for k, v in values.items()}
+        k: round(v, 5) for k, v in values.items()
+    }
     assert abs(reward.item() - sum(values.values()) / len(values)) < 1e-6
 
 
 def test_a_wrong_texture_costs_a_third_of_its_objects_share_of_attributes():
     world = WORLDS["gpu"]
-    scene, image = hand_made(world, RED, BLUE), hand_made(world, ("red", "circle", "striped", 0, 0),
-                                                          BLUE)
+    scene, image = (
+        hand_made(world, RED, BLUE),
+        hand_made(world, ("red", "circle", "striped", 0, 0), BLUE),
+    )
     _, parts, _ = score(pictures(world, [image]), make_want(world, [scene]), world)
     assert parts["objects"] == 0.5 and abs(parts["attributes"] - 5 / 6) < 1e-6
 
@@ -133,8 +176,11 @@ def test_exchanged_attributes_cost_objects_but_not_attributes():
     """ "A red circle and a blue square" drawn as a blue circle and a red square: the classic
     binding error."""
     world = WORLDS["cpu"]
-    scene = next(s for s in (make_scene(world, "train", 0, i, "colour") for i in range(99))
-                 if s.objects[0].shape != s.objects[1].shape)
+    scene = next(
+        s
+        for s in (make_scene(world, "train", 0, i, "colour") for i in range(99))
+        if s.objects[0].shape != s.objects[1].shape
+    )
     a, b = scene.objects
     wrong = scene._replace(objects=(a._replace(colour=b.colour), b._replace(colour=a.colour)))
     lower(world, scene, wrong, {"objects"})
@@ -147,14 +193,24 @@ def test_known_cheats_score_low(preset):
     scenes = [make_scene(world, "train", 0, i) for i in range(n)]
     want, size = make_want(world, scenes), world.image_size
     flat = lambda rgb: (torch.tensor(rgb) / 255)[None, :, None, None].expand(n, 3, size, size)
-    tile = make_scene(world, "train", 0, 0)._replace(objects=tuple(scenes[0].objects[0]._replace(
-        row=i // world.grid, column=i % world.grid, colour=list(COLOURS)[i % 6], shift=(0, 0))
-                                                                   for i in range(world.grid ** 2)))
+    tile = make_scene(world, "train", 0, 0)._replace(
+        objects=tuple(
+            scenes[0]
+            .objects[0]
+            ._replace(
+                row=i // world.grid,
+                column=i % world.grid,
+                colour=list(COLOURS)[i % 6],
+                shift=(0, 0),
+            )
+            for i in range(world.grid**2)
+        )
+    )
     cheats = {
         "noise": torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0)),
-        "nothing": flat((40, 44, 50)), **{colour: flat(rgb)
-                                          for colour, rgb in COLOURS.items()}, "tiling":
-        pictures(world, [tile] * n)
+        "nothing": flat((40, 44, 50)),
+        **{colour: flat(rgb) for colour, rgb in COLOURS.items()},
+        "tiling": pictures(world, [tile] * n),
     }
     for name, images in cheats.items():
         reward, _, exact = score(images, want, world)
@@ -178,7 +234,7 @@ def test_ink_names_the_palette_at_any_brightness_and_ignores_the_background():
     assert torch.allclose(paint, torch.env(len(COLOURS)), atol=1e-5)
     background = torch.tensor(BACKGROUND)[None, :, None, None] / 255
     assert ink(background).sum() == 0
-    dim = background + 0.65 * (rgb[:, :, None, None] - background)         # the least bright objects
+    dim = background + 0.65 * (rgb[:, :, None, None] - background)  # the least bright objects
     assert torch.allclose(ink(dim)[:, :, 0, 0], torch.env(len(COLOURS)), atol=1e-5)
 
 

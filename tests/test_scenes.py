@@ -6,10 +6,34 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from scenes import (CATEGORIES, COLOURS, CAPTION_FAULTS, END, PAD, PLAN_FAULTS, RARE_FRACTION, RARE_PAIRS,
-                    RELATIONS, SHAPES, WORDS, WORLDS, BACKGROUND, Object, corpus_item, decode_words,
-                    encode_words, holds, make_scene, meaning, plan_text, random_scene, rare_pairs,
-                    render, split_of, stamp)
+from scenes import (
+    CATEGORIES,
+    COLOURS,
+    CAPTION_FAULTS,
+    END,
+    PAD,
+    PLAN_FAULTS,
+    RARE_FRACTION,
+    RARE_PAIRS,
+    RELATIONS,
+    SHAPES,
+    WORDS,
+    WORLDS,
+    BACKGROUND,
+    Object,
+    corpus_item,
+    decode_words,
+    encode_words,
+    holds,
+    make_scene,
+    meaning,
+    plan_text,
+    random_scene,
+    rare_pairs,
+    render,
+    split_of,
+    stamp,
+)
 
 PRESETS = ["cpu", "gpu"]
 SPLITS = ("train", "eval", "rare-train", "rare")
@@ -27,9 +51,12 @@ def test_a_scene_is_the_same_for_ever():
     assert scene.prompt == "a green triangle left of a blue circle"
     assert scene.plan == "green triangle at row 1 column 1 ; blue circle at row 2 column 3"
     assert np.array_equal(render(world, scene), render(world, make_scene(world, "train", 0, 3)))
-    digest = lambda preset, split: zlib.crc32(repr(
-        [make_scene(WORLDS[preset], split, 0, i) for i in range(400)]
-        + [corpus_item(WORLDS[preset], 0, i) for i in range(400)]).encode())
+    digest = lambda preset, split: zlib.crc32(
+        repr(
+            [make_scene(WORLDS[preset], split, 0, i) for i in range(400)]
+            + [corpus_item(WORLDS[preset], 0, i) for i in range(400)]
+        ).encode()
+    )
     assert digest("cpu", "train") == 2679694038 and digest("gpu", "rare") == 2423133063
 
 
@@ -60,8 +87,10 @@ def test_splits_share_no_meaning_and_rare_pairs_stay_in_theirs(preset):
 
 
 def test_a_mirrored_relation_has_the_same_meaning():
-    a, b = Object("red", "circle", "solid", 0, 0, (0, 0)), Object("blue", "square", "solid", 1, 2,
-                                                                  (0, 0))
+    a, b = (
+        Object("red", "circle", "solid", 0, 0, (0, 0)),
+        Object("blue", "square", "solid", 1, 2, (0, 0)),
+    )
     assert meaning((a, b), "left of") == meaning((b, a), "right of") != meaning((b, a), "left of")
     assert meaning((a, b), "above") == meaning((b, a), "below")
     assert split_of((a, b), "left of") == split_of((b, a), "right of")
@@ -77,8 +106,9 @@ def test_the_relation_is_true_of_the_scene_and_words_fit_their_slots(preset):
             assert len({(o.row, o.column) for o in scene.objects}) == len(scene.objects)
             assert decode_words(encode_words(scene.prompt, world.prompt_slots)) == scene.prompt
             ids = encode_words(scene.plan, world.plan_slots, end=True)
-            assert decode_words(ids) == scene.plan == plan_text(
-                scene.objects) and ids.count(END) == 1
+            assert (
+                decode_words(ids) == scene.plan == plan_text(scene.objects) and ids.count(END) == 1
+            )
 
 
 def test_plan_lengths_vary_and_the_longest_fills_its_slots():
@@ -125,7 +155,7 @@ def test_only_objects_vary_and_the_background_is_one_colour():
     outside = np.ones(one.shape[:2], bool)
     for o in scene.objects:
         top, left = o.row * world.cell + o.shift[0], o.column * world.cell + o.shift[1]
-        outside[top:top + world.object_size, left:left + world.object_size] = False
+        outside[top : top + world.object_size, left : left + world.object_size] = False
     assert (one[outside] == BACKGROUND).all() and (other[outside] == BACKGROUND).all()
     assert (one[~outside] != other[~outside]).mean() > 0.3
 
@@ -134,9 +164,12 @@ def test_brightness_and_noise_are_their_dials():
     """A square's pixels: flat at full brightness without noise, darker or rougher by each dial."""
     still = replace(WORLDS["cpu"], min_brightness=1.0, noise_std=0.0)
     scene = make_scene(still, "train", 0, 0)._replace(
-        objects=(Object("white", "square", "solid", 0, 0, (0, 0)),))
+        objects=(Object("white", "square", "solid", 0, 0, (0, 0)),)
+    )
+
     def inside(world, seed=0):
         return render(world, scene._replace(noise_seed=seed))[2:7, 2:7].astype(float)
+
     assert (inside(still) == COLOURS["white"]).all()
     dark = [inside(replace(still, min_brightness=0.5), seed) for seed in range(20)]
     assert all(x[..., 0].std() == 0 and x.max() <= 245 for x in dark)
@@ -157,5 +190,8 @@ def test_objects_stay_in_their_cells_so_none_can_overlap():
 def test_stamps_are_antialiased_and_all_different():
     stamps = {(s, t): np.asarray(stamp(s, t, 16)) for s in SHAPES for t in WORLDS["gpu"].textures}
     assert len({a.tobytes() for a in stamps.values()}) == len(stamps)
-    assert all(((a > 0) & (a < 255)).any() for (s, t), a in stamps.items()
-               if s in ("circle", "triangle", "diamond"))
+    assert all(
+        ((a > 0) & (a < 255)).any()
+        for (s, t), a in stamps.items()
+        if s in ("circle", "triangle", "diamond")
+    )

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 def test_an_interval_over_runs_is_students():
     """Three runs: mean 2, std 1, t = 4.303."""
     x = analyze.mean_t_ci([1.0, 2.0, 3.0])
-    assert x["mean"] == 2 and x["n"] == 3 and abs(x["half"] - 4.303 / 3 ** 0.5) < 1e-9
+    assert x["mean"] == 2 and x["n"] == 3 and abs(x["half"] - 4.303 / 3**0.5) < 1e-9
 
 
 CONFIG = analyze.Config(resamples=300)
@@ -51,8 +51,10 @@ def test_a_bootstrap_interval_holds_the_truth_and_narrows_with_prompts():
     """Prompts are resampled, not pictures: ten copies of each picture narrow nothing."""
     draw = np.random.RandomState(1).randn
     prompts = [draw(1) for _ in range(500)]
-    few, copied, many = (analyze.bootstrap_mean(groups, CONFIG) for groups in (
-        prompts[:20], [np.repeat(g, 10) for g in prompts[:20]], prompts))
+    few, copied, many = (
+        analyze.bootstrap_mean(groups, CONFIG)
+        for groups in (prompts[:20], [np.repeat(g, 10) for g in prompts[:20]], prompts)
+    )
     width = lambda x: x["high"] - x["low"]
     assert few["low"] < 0 < few["high"] and width(many) < 0.4 * width(few)
     assert abs(width(copied) - width(few)) < 1e-9
@@ -60,8 +62,10 @@ def test_a_bootstrap_interval_holds_the_truth_and_narrows_with_prompts():
 
 def test_a_paired_difference_cancels_what_a_seed_shares():
     run = lambda x: dict(scores=x)
-    runs = {"a": {s: run(10.0 * s + 1) for s in range(4)},
-            "b": {s: run(10.0 * s) for s in (0, 2, 3)}}
+    runs = {
+        "a": {s: run(10.0 * s + 1) for s in range(4)},
+        "b": {s: run(10.0 * s) for s in (0, 2, 3)},
+    }
     d = analyze.difference(runs, "a", "b", lambda r: r["scores"])
     assert d == dict(mean=1.0, half=0.0, n=3)
     assert analyze.difference(runs, "a", "c", lambda r: r["scores"]) is None
@@ -97,8 +101,15 @@ def small(out, tmp_path_factory):
         (Path(out) / "smoke" / name).write_bytes((made / name).read_bytes())
     common, threads = ["--preset", "smoke", "--out", out], torch.get_num_threads()
     torch.set_num_threads(1)
-    for job in ("grpo-0", "eggrpo-0", "records-base-no-plan", "records-base", "records-grpo-0",
-                "records-eggrpo-0", "records-pictures"):
+    for job in (
+        "grpo-0",
+        "eggrpo-0",
+        "records-base-no-plan",
+        "records-base",
+        "records-grpo-0",
+        "records-eggrpo-0",
+        "records-pictures",
+    ):
         study.main([*common, "--only", job])
     torch.set_num_threads(threads)
     analyze.main([*common, "--resamples", "20"])
@@ -109,13 +120,18 @@ def test_a_study_leaves_tables_figures_and_their_data(small):
     for name in ("entropy-mean", "entropy-std", "plan-entropy", "spread", "curves"):
         assert (small / "figures" / f"{name}.png").stat().st_size < 2e5
         assert len((small / "figures" / f"{name}.csv").read_text().splitlines()) > 1
-    for name in ("study.json", "study.md", "figures/maps.png", "figures/before-after.png",
-                 "figures/training.gif"):
+    for name in (
+        "study.json",
+        "study.md",
+        "figures/maps.png",
+        "figures/before-after.png",
+        "figures/training.gif",
+    ):
         assert (small / name).exists(), name
     numbers = json.loads((small / "study.json").read_text())
     assert set(numbers["A"]) == {"base", "base + plan", "GRPO", "EG-GRPO", "EG-GRPO - GRPO"}
     rows = [json.loads(x) for x in (small / "records" / "base.jsonl").read_text().splitlines()]
-    assert len(rows) == 6 * 2 * 2                                  # categories, plans, pictures
+    assert len(rows) == 6 * 2 * 2  # categories, plans, pictures
 
 
 def test_a_study_that_is_not_there_is_named():
@@ -127,14 +143,19 @@ def test_ctrl_c_ends_the_runs_in_hand_and_starts_no_others(small, tmp_path):
     (tmp_path / "smoke").mkdir()
     for name in ("tokenizer.pt", "base.pt"):
         (tmp_path / "smoke" / name).write_bytes((small / name).read_bytes())
-    process = subprocess.Popen([sys.executable, "-m", "lab.study", "--preset", "smoke", "--out", tmp_path,
-                                "--jobs", "1"], cwd=ROOT, start_new_session=True, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lab.study", "--preset", "smoke", "--out", tmp_path, "--jobs", "1"],
+        cwd=ROOT,
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     logs = tmp_path / "smoke" / "logs"
     while not (logs.exists() and list(logs.iterdir())) and process.poll() is None:
         time.sleep(0.02)
     time.sleep(1)
-    os.killpg(process.pid, signal.SIGINT)                        # as a terminal sends it
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on" in printed, printed
     assert [log.name for log in logs.iterdir()] == ["grpo-0.txt"]
@@ -143,6 +164,7 @@ def test_ctrl_c_ends_the_runs_in_hand_and_starts_no_others(small, tmp_path):
 @pytest.mark.slow
 def test_train_sh_makes_the_whole_study_and_goes_on_where_it_was(tmp_path):
     from test_commands import run
+
     command = ["bash", "train.sh", "study", "--preset", "smoke", "--out", tmp_path]
     printed = run(*command)
     assert re.search(r"study: (\d+) jobs, \1 to do", printed) and "| `dapo` |" in printed

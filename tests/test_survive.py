@@ -26,10 +26,14 @@ from common import UserError
 from scenes import make_scene
 from tiny_vq import train as tiny_vq_train
 
-TINY = {"tiny_vq": (tiny_vq_train, "--images 16 --steps 5 --batch 4 --scored 7 --save-every 2"),
-        "base": (pretrain, "--items 16 --steps 5 --batch 4 --save-every 2"),
-        "eggrpo": (eggrpo, "--steps 3 --prompts 1 --plans-per-prompt 2 --eval-prompts 2 --eval-every 2 "
-                   "--save-every 2")}
+TINY = {
+    "tiny_vq": (tiny_vq_train, "--images 16 --steps 5 --batch 4 --scored 7 --save-every 2"),
+    "base": (pretrain, "--items 16 --steps 5 --batch 4 --save-every 2"),
+    "eggrpo": (
+        eggrpo,
+        "--steps 3 --prompts 1 --plans-per-prompt 2 --eval-prompts 2 --eval-every 2 --save-every 2",
+    ),
+}
 
 
 def tiny(name, out):
@@ -41,6 +45,7 @@ def tiny(name, out):
 @pytest.fixture
 def folders(out, tmp_path):
     """A function: name of a stage -> two output folders, in the first of which it has run."""
+
     def make(name):
         for folder in ("whole", "other"):
             prepare(STAGES[name], out[0], tmp_path / folder)
@@ -52,12 +57,15 @@ def folders(out, tmp_path):
 
 # --- interruption ---------------------------------------------------------------------------------
 
+
 def test_stages_killed_twice_at_random_end_as_if_they_never_were(out, whole, tmp_path):
     """`python -m lab.kills 20` does it at length."""
     runs = {name: whole(name) for name in STAGES}
     with ThreadPoolExecutor(2) as pool:
-        for job in [pool.submit(kill, STAGES[name], out[0], *runs[name], tmp_path / name, 2)
-                    for name in STAGES]:
+        for job in [
+            pool.submit(kill, STAGES[name], out[0], *runs[name], tmp_path / name, 2)
+            for name in STAGES
+        ]:
             assert job.result()[2] > 0
 
 
@@ -67,7 +75,8 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_killed_at_any_of_its_renames_or_records_ends_as_if_it_never_was(
-        out, folders, tmp_path, monkeypatch, name):
+    out, folders, tmp_path, monkeypatch, name
+):
     """Random kills hardly ever land in the narrow windows between two writes: here each is hit."""
     whole, _ = folders(name)
     fsync, calls = os.fsync, []
@@ -78,7 +87,7 @@ def test_a_stage_killed_at_any_of_its_renames_or_records_ends_as_if_it_never_was
         if len(calls) == deadly:
             raise Killed
 
-    monkeypatch.setattr(os, "fsync", fatal)          # each rename and each record has one
+    monkeypatch.setattr(os, "fsync", fatal)  # each rename and each record has one
     for deadly in range(1, 100):
         other = tmp_path / str(deadly)
         prepare(STAGES[name], out[0], other)
@@ -86,32 +95,42 @@ def test_a_stage_killed_at_any_of_its_renames_or_records_ends_as_if_it_never_was
         with contextlib.suppress(Killed):
             tiny(name, other)
             break
-        tiny(name, other)                                    # its calls are counted on: it lives
+        tiny(name, other)  # its calls are counted on: it lives
         assert_same(STAGES[name], other, whole)
     assert deadly > 5
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
-    code = ("import os, signal, checkpoint, common\n"
-            "config = type('Config', (), dict(steps=9, out='out'))\n"
-            "checkpoint.result_config = lambda config: {}\n"
-            f"with checkpoint.Run('base', '{tmp_path}/a.pt', 'a.jsonl', config, '') as stop:\n"
-            "    os.kill(os.getpid(), signal.SIGINT)\n"
-            "    print('noted', stop.signal, flush=True)\n"
-            "    os.kill(os.getpid(), signal.SIGTERM)\n"
-            "    print('still there', flush=True)\n")
+    code = (
+        "import os, signal, checkpoint, common\n"
+        "config = type('Config', (), dict(steps=9, out='out'))\n"
+        "checkpoint.result_config = lambda config: {}\n"
+        f"with checkpoint.Run('base', '{tmp_path}/a.pt', 'a.jsonl', config, '') as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('noted', stop.signal, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('still there', flush=True)\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (143, "noted 2\n", "")
 
 
-@pytest.mark.parametrize("stage, command, doing, number", [
-    ("tiny_vq", ["-m", "tiny_vq.train", "--images", "1000000"], "render", signal.SIGINT),
-    ("base", ["pretrain.py", "--items", "1000000"], "corpus", signal.SIGTERM),
-    ("eggrpo", ["evaluate.py", "--prompts", "3000"], "base, no plan, eval", signal.SIGINT)])
+@pytest.mark.parametrize(
+    "stage, command, doing, number",
+    [
+        ("tiny_vq", ["-m", "tiny_vq.train", "--images", "1000000"], "render", signal.SIGINT),
+        ("base", ["pretrain.py", "--items", "1000000"], "corpus", signal.SIGTERM),
+        ("eggrpo", ["evaluate.py", "--prompts", "3000"], "base, no plan, eval", signal.SIGINT),
+    ],
+)
 def test_a_signal_outside_the_loop_is_one_line(out, tmp_path, stage, command, doing, number):
     prepare(STAGES[stage], out[0], tmp_path)
-    process = subprocess.Popen([sys.executable, *command, "--preset", "smoke", "--out", tmp_path],
-                               cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *command, "--preset", "smoke", "--out", tmp_path],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     printed = ""
     while doing not in printed and process.poll() is None:
         printed += process.stderr.read(1)
@@ -122,20 +141,26 @@ def test_a_signal_outside_the_loop_is_one_line(out, tmp_path, stage, command, do
 
 
 def test_train_sh_ends_with_the_stage_that_is_interrupted(tmp_path):
-    process = subprocess.Popen(["bash", "train.sh", "--preset", "smoke", "--out", tmp_path],
-                               cwd=ROOT, start_new_session=True, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               env={**os.environ, "PYTHON": sys.executable})
+    process = subprocess.Popen(
+        ["bash", "train.sh", "--preset", "smoke", "--out", tmp_path],
+        cwd=ROOT,
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHON": sys.executable},
+    )
     log = tmp_path / "smoke" / "tokenizer.jsonl"
     while not log.exists() and process.poll() is None:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)                        # as a terminal sends it
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in printed, printed
     assert "go on with `python -m tiny_vq.train" in printed and "corpus" not in printed
 
 
 # --- files ----------------------------------------------------------------------------------------
+
 
 @contextlib.contextmanager
 def full_disk(size):
@@ -150,7 +175,8 @@ def full_disk(size):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_the_run_goes_on_from_it(
-        folders, monkeypatch, capsys, name):
+    folders, monkeypatch, capsys, name
+):
     whole, other = folders(name)
     save, path = checkpoint.save, other / "smoke" / STAGES[name].file
     with contextlib.ExitStack() as stack:
@@ -172,9 +198,23 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_the_run_goes_on_fro
 def test_a_picture_on_a_full_disk_is_one_line_and_status_2(out, tmp_path):
     prepare(STAGES["eggrpo"], out[0], tmp_path / "out")
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-    done = subprocess.run([sys.executable, "sample.py", "a red circle and a blue square",
-                           "--preset", "smoke", "--out", tmp_path / "out", "--policy", "base"],
-                          cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "sample.py",
+            "a red circle and a blue square",
+            "--preset",
+            "smoke",
+            "--out",
+            tmp_path / "out",
+            "--policy",
+            "base",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert re.match("error: cannot write .*blue-square.png: File too large", done.stderr)
 
@@ -220,7 +260,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys, name):
 
 def test_memory_that_runs_out_is_one_line_that_says_what_to_lower(capsys):
     def allocate():
-        torch.empty(10 ** 15)
+        torch.empty(10**15)
 
     def cuda():
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -254,12 +294,18 @@ def test_a_bug_of_ours_keeps_its_traceback():
 
 # --- numbers --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, function, term, tensors", [
-    ("tiny_vq", "loss_terms", "error", {"images"}),
-    ("base", "token_logp", "plan_nll", {"prompt", "plan", "codes"}),
-    ("eggrpo", "micro_batch_loss", "loss", set(eggrpo.Batch._fields))])
+
+@pytest.mark.parametrize(
+    "name, function, term, tensors",
+    [
+        ("tiny_vq", "loss_terms", "error", {"images"}),
+        ("base", "token_logp", "plan_nll", {"prompt", "plan", "codes"}),
+        ("eggrpo", "micro_batch_loss", "loss", set(eggrpo.Batch._fields)),
+    ],
+)
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(
-        folders, monkeypatch, capsys, name, function, term, tensors):
+    folders, monkeypatch, capsys, name, function, term, tensors
+):
     whole, other = folders(name)
     module, calls = TINY[name][0], []
     right = getattr(module, function)
@@ -267,7 +313,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(
     def wrong(*arguments):
         calls.append(arguments)
         result = right(*arguments)
-        if len(calls) != 3:                                                 # step 2 is the third
+        if len(calls) != 3:  # step 2 is the third
             return result
         if name == "eggrpo":
             return result[0], result[1] | dict(loss=torch.tensor(float("nan")))
@@ -295,7 +341,8 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 
 
 def test_a_failure_in_a_second_minibatch_says_which_update_was_not_made(
-        folders, monkeypatch, capsys):
+    folders, monkeypatch, capsys
+):
     """Once the message said that no update was made, though the first one was."""
     _, other = folders("eggrpo")
     right, calls = eggrpo.micro_batch_loss, []
@@ -313,6 +360,7 @@ def test_a_failure_in_a_second_minibatch_says_which_update_was_not_made(
 
 
 # --- a user's rewards -----------------------------------------------------------------------------
+
 
 def raises(images, found, want):
     return images[0, 0, 0, 0, 0]
@@ -343,14 +391,18 @@ def test_a_reward_without_bounds_stops_a_run_and_is_named(folders, monkeypatch, 
         return torch.full_like(images[:, 0, 0, 0], float("inf"))
 
     whole, other = folders("eggrpo")
-    monkeypatch.setattr(evaluate, "evaluate_and_save_gallery", lambda *arguments: monkeypatch.setitem(
-        rewards.REWARDS, "endless", endless) or {})
+    monkeypatch.setattr(
+        evaluate,
+        "evaluate_and_save_gallery",
+        lambda *arguments: monkeypatch.setitem(rewards.REWARDS, "endless", endless) or {},
+    )
     line = one_line(capsys, 2, tiny, "eggrpo", other)
     assert "yours to mend: an infinite value came from 'endless'" in line
 
 
 def test_a_reward_without_bounds_is_named_and_so_is_a_picture_that_none_judges(
-        monkeypatch, policy, env):
+    monkeypatch, policy, env
+):
     full = lambda value: lambda images, found, want: torch.full_like(images[:, 0, 0, 0], value)
     monkeypatch.setitem(rewards.REWARDS, "endless", full(float("inf")))
     with pytest.raises(UserError, match="yours to mend: an infinite value came from 'endless'"):
@@ -362,39 +414,66 @@ def test_a_reward_without_bounds_is_named_and_so_is_a_picture_that_none_judges(
 
 # --- determinism ----------------------------------------------------------------------------------
 
+
 def test_the_same_seed_gives_the_same_run_and_evaluating_more_often_changes_nothing(
-        folders, monkeypatch):
+    folders, monkeypatch
+):
     whole, other = folders("eggrpo")
     tiny("eggrpo", other)
     assert_same(STAGES["eggrpo"], other, whole)
     (other / "smoke" / "eggrpo-0" / "policy.pt").unlink()
     monkeypatch.setitem(TINY, "eggrpo", (eggrpo, TINY["eggrpo"][1].replace("every 2", "every 1")))
     tiny("eggrpo", other)
-    logs = [[{k: v for k, v in r.items() if not k.startswith(("eval_", "rare_"))}
-             for r in without_seconds(f / "smoke" / "eggrpo-0" / "log.jsonl")]
-            for f in (whole, other)]
-    weights = [checkpoint.load(f / "smoke" / "eggrpo-0" / "policy.pt")["model"]
-               for f in (whole, other)]
+    logs = [
+        [
+            {k: v for k, v in r.items() if not k.startswith(("eval_", "rare_"))}
+            for r in without_seconds(f / "smoke" / "eggrpo-0" / "log.jsonl")
+        ]
+        for f in (whole, other)
+    ]
+    weights = [
+        checkpoint.load(f / "smoke" / "eggrpo-0" / "policy.pt")["model"] for f in (whole, other)
+    ]
     assert logs[0] == logs[1] and len(logs[0]) == 4
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
 # --- memory ---------------------------------------------------------------------------------------
 
+
 @pytest.mark.slow
 def test_memory_after_500_steps_is_that_after_50(out, tmp_path):
     prepare(STAGES["eggrpo"], out[0], tmp_path)
     process = subprocess.Popen(
-        [sys.executable, "eggrpo.py", "--preset", "smoke", "--out", tmp_path, "--steps", "501",
-         "--eval-every", "501", "--eval-prompts", "2", "--save-every", "100"], cwd=ROOT,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        [
+            sys.executable,
+            "eggrpo.py",
+            "--preset",
+            "smoke",
+            "--out",
+            tmp_path,
+            "--steps",
+            "501",
+            "--eval-every",
+            "501",
+            "--eval-prompts",
+            "2",
+            "--save-every",
+            "100",
+        ],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     log, pages = tmp_path / "smoke" / "eggrpo-0" / "log.jsonl", []
-    for lines in (52, 502):                                     # the header, step -1, and the steps
+    for lines in (52, 502):  # the header, step -1, and the steps
         while not log.exists() or log.read_bytes().count(b"\n") < lines:
             assert process.poll() is None
             time.sleep(0.01)
         pages.append(int(open(f"/proc/{process.pid}/statm").read().split()[1]))
     assert process.wait() == 0
-    print(f"resident: {pages[0] * 4096 / 1e6:.1f} MB after 50 steps, "
-          f"{pages[1] * 4096 / 1e6:.1f} MB after 500")
+    print(
+        f"resident: {pages[0] * 4096 / 1e6:.1f} MB after 50 steps, "
+        f"{pages[1] * 4096 / 1e6:.1f} MB after 500"
+    )
     assert abs(pages[1] / pages[0] - 1) < 0.02

@@ -38,9 +38,9 @@ def test_many_updates_converge_to_cluster_means():
     quantizer.codebook.copy_(torch.tensor([[-0.5], [0.5]]))
     for _ in range(200):
         quantizer.update(z, quantizer.nearest(z))
-    assert torch.allclose(quantizer.codebook.sort(0).values,
-                          torch.tensor([[-2.0], [5.0]]),
-                          atol=1e-3)
+    assert torch.allclose(
+        quantizer.codebook.sort(0).values, torch.tensor([[-2.0], [5.0]]), atol=1e-3
+    )
 
 
 def test_dead_codes_restart_on_vectors_of_the_batch_and_live_ones_stay():

@@ -17,17 +17,32 @@ def trl_loss(logp, old, ref, advantage, valid, loss_type, beta, low, high):
     stub = MagicMock()
     stub._get_per_token_logps_and_entropies.return_value = (logp, torch.zeros_like(logp), None)
     stub.configure_mock(
-        top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level="token",
-        beta=beta, loss_type=loss_type, epsilon_low=low, epsilon_high=high, use_vllm=False,
-        aux_loss_enabled=False, _entropy_bonus_enabled=False, max_completion_length=logp.shape[1],
-        current_gradient_accumulation_steps=1, use_adaptive_entropy=False,
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1))
-    stub.accelerator.gather.side_effect = stub.accelerator.reduce.side_effect = \
-        lambda x, **_: x
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level="token",
+        beta=beta,
+        loss_type=loss_type,
+        epsilon_low=low,
+        epsilon_high=high,
+        use_vllm=False,
+        aux_loss_enabled=False,
+        _entropy_bonus_enabled=False,
+        max_completion_length=logp.shape[1],
+        current_gradient_accumulation_steps=1,
+        use_adaptive_entropy=False,
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
+    )
+    stub.accelerator.gather.side_effect = stub.accelerator.reduce.side_effect = lambda x, **_: x
     words = torch.zeros_like(logp, dtype=torch.long)
-    inputs = dict(prompt_ids=words, prompt_mask=words, completion_ids=words,
-                  completion_mask=valid.int(), advantages=advantage, old_per_token_logps=old,
-                  ref_per_token_logps=ref)
+    inputs = dict(
+        prompt_ids=words,
+        prompt_mask=words,
+        completion_ids=words,
+        completion_mask=valid.int(),
+        advantages=advantage,
+        old_per_token_logps=old,
+        ref_per_token_logps=ref,
+    )
     return trainer.GRPOTrainer._compute_loss(stub, None, inputs)
 
 
@@ -47,8 +62,9 @@ def test_policy_loss_is_trls(method, beta):
         shaped = shape_advantages(advantage, entropy, *entropy_masks(entropy, valid))
     slots = torch.tensor(240.0) if method == "dr-grpo" else None
     ours, _ = policy_loss(logp, old, ref if beta else None, shaped, valid, beta, 0.2, high, slots)
-    theirs = trl_loss(logp, old, ref, shaped, valid, "dr_grpo" if slots else "bnpo", beta, 0.2,
-                      high)
+    theirs = trl_loss(
+        logp, old, ref, shaped, valid, "dr_grpo" if slots else "bnpo", beta, 0.2, high
+    )
     assert abs(ours.item() - theirs.item()) < 1e-6
     (ours_grad,), (theirs_grad,) = (torch.autograd.grad(x, logp) for x in (ours, theirs))
     assert (ours_grad - theirs_grad).abs().max() < 1e-6 and ours_grad.abs().max() > 1e-3

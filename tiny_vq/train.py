@@ -30,21 +30,21 @@ from tiny_vq.vqvae import VQVAE
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = ""              # smoke, cpu or gpu
+    preset: str = ""  # smoke, cpu or gpu
     device: str = "auto"
     out: str = "out"
     seed: int = 0
-    images: int = 12000         # rendered once, seen several times
+    images: int = 12000  # rendered once, seen several times
     steps: int = 500
     batch: int = 64
-    lr: float = 2e-3              # after a warm-up of 50 steps, linearly to 0
-    width: int = 96               # channels
-    blocks: int = 2               # residual blocks of the decoder
+    lr: float = 2e-3  # after a warm-up of 50 steps, linearly to 0
+    width: int = 96  # channels
+    blocks: int = 2  # residual blocks of the decoder
     codes: int = 1024
-    dim: int = 16                 # width of a code's vector
-    paint_weight: float = 8.0       # how much more a painted pixel's error weighs than the background's
+    dim: int = 16  # width of a code's vector
+    paint_weight: float = 8.0  # how much more a painted pixel's error weighs than the background's
     commitment: float = 0.25
-    scored: int = 420             # true scenes that the ceiling is the mean of
+    scored: int = 420  # true scenes that the ceiling is the mean of
     save_every: int = 200
 
     def check(self):

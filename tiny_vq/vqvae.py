@@ -36,13 +36,19 @@ class VQVAE(nn.Module):
         self.config = dict(patch=patch, width=width, blocks=blocks, codes=codes, dim=dim)
         channels = 3 * patch * patch
         self.patch, self.codes = patch, codes
-        self.encoder = nn.Sequential(nn.Conv2d(channels, 4 * width, 1), nn.GELU(),
-                                     nn.Conv2d(4 * width, width, 1), nn.GELU(),
-                                     nn.Conv2d(width, dim, 1))
+        self.encoder = nn.Sequential(
+            nn.Conv2d(channels, 4 * width, 1),
+            nn.GELU(),
+            nn.Conv2d(4 * width, width, 1),
+            nn.GELU(),
+            nn.Conv2d(width, dim, 1),
+        )
         self.quantizer = Quantizer(codes, dim)
-        self.decoder = nn.Sequential(nn.Conv2d(dim, width, 3, padding=1),
-                                     *(Block(width) for _ in range(blocks)),
-                                     nn.Conv2d(width, channels, 1))
+        self.decoder = nn.Sequential(
+            nn.Conv2d(dim, width, 3, padding=1),
+            *(Block(width) for _ in range(blocks)),
+            nn.Conv2d(width, channels, 1),
+        )
 
     def features(self, images):
         """(B, 3, h, w) -> (B, grid, grid, dim), before quantization."""
@@ -70,5 +76,6 @@ class VQVAE(nn.Module):
     def decode(self, codes):
         """codes (B, L) -> (B, 3, h, w) in [0, 1]."""
         side = int(codes.shape[1] ** 0.5)
-        return self.pixels(self.quantizer.codebook[codes].view(len(codes), side, side,
-                                                               -1)).clamp(0, 1)
+        return self.pixels(self.quantizer.codebook[codes].view(len(codes), side, side, -1)).clamp(
+            0, 1
+        )
