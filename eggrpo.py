@@ -313,7 +313,8 @@ def micro_batch_loss(policy, reference, part, denominator, config):
     # with the released mismatch the ratio is 1 by construction, and hides it
     logp_old = logp.detach() if config.score_guidance else part.logp
     loss, stats = policy_loss(logp, logp_old, logp_ref, part.advantage, part.loss_weight,
-                              config.beta, config.clip_low, config.clip_high, denominator)  # fmt: skip
+                              config.beta, config.clip_low, config.clip_high,
+                              denominator)  # fmt: skip
     if config.entropy_coef:
         entropy = torch.cat([differentiable_entropy(x) for x in logits], 1)  # (B, T)
         high_entropy = torch.where(part.high, entropy, 0.0) * part.loss_weight

@@ -242,51 +242,16 @@ def test_bonus_says_how_it_is_used():
 def test_the_gpu_preset_runs_two_steps_of_every_stage_on_the_cpu(tmp_path, layers):
     """Nothing in it is untried: its pictures, textures, width and slots; steps and batches are cut,
     and in the fast version layers and width too."""
-    small = ["--preset", "gpu", "--out", tmp_path, "--device", "cpu"]
-    run(
-        sys.executable,
-        "-m",
-        "tiny_vq.train",
-        *small,
-        "--images",
-        8,
-        "--steps",
-        2,
-        "--batch",
-        4,
-        "--scored",
-        7,
-    )
     width = 128 if layers == 2 else 512
-    run(
-        sys.executable,
-        "pretrain.py",
-        *small,
-        "--items",
-        8,
-        "--steps",
-        2,
-        "--batch",
-        4,
-        "--layers",
-        layers,
-        "--width",
-        width,
-    )
-    run(
-        sys.executable,
-        "eggrpo.py",
-        *small,
-        "--steps",
-        2,
-        "--prompts",
-        1,
-        "--plans-per-prompt",
-        2,
-        "--eval-prompts",
-        1,
-    )
-    run(sys.executable, "evaluate.py", *small, "--prompts", 1)
+    for module, flags in (
+        (tiny_vq_train, "--images 8 --steps 2 --batch 4 --scored 7"),
+        (pretrain, f"--items 8 --steps 2 --batch 4 --layers {layers} --width {width}"),
+        (eggrpo, "--steps 2 --prompts 1 --plans-per-prompt 2 --eval-prompts 1"),
+        (evaluate, "--prompts 1"),
+    ):
+        out = ["--preset", "gpu", "--out", str(tmp_path), "--device", "cpu"]
+        module.main([*out, *flags.split()])
+    assert (tmp_path / "gpu" / "results.md").exists()
 
 
 def test_the_gpu_preset_is_of_the_size_it_claims():
