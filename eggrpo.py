@@ -55,7 +55,7 @@ class Config:
     prompts: int = 8  # P (paper: 16)
     plans_per_prompt: int = 8  # (paper: 8)
     images_per_plan: int = 1  # G = plans_per_prompt * images_per_plan (paper: 1)
-    lr: float = 3e-4  # constant after 10 steps (paper: 1e-6, for 7 B parameters)
+    lr: float = 3e-4  # after 10 warm-up steps, linearly to 0 (paper: 1e-6, 7 B parameters)
     beta: float = 0.01  # weight of the KL term (paper: .01)
     low_frac: float = 0.2  # fraction of tokens without reward gradient (paper: .2)
     high_frac: float = 0.5  # fraction of tokens with a bonus (paper: .5)
@@ -398,8 +398,8 @@ def main(argv=None):
             rollout = make_rollout(policy, env, scenes, config, step)
             scenes = training_scenes(env.world, config, step + 1)  # while the device is sampling
             batch = make_batch(rollout, config)
-            common.set_lr(optimizer, config.lr * min(1, (step + 1) / 10))
-            explain = lambda: rewards.require_sound(rollout.rewards, rollout.components)
+            common.set_lr(optimizer, config.lr * min((step + 1) / 10, 1 - step / config.steps))
+            explain = lambda: rewards.check_finite(rollout.rewards, rollout.components)
             with run.guard(step, batch._asdict(), explain):
                 extra = rollout_stats(rollout, batch)
                 stats = update(policy, reference, optimizer, batch, config, step, extra)

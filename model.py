@@ -1,16 +1,16 @@
-"""Codes become a policy: a decoder-only transformer over one sequence of words and image codes.
+"""The policy: a decoder-only transformer over one sequence of words and image codes.
 
     | prompt words, padded to S | <plan> | plan words, <end>, padded to C | <image> | L codes |
 
-Every token stands at a fixed slot, so shapes never change; padding is masked out of attention.
-Words and codes are two modalities with a head each, so at any slot only one of them is possible.
-Three things must never drift apart in reinforcement learning, and each is written once here:
+Every token has a fixed slot, so shapes never change; padding is masked out of attention. Words and
+codes are two modalities with a head each. In reinforcement learning the sampler and the learner must
+be one policy, so each of these is defined once:
 
-    policy_logits   what the policy is: guidance, temperature, float32
-    generate        sample from it, slot by slot, with a key-value cache
-    Policy.forward  score it, all slots at once; also the tests' oracle for generate
+    policy_logits   from the network's output to the policy: guidance, temperature, float32
+    generate        samples from it, slot by slot, with a key-value cache
+    Policy.forward  computes all slots at once; the tests compare generate with it
 
-There is no dropout and no train/eval mode: the network that samples is the network that learns.
+There is no dropout and no difference between training and evaluation mode.
 
 Dimension letters: B sequences, S prompt slots, C plan slots, L image tokens, T = C + L sampled
 slots, N = S + C + L + 1 inputs, V vocabulary of a modality, D width, H heads.
@@ -30,8 +30,7 @@ import common
 from scenes import END, IMAGE, PAD, PLAN
 
 
-# words that a word's embedding carries: itself and the seven before, about one phrase of a plan
-SMEAR = 8
+KERNEL_SIZE = 8  # of the convolution over words: about one phrase of a plan
 
 
 class Block(nn.Module):
@@ -45,8 +44,9 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x, mask, cache=None):
-        """Run all slots at once. x: (B, n, D). cache (2, B * G * H, N, D/H): filled for slots 0 to
-        n, each sequence's keys and values G times."""
+        """Process n slots at once. x: (B, n, D), mask: bool, True where a slot may attend. cache
+        (2, B * G * H, N, D/H): keys and values of slots 0 to n are written to it, G copies of
+        each sequence's."""
         b, n, d = x.shape
         # (B, H, n, D/H) each
         q, k, v = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
@@ -58,27 +58,33 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
     def step(self, x, bias, cache, slot):
-        """Run one slot. x: (B, D); bias: (B * H, 1, N), -inf at padding; cache: (2, B * H, N, D/H).
+        """Process one slot. x: (B, D); bias: (B * H, 1, N), -inf at padding; cache:
+        (2, B * H, N, D/H).
 
-        Plain batched products: with one query a sequence, scaled_dot_product_attention is slower.
+        Batched products, because scaled_dot_product_attention is slower with a single query.
         """
         b, d = x.shape
         qkv = self.qkv(self.norm1(x)).view(b, 3, self.heads, -1)  # (B, 3, H, D/H)
         cache.view(2, b, self.heads, *cache.shape[2:])[:, :, :, slot] = qkv[:, 1:].transpose(0, 1)
         q, (k, v) = qkv[:, 0].reshape(b * self.heads, 1, -1), cache[:, :, : slot + 1]
-        seen = torch.baddbmm(bias[..., : slot + 1], q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
-        x = x + self.proj(torch.bmm(seen.softmax(-1), v).view(b, d))
+        scores = torch.baddbmm(
+            bias[..., : slot + 1], q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5
+        )
+        x = x + self.proj(torch.bmm(scores.softmax(-1), v).view(b, d))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
 class Policy(nn.Module):
-    """words, codes: vocabulary sizes; code_dim: width of the tokenizer's codebook vectors.
-    prompt_slots, plan_slots, image_tokens: S, C, L."""
+    """A GPT-2 style transformer with two embeddings and two heads, for words and for image codes.
+
+    word_vocab_size, codebook_size: V of each modality; code_dim: width of the tokenizer's codebook
+    vectors; prompt_slots, plan_slots, image_tokens: S, C, L; width: D; heads: H.
+    """
 
     def __init__(
         self,
-        words,
-        codes,
+        word_vocab_size,
+        codebook_size,
         code_dim,
         prompt_slots,
         plan_slots,
@@ -89,8 +95,8 @@ class Policy(nn.Module):
     ):
         super().__init__()
         self.config = dict(
-            words=words,
-            codes=codes,
+            word_vocab_size=word_vocab_size,
+            codebook_size=codebook_size,
             code_dim=code_dim,
             prompt_slots=prompt_slots,
             plan_slots=plan_slots,
@@ -101,74 +107,77 @@ class Policy(nn.Module):
         )
         self.S, self.C, self.L = prompt_slots, plan_slots, image_tokens
         self.slots = prompt_slots + plan_slots + image_tokens + 1  # the last code is never an input
-        self.word_embedding = nn.Embedding(words, width)
-        # (D, SMEAR)
-        self.smear = nn.Parameter(torch.empty(width, SMEAR))
-        self.code_embedding = nn.Embedding(codes, width)
-        self.register_buffer("codebook", torch.randn(codes, code_dim))  # see set_codebook
+        self.word_embedding = nn.Embedding(word_vocab_size, width)
+        # (D, KERNEL_SIZE)
+        self.token_conv = nn.Parameter(torch.empty(width, KERNEL_SIZE))
+        self.code_embedding = nn.Embedding(codebook_size, width)
+        self.register_buffer("codebook", torch.randn(codebook_size, code_dim))  # see set_codebook
         self.code_aligner = nn.Linear(code_dim, width, bias=False)
         self.code_query = nn.Linear(width, code_dim, bias=False)
-        self.place_embedding = nn.Embedding(prompt_slots + plan_slots + 2, width)
+        self.word_position_embedding = nn.Embedding(prompt_slots + plan_slots + 2, width)
         side = int(image_tokens**0.5)
         self.row_embedding = nn.Embedding(side, width)
         self.column_embedding = nn.Embedding(side, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.graphs = {}  # CUDA graphs, see sample_by_graph
         self.norm = nn.LayerNorm(width, bias=False)
-        self.word_head = nn.Linear(width, words - END, bias=False)
-        self.code_head = nn.Linear(width, codes, bias=False)
+        self.word_head = nn.Linear(width, word_vocab_size - END, bias=False)
+        self.code_head = nn.Linear(width, codebook_size, bias=False)
         for name, p in self.named_parameters():
             if p.dim() > 1:  # GPT-2's initialisation
                 last = name.endswith(("proj.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / (2 * layers) ** 0.5 if last else 0.02)
 
     def embed_words(self, words):
-        """Embed words (B, n) -> (B, n, D), each with a learned share of the seven before it.
+        """Embed words, (B, n) -> (B, n, D), followed by a depthwise causal convolution.
 
-        A phrase such as "red circle at row 1 column 3" then meets in its last word, where the image
-        tokens of that cell can find it in one step of attention. Without this depthwise convolution
-        a small transformer has to learn to gather the phrase first: after the same pretraining it
-        drew the right things at the right places in the wrong pairing.
+        The last word of a phrase such as "red circle at row 1 column 3" then carries the whole
+        phrase, and the image tokens of that cell can attend to it in one layer. Without the
+        convolution, after the same pretraining, the right attributes were drawn in the right cells
+        in the wrong pairing.
         """
         embedded = self.word_embedding(words) * (words != PAD)[..., None]
-        return (F.pad(embedded, (0, 0, SMEAR - 1, 0)).unfold(1, SMEAR, 1) * self.smear).sum(-1)
+        return (
+            F.pad(embedded, (0, 0, KERNEL_SIZE - 1, 0)).unfold(1, KERNEL_SIZE, 1) * self.token_conv
+        ).sum(-1)
 
     @torch.no_grad()
     def set_codebook(self, codebook):
         """Copy the tokenizer's codebook (V, code_dim), standardised per dimension.
 
-        Codes of similar patches then have similar embeddings and logits, so that the policy can
-        draw a colour-shape pair that it has hardly seen: without this, after the same pretraining
-        and 100 steps of reinforcement learning, it drew rare pairs a third as often.
+        Codes of similar patches then have similar embeddings and logits, as in Janus, whose image
+        embeddings are computed from the codebook. It lets the policy generalise to rare
+        colour-shape pairs: without it, exact on rare prompts rose a third as fast.
         """
         self.codebook.copy_((codebook - codebook.mean(0)) / codebook.std(0))
 
     def embed_codes(self, codes):
-        """Embed codes (...) -> (..., D): a vector of their own plus one shared by similar codes."""
+        """Embed codes, (...) -> (..., D): a vector per code plus a projection of its codebook
+        vector."""
         return self.code_embedding(codes) + self.code_aligner(self.codebook[codes])
 
     def code_logits(self, x):
-        """Score codes, (..., D) -> (..., V): a weight of their own plus a match with a query."""
+        """Raw logits of the codes, (..., D) -> (..., V): a weight per code plus the product of a
+        query with its codebook vector."""
         return self.code_head(x) + self.code_query(x) @ self.codebook.t()
 
-    def places(self):
-        """Embed the slots, (N, D): words by their number, codes by row and column of the token
+    def position_embeddings(self):
+        """Embed the slots, (N, D): words by their index, codes by row and column of the token
         grid."""
         image = (self.row_embedding.weight[:, None] + self.column_embedding.weight).flatten(0, 1)
-        return torch.cat([self.place_embedding.weight, image[:-1]])
+        return torch.cat([self.word_position_embedding.weight, image[:-1]])
 
-    def join_words(self, prompt, plan):
-        """Join prompt (B, S), plan (B, C) and the two markers to the word part of the sequence, (B,
-        S + C + 2)."""
+    def concat_words(self, prompt, plan):
+        """Concatenate prompt (B, S), <plan>, plan (B, C) and <image> to (B, S + C + 2)."""
         marker = prompt.new_ones(len(prompt), 1)
         return torch.cat([prompt, PLAN * marker, plan, IMAGE * marker], 1)
 
     def forward(self, prompt, plan, codes):
-        """Score every slot at once. Returns raw logits of the plan words (B, C, words - END) and of
-        the codes (B, L, codes)."""
-        words = self.join_words(prompt, plan)
+        """Compute all slots at once. Returns the raw logits of the plan words (B, C, V_words - END)
+        and of the codes (B, L, V_codes)."""
+        words = self.concat_words(prompt, plan)
         x = torch.cat([self.embed_words(words), self.embed_codes(codes[:, :-1])], 1)
-        x = x + self.places()  # (B, N, D)
+        x = x + self.position_embeddings()  # (B, N, D)
         mask = causal_mask(F.pad(words != PAD, (0, self.L - 1), value=True))  # (B, N, N)
         for block in self.blocks:
             x = block(x, mask[:, None])
@@ -178,10 +187,11 @@ class Policy(nn.Module):
 
 
 def causal_mask(keep):
-    """Say which slot sees which: those before it that are kept. (B, n) bool -> (B, n, n) bool.
+    """Causal attention mask without padding. keep: (B, n) bool, False at padding. Returns
+    (B, n, n) bool.
 
-    A padded slot sees itself, or a row of the softmax would be empty and NaN; no other slot sees
-    it.
+    A padded slot attends to itself, because an empty row of the softmax would be NaN; no other slot
+    attends to it.
     """
     n = keep.shape[1]
     order = torch.ones(n, n, dtype=torch.bool, device=keep.device).tril()
@@ -194,8 +204,7 @@ def precision(device):
 
 
 def policy_logits(raw, guidance=1.0, temperature=1.0):
-    """Turn the network's output into the logits that are sampled from and scored: the one
-    definition of the policy.
+    """Compute the logits that are sampled from and scored: the one definition of the policy.
 
     raw: (B, ..., V), or (2B, ..., V) with guidance other than 1: first with the prompt, then with
     an empty one. Classifier-free guidance: empty + guidance * (prompted - empty). Returns float32.
@@ -208,8 +217,8 @@ def policy_logits(raw, guidance=1.0, temperature=1.0):
 
 
 def with_empty_prompts(prompt, guidance):
-    """Append the empty prompts that guidance needs: (B, S) -> (B, S), or (2B, S) where guidance is
-    not 1."""
+    """Append the empty prompts that guidance needs: (B, S) -> (B, S), or (2B, S) if guidance is not
+    1."""
     return prompt if guidance == 1.0 else torch.cat([prompt, torch.full_like(prompt, PAD)])
 
 
@@ -263,42 +272,44 @@ def sample_token(logits, uniform):
 
 
 class Decoder:
-    """A batch that is being sampled: its words, its padding, its keys and values, slot by slot.
+    """State of a batch that is being sampled: words, padding, keys and values.
 
-    prompts: (P, S), of which each is continued batch / P times. `hidden` (B, D) is always the
-    output at the last slot that was fed. The cache takes 2 * layers * B * N * D numbers.
+    prompts: (P, S), each continued batch / P times. `hidden` (B, D) is the output at the last slot
+    that was fed. The cache has 2 * layers * B * N * D elements.
     """
 
     def __init__(self, policy, prompts, batch):
         self.policy, heads, device = policy, policy.blocks[0].heads, prompts.device
-        self.slot, self.places = policy.S + 1, policy.places()
+        self.slot, self.positions = policy.S + 1, policy.position_embeddings()
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         size = (2, batch * heads, policy.slots, policy.config["width"] // heads)
         self.cache = [torch.empty(size, dtype=dtype, device=device) for _ in policy.blocks]
         self.bias = torch.zeros(batch, heads, policy.slots, device=device)
-        nothing = prompts.new_full((len(prompts), policy.C), PAD)
-        start = policy.join_words(prompts, nothing)[:, : policy.S + 1]  # the prompt, <plan>
-        self.words = policy.join_words(prompts, nothing).repeat_interleave(batch // len(prompts), 0)
+        no_words = prompts.new_full((len(prompts), policy.C), PAD)
+        start = policy.concat_words(prompts, no_words)[:, : policy.S + 1]  # the prompt, <plan>
+        self.words = policy.concat_words(prompts, no_words).repeat_interleave(
+            batch // len(prompts), 0
+        )
         n, keep = policy.S + 1, start != PAD
         self.bias[..., :n].masked_fill_(
             ~keep.repeat_interleave(batch // len(prompts), 0)[:, None], float("-inf")
         )
-        x, mask = policy.embed_words(start) + self.places[:n], causal_mask(keep)
-        for block, memory in zip(policy.blocks, self.cache):
-            x = block(x, mask[:, None], memory)
+        x, mask = policy.embed_words(start) + self.positions[:n], causal_mask(keep)
+        for block, layer_cache in zip(policy.blocks, self.cache):
+            x = block(x, mask[:, None], layer_cache)
         self.hidden = policy.norm(x[:, -1]).repeat_interleave(batch // len(prompts), 0)
 
     def _feed(self, x):
-        x = x + self.places[self.slot]
-        for block, memory in zip(self.policy.blocks, self.cache):
-            x = block.step(x, self.bias.flatten(0, 1)[:, None], memory, self.slot)
+        x = x + self.positions[self.slot]
+        for block, layer_cache in zip(self.policy.blocks, self.cache):
+            x = block.step(x, self.bias.flatten(0, 1)[:, None], layer_cache, self.slot)
         self.hidden, self.slot = self.policy.norm(x), self.slot + 1
 
     def feed_word(self, word):
-        """word: (B,); PAD stays unseen by all that follows."""
+        """word: (B,); later slots do not attend to PAD."""
         self.words[:, self.slot] = word
         self.bias[..., self.slot].masked_fill_((word == PAD)[:, None], float("-inf"))
-        window = self.words[:, max(0, self.slot + 1 - SMEAR) : self.slot + 1]
+        window = self.words[:, max(0, self.slot + 1 - KERNEL_SIZE) : self.slot + 1]
         self._feed(self.policy.embed_words(window)[:, -1])
 
     def feed_code(self, code):

@@ -1,26 +1,23 @@
-"""A picture becomes numbers: find the objects in the pixels, compare them with what the prompt asks
-for.
+"""Rewards: detect the objects in an image and compare them with what the prompt asks for.
 
-    want = make_want(world, scenes, device)           what the prompts ask for
-    found = detect(images, world)                     what the pictures show
-    rewards, parts, exact = score(images, want, world)
+    targets = encode_targets(world, scenes, device)                    what the prompts ask for
+    rewards, components, exact = compute_rewards(images, targets, world)
 
-Everything is batched tensor code on the device of the pictures. Detection: paint each pixel in its
-palette colour (`ink`), match every shape and texture against each colour's ink by convolution, keep
-the local maxima. Sizes are known, so nothing is learned and nothing can be fooled by a drifting
-model; what a reward cannot see (the ground) it does not judge.
+Everything is batched tensor code on the device of the images. Detection is exact, not learned:
+assign each pixel to a palette colour (`paint_coverage`), match every shape and texture against each
+colour by convolution, keep the local maxima. The background is not scored.
 
 The reward is the unweighted mean of the functions in REWARDS, each (B,) in [0, 1], over those that
-apply to the prompt (NaN means: does not apply; only `relation` uses it). Your own reward is one
-more function in that dict:
+apply to the prompt (NaN: does not apply; only `relation` returns it). Add your own as one more
+function:
 
-    rewards.REWARDS["red"] = lambda images, found, want: images[:, 0].mean(dim=(1, 2))
+    rewards.REWARDS["red"] = lambda images, detections, targets: images[:, 0].mean(dim=(1, 2))
 
-`exact` is strict: the right objects, nothing else, the relation true, the picture clean. It is
-measured, never optimised.
+`exact` is 1 if the image has the right objects, no others, a true relation and no smears. It is
+measured, and optimised only with `--reward exact`.
 
-Dimension letters: B pictures, C colours, K kinds (colour x texture x shape, in that order), M
-objects at most, h x w pixels.
+Dimension letters: B images, C colours, K kinds (colour x texture x shape, in this order), M objects
+at most, h x w pixels.
 """
 
 from functools import lru_cache
@@ -32,139 +29,138 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError
-from scenes import COLOURS, BACKGROUND, RELATIONS, SHAPES, stamp
+from scenes import BACKGROUND, COLOURS, RELATIONS, SHAPES, shape_mask
 
-INK_FLOOR = 0.25  # contrast with the background below this is no paint
-INK_FULL = 0.6  # contrast above this is full paint: objects differ in brightness
-MATCH = 0.75  # least Dice overlap of ink and template that counts as an object
-MOST = 16  # objects a picture is searched for; a tokenizer's scene has up to 8
-CLEAN = 0.9  # least cleanliness of an exact picture
+NO_PAINT = 0.25  # contrast with the background, of which less is no paint
+FULL_PAINT = 0.6  # contrast of which more is full paint, because objects differ in brightness
+MATCH_THRESHOLD = 0.75  # least Dice overlap of paint and template that counts as an object
+MAX_OBJECTS = 16  # that an image is searched for; a tokenizer's training scene has up to 8
+CLEAN_THRESHOLD = 0.9  # least cleanliness of an exact image
 
 
-class Want(NamedTuple):
-    kinds: Tensor  # (B, K) how many of each kind
-    relation: Tensor  # (B,) index into RELATIONS, -1 where the prompt names none
+class Targets(NamedTuple):
+    counts: Tensor  # (B, K) number of objects of each kind
+    relation: Tensor  # (B,) index into RELATIONS, -1 if the prompt names none
     pair: Tensor  # (B, 2) kinds of the relation's subject and object
 
 
-class Found(NamedTuple):
-    kinds: Tensor  # (B, K) how many of each kind
-    kind: Tensor  # (B, M) kind of each object, the best match first; -1 where there are no more
+class Detections(NamedTuple):
+    counts: Tensor  # (B, K) number of objects of each kind
+    kind: Tensor  # (B, M) kind of each object, best match first, -1 beyond the last
     row: Tensor  # (B, M) centre of each object, in pixels
     column: Tensor  # (B, M)
-    ink: Tensor  # (B,) pixels of palette colour, in pixels
-    explained: Tensor  # (B,) those that lie on an object of their colour
-    shape: tuple  # (colours, textures, shapes): how K unfolds
-    reach: float  # pixels by which centres must differ for a relation to hold
+    paint: Tensor  # (B,) total paint, in pixels
+    explained: Tensor  # (B,) paint that lies on a detected object of its colour
+    kind_dims: tuple  # (colours, textures, shapes), with K their product
+    min_offset: int  # pixels by which two centres must differ for a relation to hold
 
 
 def kind_index(world, colour, shape, texture):
-    """Number a kind of object: colour x texture x shape."""
+    """Return the number of a kind, from 0 to K - 1."""
     c, t = list(COLOURS).index(colour), world.textures.index(texture)
     return (c * len(world.textures) + t) * len(SHAPES) + SHAPES.index(shape)
 
 
-def make_want(world, scenes, device="cpu"):
-    """Turn scenes into the tensors that their pictures are scored against."""
+def encode_targets(world, scenes, device="cpu"):
+    """Encode what the prompts of scenes ask for. Returns Targets."""
     number = len(world.textures) * len(COLOURS) * len(SHAPES)
-    kinds, pair = np.zeros((len(scenes), number), np.float32), np.zeros((len(scenes), 2), np.int64)
+    counts, pair = np.zeros((len(scenes), number), np.float32), np.zeros((len(scenes), 2), np.int64)
     for i, scene in enumerate(scenes):
-        indices = [kind_index(world, o.colour, o.shape, o.texture) for o in scene.objects]
-        np.add.at(kinds[i], indices, 1)
+        kinds = [kind_index(world, o.colour, o.shape, o.texture) for o in scene.objects]
+        np.add.at(counts[i], kinds, 1)
         if scene.relation:
-            pair[i] = indices[:2]
+            pair[i] = kinds[:2]
     relation = [RELATIONS.index(s.relation) if s.relation else -1 for s in scenes]
-    return Want(
-        torch.from_numpy(kinds).to(device),
+    return Targets(
+        torch.from_numpy(counts).to(device),
         torch.tensor(relation, device=device),
         torch.from_numpy(pair).to(device),
     )
 
 
-# --- what the picture shows -----------------------------------------------------------------------
+# --- detection ------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=8)
 def _palette(device):
-    """Put the ground's colour and the way from it to each palette colour on a device, once: a copy
-    from the host would wait for the device."""
-    ground = torch.tensor(BACKGROUND, device=device) / 255
-    return ground, torch.tensor(list(COLOURS.values()), device=device) / 255 - ground
-
-
-def ink(images):
-    """Say how much of each pixel is paint of each palette colour. (B, 3, h, w) in [0, 1] -> (B, C,
-    h, w) in [0, 1].
-
-    A pixel is background + a * (colour - background) with contrast a; it belongs to the colour that
-    leaves the least residue.
-    """
-    ground, axes = _palette(str(images.device))  # (3,), (C, 3)
-    offset = images.float() - ground[:, None, None]
-    square = (axes**2).sum(1)[:, None, None]  # (C, 1, 1)
-    dot = torch.einsum("bkhw,ck->bchw", offset, axes)
-    cover = (dot / square).clamp_(0, 1)
-    # |offset - a axis|^2 less |offset|^2, the same for all colours
-    residue = (cover * square - 2 * dot) * cover
-    mine = residue == residue.amin(1, keepdim=True)
-    return _saturate(cover * mine)
+    """Background (3,) and the offsets of the palette colours from it (C, 3), copied to a device
+    once: a copy from the host would synchronise."""
+    background = torch.tensor(BACKGROUND, device=device) / 255
+    return background, torch.tensor(list(COLOURS.values()), device=device) / 255 - background
 
 
 def _saturate(contrast):
-    """Map contrast to coverage: 0 below INK_FLOOR, 1 above INK_FULL, linear in between."""
-    return ((contrast - INK_FLOOR) / (INK_FULL - INK_FLOOR)).clamp(0, 1)
+    """Map contrast to coverage: 0 below NO_PAINT, 1 above FULL_PAINT, linear in between."""
+    return ((contrast - NO_PAINT) / (FULL_PAINT - NO_PAINT)).clamp(0, 1)
+
+
+def paint_coverage(images):
+    """Return how much of each pixel is painted in each palette colour. (B, 3, h, w) in [0, 1] ->
+    (B, C, h, w) in [0, 1].
+
+    A pixel is background + contrast * (colour - background); it belongs to the colour that leaves
+    the smallest residual.
+    """
+    background, axes = _palette(str(images.device))
+    offset = images.float() - background[:, None, None]
+    square = (axes**2).sum(1)[:, None, None]  # (C, 1, 1)
+    dot = torch.einsum("bkhw,ck->bchw", offset, axes)
+    contrast = (dot / square).clamp_(0, 1)
+    # |offset - contrast axis|^2 without |offset|^2, which is the same for all colours
+    residual = (contrast * square - 2 * dot) * contrast
+    return _saturate(contrast * (residual == residual.amin(1, keepdim=True)))
 
 
 @lru_cache(maxsize=8)
 def _templates(world, device):
-    """Draw every texture x shape as ink at mean brightness, with a margin of one pixel that must be
-    empty. (textures * shapes, n, n)."""
-    stamps = [np.asarray(stamp(s, t, world.object_size)) for t in world.textures for s in SHAPES]
-    cover = F.pad(torch.from_numpy(np.stack(stamps)).float() / 255, (1, 1, 1, 1))
-    return _saturate(cover * (1 + world.min_brightness) / 2).to(device)
+    """Coverage of every texture x shape at mean brightness, with an empty margin of one pixel.
+    (textures * shapes, n, n)."""
+    masks = [shape_mask(s, t, world.object_size) for t in world.textures for s in SHAPES]
+    contrast = torch.from_numpy(np.stack(masks)).float() * (1 + world.min_brightness) / 2
+    return F.pad(_saturate(contrast), (1, 1, 1, 1)).to(device)
 
 
 def detect(images, world):
-    """Find the objects in pictures. images: (B, 3, h, w) in [0, 1]."""
+    """Detect the objects in images (B, 3, h, w) in [0, 1]. Returns Detections."""
     b, _, h, w = images.shape
     c, t, s = len(COLOURS), len(world.textures), len(SHAPES)
     templates = _templates(world, str(images.device))  # (t*s, n, n)
     n = templates.shape[-1]
-    before, after = (n - 1) // 2, n // 2  # pads so that a match stands at its object's centre
-    paint = F.pad(ink(images), (before, after, before, after)).reshape(
-        b * c, 1, h + n - 1, w + n - 1
-    )
+    before, after = (n - 1) // 2, n // 2  # padding that puts a match at its object's centre
+    paint = F.pad(paint_coverage(images), (before, after, before, after))
+    paint = paint.reshape(b * c, 1, h + n - 1, w + n - 1)
     overlap = F.conv2d(paint, templates[:, None])  # (B*C, t*s, h, w)
-    # the sum of n x n squares, as products with two matrices whose bands are ones
+    # sums over n x n squares, as products with two banded matrices of ones
     band = lambda size: torch.ones(size, size + n - 1, device=images.device).triu().tril(n - 1)
     energy = band(h) @ paint**2 @ band(w).t()  # (B*C, 1, h, w)
-    # in place: these are the largest tensors here, and new memory costs more than arithmetic
+    # in place: these are the largest tensors here, and allocating costs more than the arithmetic
     dice = overlap.mul_(2).div_(energy + (templates**2).sum((1, 2))[:, None, None])
     dice = dice.view(b, c * t * s, h, w)  # (B, K, h, w)
 
     best, radius = dice.amax(1), world.object_size // 2  # (B, h, w)
-    summit = F.max_pool2d(best[:, None], 2 * radius + 1, stride=1, padding=radius)[:, 0]
-    height, place = (best * (best == summit)).flatten(1).topk(MOST)  # (B, M)
-    kind = dice.flatten(2).gather(2, place[:, None].expand(-1, c * t * s, -1)).argmax(1)  # (B, M)
-    there = height > MATCH
-    kinds = torch.zeros(b, c * t * s, device=images.device).scatter_add_(1, kind, there.float())
+    local_max = F.max_pool2d(best[:, None], 2 * radius + 1, stride=1, padding=radius)[:, 0]
+    match_score, index = (best * (best == local_max)).flatten(1).topk(MAX_OBJECTS)  # (B, M)
+    kind = dice.flatten(2).gather(2, index[:, None].expand(-1, c * t * s, -1)).argmax(1)  # (B, M)
+    detected = match_score > MATCH_THRESHOLD
+    counts = torch.zeros(b, c * t * s, device=images.device)
+    counts.scatter_add_(1, kind, detected.float())
 
-    # What the objects explain: stamp each one's template, one pixel wider, into its colour's ink.
+    # Explained paint: each object's template, dilated by one pixel, placed on its colour's plane.
     cover = F.max_pool2d((templates > 0).float(), 3, stride=1, padding=1)  # (t*s, n, n)
-    stamps = cover[kind % (t * s)] * there[:, :, None, None]  # (B, M, n, n)
+    placed = cover[kind % (t * s)] * detected[:, :, None, None]  # (B, M, n, n)
     side = torch.arange(n, device=images.device)
-    y, x = place // w, place % w  # centres; in the padded picture, the stamps' corners
+    y, x = index // w, index % w  # centres, and corners of the templates in the padded image
     rows = (kind // (t * s) * (h + n - 1) + y)[:, :, None, None] + side[:, None]  # (B, M, n, 1)
-    index = rows * (w + n - 1) + x[:, :, None, None] + side  # (B, M, n, n)
+    pixels = rows * (w + n - 1) + x[:, :, None, None] + side  # (B, M, n, n)
     paint = paint.view(b, -1)
-    mine = torch.zeros_like(paint).scatter_add_(1, index.flatten(1), stamps.flatten(1)).clamp(max=1)
-    return Found(
-        kinds,
-        kind.masked_fill(~there, -1),
+    mask = torch.zeros_like(paint).scatter_add_(1, pixels.flatten(1), placed.flatten(1))
+    return Detections(
+        counts,
+        kind.masked_fill(~detected, -1),
         y,
         x,
         paint.sum(1),
-        (paint * mine).sum(1),
+        (paint * mask.clamp(max=1)).sum(1),
         (c, t, s),
         radius,
     )
@@ -173,48 +169,50 @@ def detect(images, world):
 # --- the components of the reward -----------------------------------------------------------------
 
 
-def _overlap(found, want):
-    """Compare two histograms: the common part over the larger whole, 0 for two empty ones."""
-    larger = torch.maximum(found.sum(1), want.sum(1))
-    return torch.minimum(found, want).sum(1) / larger.clamp(min=1)
+def _overlap(found, wanted):
+    """Intersection of two histograms (B, n) over the larger total; 0 if both are empty."""
+    larger = torch.maximum(found.sum(1), wanted.sum(1))
+    return torch.minimum(found, wanted).sum(1) / larger.clamp(min=1)
 
 
-def objects(images, found, want):
-    """Right objects over all objects, wanted or drawn: a missing, surplus or duplicate one
-    costs."""
-    return _overlap(found.kinds, want.kinds)
+def objects(images, detections, targets):
+    """Right objects over all objects: missing, surplus and duplicate objects lower it."""
+    return _overlap(detections.counts, targets.counts)
 
 
-def attributes(images, found, want):
-    """The same for each attribute by itself (colours, shapes, textures), averaged: credit for
-    half-right objects."""
-    f, w = (k.reshape(-1, *found.shape) for k in (found.kinds, want.kinds))  # (B, c, t, s)
-    sums = [(1, 2), (2, 3)] + [(1, 3)] * (found.shape[1] > 1)  # shapes, colours, textures
-    return torch.stack([_overlap(f.sum(dims), w.sum(dims)) for dims in sums]).mean(0)
+def attributes(images, detections, targets):
+    """The same for each attribute by itself (shapes, colours, textures), averaged: partial credit
+    for an object of the right colour and the wrong shape."""
+    found, wanted = (
+        x.reshape(-1, *detections.kind_dims)  # (B, colours, textures, shapes)
+        for x in (detections.counts, targets.counts)
+    )
+    others = [(1, 2), (2, 3)]  # summed out: what is left are shapes, and colours
+    if detections.kind_dims[1] > 1:
+        others.append((1, 3))  # textures
+    return torch.stack([_overlap(found.sum(d), wanted.sum(d)) for d in others]).mean(0)
 
 
-def count(images, found, want):
+def count(images, detections, targets):
     """The smaller number of objects over the larger."""
-    return _overlap(found.kinds.sum(1, keepdim=True), want.kinds.sum(1, keepdim=True))
+    total = lambda x: x.counts.sum(1, keepdim=True)
+    return _overlap(total(detections), total(targets))
 
 
-def relation(images, found, want):
-    """1 where both objects are there and stand as the prompt says, else 0; NaN where it names no
-    relation."""
-    at = (found.kind[:, None] == want.pair[:, :, None]).float()  # (B, 2, M)
-    here, first = at.max(2)  # (B, 2) best match of each
-    dy, dx = found.row.gather(1, first).diff(dim=1), found.column.gather(1, first).diff(dim=1)
-    # in the order of RELATIONS: left of, right of, above, below
-    offsets = torch.cat([dx, -dx, dy, -dy], 1)
-    offset = offsets.gather(1, want.relation.clamp(min=0)[:, None])[:, 0]
-    true = ((here > 0).all(1) & (offset > found.reach)).float()
-    return true.masked_fill(want.relation < 0, float("nan"))
+def relation(images, detections, targets):
+    """1 if both objects are present and placed as the prompt says, else 0; NaN without relation."""
+    match = (detections.kind[:, None] == targets.pair[:, :, None]).float()  # (B, 2, M)
+    present, first = match.max(2)  # (B, 2) the best match of each
+    dy, dx = (x.gather(1, first).diff(dim=1) for x in (detections.row, detections.column))
+    offsets = torch.cat([dx, -dx, dy, -dy], 1)  # in the order of RELATIONS
+    offset = offsets.gather(1, targets.relation.clamp(min=0)[:, None])[:, 0]
+    true = ((present > 0).all(1) & (offset > detections.min_offset)).float()
+    return true.masked_fill(targets.relation < 0, float("nan"))
 
 
-def cleanliness(images, found, want):
-    """Share of the paint that lies on found objects: smears and fragments cost, and so does a
-    picture with no paint."""
-    return found.explained / found.ink.clamp(min=1)
+def cleanliness(images, detections, targets):
+    """Fraction of the paint that lies on detected objects; 0 without paint."""
+    return detections.explained / detections.paint.clamp(min=1)
 
 
 REWARDS = {
@@ -226,47 +224,51 @@ REWARDS = {
 }
 
 
-def call(name, function, images, found, want):
-    """Call a reward function, which may be the user's: what is wrong with it is said in its
-    name."""
-    yours = f"the reward function {name!r} in rewards.REWARDS, which is yours to mend,"
+def _call_reward(name, function, images, detections, targets):
+    """Call a reward function. Raises UserError with its name if it fails or returns the wrong
+    thing, because it may be the user's."""
+    where = f"the reward function {name!r} in rewards.REWARDS"
     try:
-        part = function(images, found, want)
+        value = function(images, detections, targets)
     except Exception as error:  # a user's code may raise anything
-        raise UserError(f"{yours} raised {type(error).__name__}: {error}") from error
-    wanted = f"must return floats ({len(images)},) on {images.device}, not"
-    if not isinstance(part, Tensor):
-        raise UserError(f"{yours} {wanted} {type(part).__name__}")
-    here = part.device == images.device and part.is_floating_point()
-    if not here or part.shape != (len(images),):
-        raise UserError(f"{yours} {wanted} {part.dtype} {tuple(part.shape)} on {part.device}")
-    return part
+        raise UserError(f"{where} raised {type(error).__name__}: {error}") from error
+    expected = f"must return floats ({len(images)},) on {images.device}, not"
+    if not isinstance(value, Tensor):
+        raise UserError(f"{where} {expected} {type(value).__name__}")
+    right = value.device == images.device and value.is_floating_point()
+    if not right or value.shape != (len(images),):
+        raise UserError(f"{where} {expected} {value.dtype} {tuple(value.shape)} on {value.device}")
+    return value
 
 
-def require_sound(rewards, parts):
-    """Raise UserError, naming the function, where a reward is infinite or none applies.
+def check_finite(rewards, components):
+    """Raise UserError, with the function's name, if a reward is infinite or no component applies.
 
-    It waits for the device, so score leaves it to callers, where they wait anyway. rewards: any
-    shape, parts: {name: the same}.
+    Synchronises with the device, so callers do it where they wait anyway. rewards: any shape,
+    components: {name: same shape}.
     """
     if not rewards.isfinite().all():
-        wrong = [name for name, part in parts.items() if part.isinf().any()]
-        fault = (
-            f"an infinite value came from {wrong[0]!r}"
-            if wrong
-            else ("every one of them was NaN for some picture, as if none applied to it")
+        wrong = [name for name, value in components.items() if value.isinf().any()]
+        raise UserError(
+            "the reward functions in rewards.REWARDS: "
+            + (
+                f"{wrong[0]!r} returned an infinite value"
+                if wrong
+                else "all of them returned NaN for some image, as if none applied to it"
+            )
         )
-        raise UserError(f"the reward functions in rewards.REWARDS are yours to mend: {fault}")
 
 
-def score(images, want, world):
-    """Score pictures. images (B, 3, h, w) in [0, 1] -> rewards (B,), parts {name: (B,)}, exact
-    (B,)."""
-    found = detect(images, world)
-    parts = {name: call(name, function, images, found, want) for name, function in REWARDS.items()}
-    rewards = torch.stack(list(parts.values())).nanmean(0)
-    related = relation(images, found, want).nan_to_num(1.0) == 1
-    exact = (
-        (found.kinds == want.kinds).all(1) & related & (cleanliness(images, found, want) >= CLEAN)
-    )
-    return rewards, parts, exact.float()
+def compute_rewards(images, targets, world):
+    """Score images (B, 3, h, w) in [0, 1]. Returns rewards (B,), components {name: (B,)} and exact
+    (B,), 0 or 1."""
+    detections = detect(images, world)
+    components = {
+        name: _call_reward(name, function, images, detections, targets)
+        for name, function in REWARDS.items()
+    }
+    rewards = torch.stack(list(components.values())).nanmean(0)
+    related = relation(images, detections, targets).nan_to_num(1.0) == 1
+    clean = cleanliness(images, detections, targets) >= CLEAN_THRESHOLD
+    exact = (detections.counts == targets.counts).all(1) & related & clean
+    return rewards, components, exact.float()

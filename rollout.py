@@ -84,10 +84,10 @@ def make_rollout(policy, env, scenes, config, step):
     uniform = draw_uniform(
         policy, len(scenes) * g, config.images_per_plan, config.seed, "rollout", step
     )
-    target = rewards.make_want(env.world, [s for s in scenes for _ in range(g)], env.device)
+    target = rewards.encode_targets(env.world, [s for s in scenes for _ in range(g)], env.device)
     # all that comes from the host has been sent: from here on it does not wait for the device
     sample, images = sample_images(env, policy, prompt, uniform, guidance=config.guidance)
-    reward, components, exact = rewards.score(images, target, env.world)
+    reward, components, exact = rewards.compute_rewards(images, target, env.world)
     reward = exact if config.reward == "exact" else reward
     prompt, entropy = prompt.repeat_interleave(g, 0), sample.entropy
     if config.score_guidance:  # the released mismatch: entropy too is that of scoring

@@ -59,7 +59,7 @@ def make(device, shape=None):
     torch.manual_seed(0)
     policy = Policy(len(WORDS), CODES, 16, S, C, L, *(shape or SHAPE[device.type])).to(device)
     world = World(image_size=40, patch=5, plan_slots=C)  # 8 x 8 tokens
-    tokenizer = VQVAE(world.patch, codes=CODES).to(device).requires_grad_(False)
+    tokenizer = VQVAE(world.patch, codebook_size=CODES).to(device).requires_grad_(False)
     scenes = [make_scene(world, "train", 0, i, "knowledge") for i in range(8)]
     env = SimpleNamespace(world=world, tokenizer=tokenizer, device=device)
     return policy, env, scenes, eggrpo.Config(method="eggrpo", prompts=8, plans_per_prompt=8)
@@ -100,7 +100,7 @@ def ours(policy, env, scenes, config, device):
     optimizer = torch.optim.AdamW(policy.parameters(), 0.0)  # the same batch again and again
     rollout = make_rollout(policy, env, scenes, config, 0)
     rollout = rollout._replace(rewards=torch.rand(8, 8, device=device))
-    want = rewards.make_want(env.world, [s for s in scenes for _ in range(8)], device)
+    want = rewards.encode_targets(env.world, [s for s in scenes for _ in range(8)], device)
 
     def step():
         rolled = make_rollout(policy, env, scenes, config, 0)
@@ -111,7 +111,7 @@ def ours(policy, env, scenes, config, device):
     update = lambda: eggrpo.update(policy, reference, optimizer, batch, config, 0)
     return dict(
         decode=seconds(decode, device),
-        reward=seconds(lambda: rewards.score(rollout.images, want, env.world), device),
+        reward=seconds(lambda: rewards.compute_rewards(rollout.images, want, env.world), device),
         shaping=seconds(lambda: eggrpo.make_batch(rollout, config), device),
         update=seconds(update, device),
         step=seconds(step, device),

@@ -186,8 +186,8 @@ def record_rows(config, env, policy, scene, number, **how):
     uniform = draw_uniform(policy, n, m, config.seed, "records", number)
     prompt = encode_scenes(env.world, [scene])[0]
     drawn, images = sample_images(env, policy, prompt, uniform, **how)
-    target = rewards.make_want(env.world, [scene] * n, env.device)
-    reward, components, exact = rewards.score(images, target, env.world)
+    target = rewards.encode_targets(env.world, [scene] * n, env.device)
+    reward, components, exact = rewards.compute_rewards(images, target, env.world)
     flat = images.flatten(1)
     distance = torch.cdist(flat, flat).sum(1) / (max(n - 1, 1) * flat.shape[1] ** 0.5)
     columns = dict(reward=reward, exact=exact, **components, distance=distance)
@@ -198,7 +198,12 @@ def record_rows(config, env, policy, scene, number, **how):
         columns |= {f"{part}_entropy": mean, f"{part}_entropy_std": std, f"{part}_nll": nll}
     # which tokens draw objects: a tenth of their patch is paint
     h, valid = drawn.entropy[:, policy.C :], drawn.valid[:, policy.C :]
-    paint = F.avg_pool2d(rewards.ink(images).sum(1, keepdim=True), env.world.patch).flatten(1) > 0.1
+    paint = (
+        F.avg_pool2d(rewards.paint_coverage(images).sum(1, keepdim=True), env.world.patch).flatten(
+            1
+        )
+        > 0.1
+    )
     low, high = eggrpo.entropy_masks(h, valid)
     share = lambda of, among: (of & among).sum(1) / among.sum(1).clamp(min=1)
     columns |= dict(

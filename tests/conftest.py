@@ -105,4 +105,6 @@ def policy(world):
 @pytest.fixture
 def env(world):
     torch.manual_seed(0)
-    return Env(VQVAE(world.patch, width=16, blocks=1, codes=32, dim=4), world, torch.device("cpu"))
+    return Env(
+        VQVAE(world.patch, width=16, blocks=1, codebook_size=32, dim=4), world, torch.device("cpu")
+    )

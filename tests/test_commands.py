@@ -259,11 +259,11 @@ def test_the_gpu_preset_is_of_the_size_it_claims():
 
     config = pretrain.Config(**pretrain.PRESETS["gpu"])
     policy = pretrain.make_policy(
-        config, WORLDS["gpu"], torch.randn(tiny_vq_train.PRESETS["gpu"]["codes"], 16)
+        config, WORLDS["gpu"], torch.randn(tiny_vq_train.PRESETS["gpu"]["codebook_size"], 16)
     )
     assert 20e6 < sum(p.numel() for p in policy.parameters()) < 60e6
     assert (
         WORLDS["gpu"].image_tokens == 256
         and WORLDS["gpu"].image_size == 64
-        and tiny_vq_train.PRESETS["gpu"]["codes"] >= 512
+        and tiny_vq_train.PRESETS["gpu"]["codebook_size"] >= 512
     )

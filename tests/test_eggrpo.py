@@ -725,7 +725,9 @@ def test_bad_values_are_refused_in_one_line(field, value):
 def test_the_host_waits_for_the_device_once_a_step(world):
     """Sampling and scoring never, an update where it reads its numbers."""
     env = Env(
-        VQVAE(world.patch, width=16, blocks=1, codes=32, dim=4).cuda(), world, torch.device("cuda")
+        VQVAE(world.patch, width=16, blocks=1, codebook_size=32, dim=4).cuda(),
+        world,
+        torch.device("cuda"),
     )
     policy, reference = tiny_policy(world).cuda(), tiny_policy(world).cuda()
     config = Config(prompts=2, plans_per_prompt=4, micro_batch=4)

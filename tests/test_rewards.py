@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from rewards import REWARDS, detect, ink, make_want, score
+from rewards import REWARDS, compute_rewards, detect, encode_targets, paint_coverage
 from scenes import (
     BACKGROUND,
     COLOURS,
@@ -34,7 +34,9 @@ def test_a_true_scene_scores_one_in_every_component(preset, split):
     world = WORLDS[preset]
     n = 84 if preset == "cpu" else 28  # whole rounds of the categories
     scenes = [make_scene(world, split, 5, i) for i in range(n)]
-    reward, parts, exact = score(pictures(world, scenes), make_want(world, scenes), world)
+    reward, parts, exact = compute_rewards(
+        pictures(world, scenes), encode_targets(world, scenes), world
+    )
     assert torch.equal(reward, torch.ones(n)) and torch.equal(exact, torch.ones(n))
     assert set(parts) == set(REWARDS)
     for name, part in parts.items():
@@ -58,7 +60,7 @@ def lower(world, scene, wrong, names, image=None, maybe=()):
     """Assert that a wrong picture is not exact and scores less than 1, in just the named
     components."""
     image = pictures(world, [wrong]) if image is None else image
-    reward, parts, exact = score(image, make_want(world, [scene]), world)
+    reward, parts, exact = compute_rewards(image, encode_targets(world, [scene]), world)
     assert reward < 1 and exact == 0
     assert {name for name, p in parts.items() if p < 1} - set(maybe) == names
 
@@ -150,7 +152,9 @@ def test_component_values_of_hand_worked_pairs(preset, wanted, drawn, relation, 
     order than they were numbered in, and "all wrong" earned 1/3 in a world of one texture."""
     world = WORLDS[preset]
     scene, image = hand_made(world, *wanted, relation=relation), hand_made(world, *drawn)
-    reward, parts, _ = score(pictures(world, [image]), make_want(world, [scene]), world)
+    reward, parts, _ = compute_rewards(
+        pictures(world, [image]), encode_targets(world, [scene]), world
+    )
     objects, one, three, count, related = expected
     values = dict(
         objects=objects, attributes=one if preset == "cpu" else three, count=count, cleanliness=1
@@ -168,7 +172,7 @@ def test_a_wrong_texture_costs_a_third_of_its_objects_share_of_attributes():
         hand_made(world, RED, BLUE),
         hand_made(world, ("red", "circle", "striped", 0, 0), BLUE),
     )
-    _, parts, _ = score(pictures(world, [image]), make_want(world, [scene]), world)
+    _, parts, _ = compute_rewards(pictures(world, [image]), encode_targets(world, [scene]), world)
     assert parts["objects"] == 0.5 and abs(parts["attributes"] - 5 / 6) < 1e-6
 
 
@@ -191,7 +195,7 @@ def test_known_cheats_score_low(preset):
     """Noise, nothing, one colour everywhere, a tiling of objects: what an optimiser finds first."""
     world, n = WORLDS[preset], 7
     scenes = [make_scene(world, "train", 0, i) for i in range(n)]
-    want, size = make_want(world, scenes), world.image_size
+    want, size = encode_targets(world, scenes), world.image_size
     flat = lambda rgb: (torch.tensor(rgb) / 255)[None, :, None, None].expand(n, 3, size, size)
     tile = make_scene(world, "train", 0, 0)._replace(
         objects=tuple(
@@ -213,7 +217,7 @@ def test_known_cheats_score_low(preset):
         "tiling": pictures(world, [tile] * n),
     }
     for name, images in cheats.items():
-        reward, _, exact = score(images, want, world)
+        reward, _, exact = compute_rewards(images, want, world)
         assert reward.mean() < 0.45 and exact.sum() == 0, name
         assert name == "tiling" or reward.mean() < 0.3, name
 
@@ -224,23 +228,27 @@ def test_detection_finds_every_object_of_crowded_scenes():
         world = WORLDS[preset]
         scenes = [random_scene(world, 1, i) for i in range(12)]
         found = detect(pictures(world, scenes), world)
-        want = make_want(world, scenes)
-        assert torch.equal(found.kinds, want.kinds)
+        want = encode_targets(world, scenes)
+        assert torch.equal(found.counts, want.counts)
 
 
 def test_ink_names_the_palette_at_any_brightness_and_ignores_the_background():
     rgb = torch.tensor(list(COLOURS.values())) / 255
-    paint = ink(rgb[:, :, None, None])[:, :, 0, 0]
-    assert torch.allclose(paint, torch.env(len(COLOURS)), atol=1e-5)
+    paint = paint_coverage(rgb[:, :, None, None])[:, :, 0, 0]
+    assert torch.allclose(paint, torch.eye(len(COLOURS)), atol=1e-5)
     background = torch.tensor(BACKGROUND)[None, :, None, None] / 255
-    assert ink(background).sum() == 0
+    assert paint_coverage(background).sum() == 0
     dim = background + 0.65 * (rgb[:, :, None, None] - background)  # the least bright objects
-    assert torch.allclose(ink(dim)[:, :, 0, 0], torch.env(len(COLOURS)), atol=1e-5)
+    assert torch.allclose(paint_coverage(dim)[:, :, 0, 0], torch.eye(len(COLOURS)), atol=1e-5)
 
 
 def test_ones_own_reward_is_a_function_in_a_dict(monkeypatch):
     world = WORLDS["cpu"]
     scenes = [make_scene(world, "train", 0, i) for i in range(6)]
-    monkeypatch.setitem(REWARDS, "nothing", lambda images, found, want: torch.zeros(len(images)))
-    reward, parts, exact = score(pictures(world, scenes), make_want(world, scenes), world)
+    monkeypatch.setitem(
+        REWARDS, "nothing", lambda images, detections, targets: torch.zeros(len(images))
+    )
+    reward, parts, exact = compute_rewards(
+        pictures(world, scenes), encode_targets(world, scenes), world
+    )
     assert (reward < 1).all() and (parts["nothing"] == 0).all() and (exact == 1).all()

@@ -367,11 +367,14 @@ def raises(images, found, want):
 
 
 BAD_REWARDS = {
-    "shape": (lambda images, found, want: images.mean(), r"must return floats \(2,\)"),
-    "column": (lambda images, found, want: images[:, 0, 0, :1], r"must return floats \(2,\)"),
-    "type": (lambda images, found, want: [1.0, 2.0], "not list"),
-    "none": (lambda images, found, want: None, "not NoneType"),
-    "integer": (lambda images, found, want: torch.ones(2, dtype=torch.long), "torch.int64"),
+    "shape": (lambda images, detections, targets: images.mean(), r"must return floats \(2,\)"),
+    "column": (
+        lambda images, detections, targets: images[:, 0, 0, :1],
+        r"must return floats \(2,\)",
+    ),
+    "type": (lambda images, detections, targets: [1.0, 2.0], "not list"),
+    "none": (lambda images, detections, targets: None, "not NoneType"),
+    "integer": (lambda images, detections, targets: torch.ones(2, dtype=torch.long), "torch.int64"),
     "signature": (lambda images: images[:, 0, 0, 0], "raised TypeError"),
     "raises": (raises, "raised IndexError"),
 }
@@ -381,9 +384,9 @@ BAD_REWARDS = {
 def test_what_is_wrong_with_a_users_reward_is_said_in_its_name(monkeypatch, world, name):
     function, words = BAD_REWARDS[name]
     monkeypatch.setitem(rewards.REWARDS, name, function)
-    want = rewards.make_want(world, [make_scene(world, "eval", 0, i) for i in range(2)])
+    want = rewards.encode_targets(world, [make_scene(world, "eval", 0, i) for i in range(2)])
     with pytest.raises(UserError, match=f"{name!r} in rewards.REWARDS, which is yours.*{words}"):
-        rewards.score(torch.rand(2, 3, world.image_size, world.image_size), want, world)
+        rewards.compute_rewards(torch.rand(2, 3, world.image_size, world.image_size), want, world)
 
 
 def test_a_reward_without_bounds_stops_a_run_and_is_named(folders, monkeypatch, capsys):
@@ -403,7 +406,9 @@ def test_a_reward_without_bounds_stops_a_run_and_is_named(folders, monkeypatch, 
 def test_a_reward_without_bounds_is_named_and_so_is_a_picture_that_none_judges(
     monkeypatch, policy, env
 ):
-    full = lambda value: lambda images, found, want: torch.full_like(images[:, 0, 0, 0], value)
+    full = lambda value: (
+        lambda images, detections, targets: torch.full_like(images[:, 0, 0, 0], value)
+    )
     monkeypatch.setitem(rewards.REWARDS, "endless", full(float("inf")))
     with pytest.raises(UserError, match="yours to mend: an infinite value came from 'endless'"):
         evaluate.evaluate(env, policy, "eval", 2)

@@ -69,7 +69,7 @@ def test_perplexity_counts_the_codes_that_are_used_alike():
 
 
 def test_encode_and_decode_are_the_halves_of_forward():
-    model = VQVAE(patch=4, width=16, blocks=1, codes=32, dim=4)
+    model = VQVAE(patch=4, width=16, blocks=1, codebook_size=32, dim=4)
     images = torch.rand(2, 3, 16, 16)
     restored, features, codes, _ = model(images)
     assert torch.equal(model.encode(images), codes.view(2, 16))
@@ -79,7 +79,7 @@ def test_encode_and_decode_are_the_halves_of_forward():
 
 def test_equal_patches_get_equal_codes_wherever_they_are():
     """The encoder sees one patch at a time: a change in one patch changes no other code."""
-    model = VQVAE(patch=4, width=16, blocks=1, codes=32, dim=4)
+    model = VQVAE(patch=4, width=16, blocks=1, codebook_size=32, dim=4)
     images = torch.rand(1, 3, 4, 4).tile(1, 1, 4, 4)
     assert len(model.encode(images).unique()) == 1
     changed = images.clone()
@@ -93,7 +93,7 @@ def test_a_tokenizer_learns_one_batch():
     """120 steps on eight flat pictures: the error must fall by ten times, or gradients do not flow
     through the codes."""
     torch.manual_seed(0)
-    model = VQVAE(patch=4, width=32, blocks=1, codes=16, dim=4)
+    model = VQVAE(patch=4, width=32, blocks=1, codebook_size=16, dim=4)
     images = torch.rand(8, 3, 1, 1).expand(8, 3, 16, 16).contiguous()
     optimizer, errors = torch.optim.AdamW(model.parameters(), 2e-3), []
     for step in range(120):

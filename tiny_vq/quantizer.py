@@ -1,5 +1,5 @@
-"""Vectors become codes: nearest neighbour in a codebook that follows its vectors (van den Oord et
-al., 2017, appendix A.1)."""
+"""Vector quantization: nearest neighbour in a codebook that is trained by moving averages (van den
+Oord et al., 2017, appendix A.1)."""
 
 import torch
 import torch.nn.functional as F
@@ -7,23 +7,23 @@ from torch import nn
 
 
 class Quantizer(nn.Module):
-    """Replace each vector by the nearest of N codebook entries; train the entries by moving
+    """Replace each vector by the nearest of V codebook entries; train the entries by moving
     averages.
 
-    Entry i is the mean of the vectors lately assigned to it: with decay m, counts n_i and sums s_i,
+    Entry i is the mean of the vectors assigned to it, with decay m, counts n_i and sums s_i:
         n_i <- m n_i + (1 - m) |assigned|
         s_i <- m s_i + (1 - m) sum(assigned)
         entry_i = s_i / n_i
-    An entry that hardly anything is assigned to is dead; `restart` moves it onto a vector of the
+    An entry to which almost nothing is assigned is dead; `restart` moves it onto a vector of the
     batch that is far from its entry.
     """
 
-    def __init__(self, codes, dim, decay=0.98):
+    def __init__(self, codebook_size, dim, decay=0.98):
         super().__init__()
         self.decay = decay
-        entries = torch.randn(codes, dim)
+        entries = torch.randn(codebook_size, dim)
         self.register_buffer("codebook", entries)
-        self.register_buffer("counts", torch.ones(codes))
+        self.register_buffer("counts", torch.ones(codebook_size))
         self.register_buffer("sums", entries.clone())
 
     def nearest(self, z):
@@ -35,8 +35,7 @@ class Quantizer(nn.Module):
         """Quantize z: (n, dim). Returns straight-through vectors (n, dim), codes (n,) and the
         commitment loss.
 
-        Straight-through: the value is the entry's, the gradient goes to z as if nothing had
-        happened.
+        Straight-through: the value is the entry's; the gradient passes to z unchanged.
         """
         codes = self.nearest(z)
         entries = self.codebook[codes]
@@ -69,8 +68,8 @@ class Quantizer(nn.Module):
         return len(dead)
 
 
-def perplexity(codes, number):
-    """exp of the entropy of code use: `number` when all are used alike, 1 when one is. codes: any
-    shape."""
-    share = torch.bincount(codes.flatten(), minlength=number).float() / codes.numel()
-    return torch.special.entr(share).sum().exp().item()
+def perplexity(codes, codebook_size):
+    """exp of the entropy of code frequencies: codebook_size if all are equally frequent, 1 if only
+    one occurs. codes: any shape."""
+    p = torch.bincount(codes.flatten(), minlength=codebook_size).float() / codes.numel()
+    return torch.special.entr(p).sum().exp().item()

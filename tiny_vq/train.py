@@ -40,7 +40,7 @@ class Config:
     lr: float = 2e-3  # after a warm-up of 50 steps, linearly to 0
     width: int = 96  # channels
     blocks: int = 2  # residual blocks of the decoder
-    codes: int = 1024
+    codebook_size: int = 1024
     dim: int = 16  # width of a code's vector
     paint_weight: float = 8.0  # how much more a painted pixel's error weighs than the background's
     commitment: float = 0.25
@@ -51,15 +51,18 @@ class Config:
         positive = "images steps batch codes dim scored save_every"
         common.check_at_least(1, self, *positive.split())
         common.check_at_least(0, self, "seed", "lr", "blocks", "paint_weight", "commitment")
-        common.check(self.codes <= 2**15, f"--codes {self.codes}: at most {2**15}, to fit int16")
+        common.check(
+            self.codebook_size <= 2**15,
+            f"--codebook-size {self.codebook_size}: at most {2**15}, to fit int16",
+        )
         multiple = self.width > 0 and self.width % 8 == 0
         common.check(multiple, f"--width {self.width} must be a multiple of 8")
 
 
 PRESETS = {
-    "smoke": dict(scored=60, images=300, steps=30, width=32, batch=32, codes=128),
+    "smoke": dict(scored=60, images=300, steps=30, width=32, batch=32, codebook_size=128),
     "cpu": dict(),
-    "gpu": dict(images=40000, steps=6000, batch=256, width=128, codes=1024),
+    "gpu": dict(images=40000, steps=6000, batch=256, width=128, codebook_size=1024),
 }
 
 
@@ -67,7 +70,7 @@ def loss_terms(model, images, paint_weight):
     """Weighted squared error and commitment, scalars, features (n, dim) and codes (n,). images: (B,
     3, h, w) in [0, 1]."""
     restored, features, codes, commitment = model(images)
-    painted = (rewards.ink(images).sum(1, keepdim=True) > 0).float()
+    painted = (rewards.paint_coverage(images).sum(1, keepdim=True) > 0).float()
     weight = 1 + paint_weight * F.max_pool2d(painted, 3, stride=1, padding=1)  # edges are paint too
     error = ((restored - images) ** 2 * weight).mean() / weight.mean()
     return error, commitment, features.detach(), codes
@@ -81,14 +84,14 @@ def ceiling(model, world, device, number, seed=0):
     images = stack_images([render(world, s) for s in scenes]).to(device) / 255
     codes = torch.cat([model.encode(batch) for batch in images.split(64)])
     restored = torch.cat([model.decode(batch) for batch in codes.split(64)])
-    target = rewards.make_want(world, scenes, device)
-    reward, components, exact = rewards.score(restored, target, world)
-    rewards.require_sound(reward, components)
+    target = rewards.encode_targets(world, scenes, device)
+    reward, components, exact = rewards.compute_rewards(restored, target, world)
+    rewards.check_finite(reward, components)
     return dict(
         ceiling=reward.mean().item(),
         ceiling_exact=exact.mean().item(),
         codes_in_use=len(codes.unique()),
-        perplexity=perplexity(codes, model.codes),
+        perplexity=perplexity(codes, model.codebook_size),
     )
 
 
@@ -122,7 +125,9 @@ def main(argv=None):
     indices = tqdm(range(config.images), "render", leave=False)
     images = stack_images([render(world, random_scene(world, config.seed, i)) for i in indices])
     torch.manual_seed(config.seed)
-    model = VQVAE(world.patch, config.width, config.blocks, config.codes, config.dim).to(device)
+    model = VQVAE(world.patch, config.width, config.blocks, config.codebook_size, config.dim).to(
+        device
+    )
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01
     )
@@ -139,7 +144,9 @@ def main(argv=None):
             last = step + 1 == config.steps
             if step % 20 == 0 or last:
                 used = dict(codes_in_use=len(codes.unique()), restarted=restarted)
-                run.log(step=step, **terms, **used, perplexity=perplexity(codes, config.codes))
+                run.log(
+                    step=step, **terms, **used, perplexity=perplexity(codes, config.codebook_size)
+                )
             if last:
                 results = ceiling(model, world, device, config.scored)
                 run.log(step=config.steps, **results, seconds=time.time() - started)
@@ -147,7 +154,7 @@ def main(argv=None):
     seconds, used = time.time() - started, results["codes_in_use"]
     reward, exact = results["ceiling"], results["ceiling_exact"]
     print(
-        f"tokenizer: ceiling {reward:.3f} (exact {exact:.3f}), {used} of {config.codes} codes in "
+        f"tokenizer: ceiling {reward:.3f} (exact {exact:.3f}), {used} of {config.codebook_size} codes in "
         f"use, perplexity {results['perplexity']:.0f}, {seconds:.0f} s"
     )
 

@@ -1,4 +1,4 @@
-"""Pixels become codes and back: a small convolutional VQ-VAE.
+"""A small convolutional VQ-VAE: images to codes and back.
 
     (B, 3, h, w) in [0, 1]  -- encode -->  codes (B, L)  -- decode -->  (B, 3, h, w) in [0, 1]
 
@@ -28,14 +28,16 @@ class Block(nn.Module):
 
 
 class VQVAE(nn.Module):
-    """codes: size of the codebook; dim: width of its entries; width: channels of the convolutions;
-    blocks: residual blocks of the decoder."""
+    """patch: pixels per side of a token; width: channels of the convolutions; blocks: residual
+    blocks of the decoder; dim: width of a codebook vector."""
 
-    def __init__(self, patch=4, width=96, blocks=2, codes=512, dim=16):
+    def __init__(self, patch=4, width=96, blocks=2, codebook_size=512, dim=16):
         super().__init__()
-        self.config = dict(patch=patch, width=width, blocks=blocks, codes=codes, dim=dim)
+        self.config = dict(
+            patch=patch, width=width, blocks=blocks, codebook_size=codebook_size, dim=dim
+        )
         channels = 3 * patch * patch
-        self.patch, self.codes = patch, codes
+        self.patch, self.codebook_size = patch, codebook_size
         self.encoder = nn.Sequential(
             nn.Conv2d(channels, 4 * width, 1),
             nn.GELU(),
@@ -43,7 +45,7 @@ class VQVAE(nn.Module):
             nn.GELU(),
             nn.Conv2d(width, dim, 1),
         )
-        self.quantizer = Quantizer(codes, dim)
+        self.quantizer = Quantizer(codebook_size, dim)
         self.decoder = nn.Sequential(
             nn.Conv2d(dim, width, 3, padding=1),
             *(Block(width) for _ in range(blocks)),
@@ -59,8 +61,8 @@ class VQVAE(nn.Module):
         return F.pixel_shuffle(self.decoder(features.permute(0, 3, 1, 2)), self.patch) + 0.5
 
     def forward(self, images):
-        """For training. Returns reconstruction (B, 3, h, w), features (n, dim), codes (n,),
-        commitment loss."""
+        """Encode, quantize and decode images, for training. Returns reconstruction (B, 3, h, w),
+        features (n, dim), codes (n,) and the commitment loss."""
         z = self.features(images)
         flat = z.reshape(-1, z.shape[-1])
         quantized, codes, commitment = self.quantizer(flat)
