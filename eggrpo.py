@@ -55,7 +55,7 @@ class Config:
     prompts: int = 8  # P (paper: 16)
     plans_per_prompt: int = 8  # (paper: 8)
     images_per_plan: int = 1  # G = plans_per_prompt * images_per_plan (paper: 1)
-    lr: float = 3e-4  # after 10 warm-up steps, linearly to 0 (paper: 1e-6, 7 B parameters)
+    lr: float = 5e-4  # after 10 warm-up steps, linearly to 0 (paper: 1e-6, 7 B parameters)
     beta: float = 0.01  # weight of the KL term (paper: .01)
     low_frac: float = 0.2  # fraction of tokens without reward gradient (paper: .2)
     high_frac: float = 0.5  # fraction of tokens with a bonus (paper: .5)

@@ -63,8 +63,8 @@ def evaluate(env, policy, split, prompts, batch=128, seed=0, title=None, **optio
     for start in tqdm(range(0, prompts, batch), title, disable=title is None, leave=False):
         part, key = scenes[start : start + batch], (seed, "evaluate", split, start)
         _, images = sample_scenes(env, policy, part, *key, **options)
-        target = rewards.encode_targets(env.world, part, env.device)
-        scored.append(rewards.compute_rewards(images, target, env.world))
+        targets = rewards.encode_targets(env.world, part, env.device)
+        scored.append(rewards.compute_rewards(images, targets, env.world))
     reward, components, exact = zip(*scored)
     reward, exact = torch.cat(reward).cpu(), torch.cat(exact).cpu()
     components = {k: torch.cat([c[k] for c in components]).cpu() for k in components[0]}
@@ -167,8 +167,8 @@ def gallery_row(env, policy, **options):
     (n,)."""
     scenes = gallery_scenes(env.world)
     _, images = sample_scenes(env, policy, scenes, "gallery", **options)
-    target = rewards.encode_targets(env.world, scenes, env.device)
-    return images, rewards.compute_rewards(images, target, env.world)[2].cpu()
+    targets = rewards.encode_targets(env.world, scenes, env.device)
+    return images, rewards.compute_rewards(images, targets, env.world)[2].cpu()
 
 
 def save_image(image, path, **options):

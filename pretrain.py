@@ -1,11 +1,11 @@
-"""Teach the policy to imitate a web-like corpus: prompt, plan, image.
+"""Train the base policy to imitate a noisy corpus of prompt, plan and image.
 
     python pretrain.py --preset cpu               -> out/cpu/base.pt, the base policy
 
 A fixed fraction of the corpus's captions and plans contradicts the image (scenes.corpus_item), so
-the base policy has seen how images look and what words mean, and errs. A fraction of the sequences
-drops the plan, so that the policy can draw without one (the paper's base setting); a fraction drops
-the prompt, so that guidance has an empty prompt to compare with.
+the base policy makes errors. A fraction of the sequences has no plan, so that the policy can draw
+without one (the paper's base setting); a fraction has no prompt, so that guidance has an empty
+prompt to compare with.
 """
 
 import math
@@ -70,7 +70,7 @@ PRESETS = {
 
 def corpus_chunk(world, seed, indices):
     """Draw some items of the corpus. Returns prompts (n, S), plans (n, C), images (n, h, w, 3), as
-    arrays: what passes cheaply from one process to another."""
+    arrays, which are cheap to send from one process to another."""
     scenes = [corpus_item(world, seed, i) for i in indices]
     words = (x.to(torch.int16).numpy() for x in encode_scenes(world, scenes))
     return *words, numpy.stack([render(world, s) for s in scenes])

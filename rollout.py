@@ -1,4 +1,4 @@
-"""Prompts become plans, images and rewards: one batch of rollouts, and what is logged of it.
+"""One batch of rollouts: sample plans and images, compute rewards, statistics for the log.
 
 Used by eggrpo.py; sample_images is also used by evaluate.py and sample.py. Dimension letters as in
 eggrpo.py: P prompts, G rollouts per prompt, B = P * G, S, C, L slots, T = C + L.
@@ -47,10 +47,8 @@ def sample_images(env, policy, prompt, uniform, **options):
 
 def sample_scenes(env, policy, scenes, *key, **options):
     """Draw one image for each scene's prompt. key: of the noise. Returns as sample_images."""
-    prompt, uniform = (
-        encode_scenes(env.world, scenes)[0],
-        draw_uniform(policy, len(scenes), 1, *key),
-    )
+    prompt = encode_scenes(env.world, scenes)[0]
+    uniform = draw_uniform(policy, len(scenes), 1, *key)
     return sample_images(env, policy, prompt, uniform, **options)
 
 
@@ -84,10 +82,10 @@ def make_rollout(policy, env, scenes, config, step):
     uniform = draw_uniform(
         policy, len(scenes) * g, config.images_per_plan, config.seed, "rollout", step
     )
-    target = rewards.encode_targets(env.world, [s for s in scenes for _ in range(g)], env.device)
+    targets = rewards.encode_targets(env.world, [s for s in scenes for _ in range(g)], env.device)
     # all that comes from the host has been sent: from here on it does not wait for the device
     sample, images = sample_images(env, policy, prompt, uniform, guidance=config.guidance)
-    reward, components, exact = rewards.compute_rewards(images, target, env.world)
+    reward, components, exact = rewards.compute_rewards(images, targets, env.world)
     reward = exact if config.reward == "exact" else reward
     prompt, entropy = prompt.repeat_interleave(g, 0), sample.entropy
     if config.score_guidance:  # the released mismatch: entropy too is that of scoring

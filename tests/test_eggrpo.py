@@ -5,6 +5,7 @@ import doctest
 import math
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -19,12 +20,13 @@ from eggrpo import (
     entropy_masks,
     group_advantages,
     make_batch,
+    micro_batch_loss,
     policy_loss,
     shape_advantages,
     token_entropy,
     update,
 )
-from model import forward_logits, token_logp
+from model import Block, Decoder, Policy, forward_logits, token_logp
 from rollout import (
     LOGP_DIFF_BOUNDS,
     Env,
@@ -454,6 +456,56 @@ def test_a_sampler_that_is_not_the_learner_stops_the_run():
     for name, bound in bounds.items():
         with pytest.raises(TrainingDiverged, match=f"{name}.*not the same policy"):
             check_stats(sane | {name: torch.tensor(2 * bound)}, Config(), cpu)
+
+
+def guidance_on_one_side(monkeypatch):
+    guided = lambda policy, prompt, plan, codes, _: forward_logits(
+        policy, prompt, plan, codes, guidance=1.05
+    )
+    monkeypatch.setattr(eggrpo, "forward_logits", guided)
+
+
+def wrong_position_embedding(monkeypatch):
+    """The sampler embeds the tenth image token as the ninth."""
+    init = Decoder.__init__
+
+    def wrong(decoder, policy, *rest):
+        init(decoder, policy, *rest)
+        slot = policy.S + policy.C + 11
+        decoder.positions = decoder.positions.clone()
+        decoder.positions[slot] = decoder.positions[slot - 1]
+
+    monkeypatch.setattr(Decoder, "__init__", wrong)
+
+
+def stale_cache_row(monkeypatch):
+    """After one slot of the plan every layer keeps the keys and values of the slot before."""
+    step = Block.step
+
+    def stale(block, x, bias, cache, slot):
+        result = step(block, x, bias, cache, slot)
+        if slot == 20:
+            cache[:, :, slot] = cache[:, :, slot - 1]
+        return result
+
+    monkeypatch.setattr(Block, "step", stale)
+
+
+@pytest.mark.parametrize("plant", [guidance_on_one_side, wrong_position_embedding, stale_cache_row])
+def test_planted_mismatches_exceed_the_bounds_ten_times_and_sound_rollouts_are_far_below(
+    env, world, monkeypatch, plant
+):
+    policy, config = tiny_policy(world), Config(preset="cpu", prompts=2, plans_per_prompt=4)
+    scenes = [make_scene(world, "train", 0, i) for i in range(2)]
+
+    def differences():
+        batch = make_batch(make_rollout(policy, env, scenes, config, 0), config)
+        _, stats = micro_batch_loss(policy, policy, batch, torch.tensor(1.0), config)
+        return {name: stats[name] / bound for name, bound in LOGP_DIFF_BOUNDS["cpu"].items()}
+
+    assert max(differences().values()) < 0.2
+    plant(monkeypatch)
+    assert max(differences().values()) > 10
 
 
 def test_bad_numbers_are_named_and_leave_the_weights_alone(step):

@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 import eggrpo
+import evaluate
 from lab import analyze
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+DOCS = {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")}
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -22,38 +25,53 @@ def test_the_core_shown_is_the_core_that_runs():
 
 
 def test_every_method_is_listed_as_in_the_code_and_no_other():
-    table = README[README.index("| method | what it is |") :].split("\n\n")[0]
+    page = DOCS["methods.md"]
+    table = page[page.index("| method | what it is |") :].split("\n\n")[0]
     rows = [f"| `{name}` | {method.about} |" for name, method in eggrpo.METHODS.items()]
     assert table.splitlines()[2:] == rows
 
 
-def test_every_file_of_the_reading_order_is_there_and_every_local_link_leads_somewhere():
-    root = Path(__file__).parent.parent
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (root / link).is_file(), link
-    for name in (
-        "scenes",
-        "model",
-        "pretrain",
-        "rewards",
-        "eggrpo",
-        "evaluate",
-        "sample",
-        "common",
-        "checkpoint",
-    ):
-        assert f"`{name}.py`" in README and (root / f"{name}.py").is_file()
+def test_every_link_and_every_file_of_the_reading_order_exists():
+    for page, folder in ((README, ROOT), *((text, ROOT / "docs") for text in DOCS.values())):
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", page):
+            assert (folder / link).is_file(), link
+    lesson = [path.name for path in ROOT.glob("*.py")]
+    assert all(f"`{name}`" in README for name in lesson)
+    assert all(
+        (ROOT / name).is_file()
+        for name in re.findall(r"`(\w+\.py)`", README)
+        if name not in ("vqvae.py", "train.py")
+    )
+    assert len(README.splitlines()) <= 170
+
+
+def test_the_results_are_those_of_results_json():
+    """The table of the README is the one that evaluate.py makes of the committed numbers."""
+    results = json.loads((ROOT / "assets" / "results.json").read_text())
+    scores, by_category = evaluate.results_table(results).split("\n\n")
+    assert scores in README and by_category in DOCS["results.md"]
+
+
+def test_the_seeds_are_those_of_seeds_json():
+    """Mean and half-width of a 95 % interval (Student's t) over runs, for every number quoted."""
+    seeds = json.loads((ROOT / "assets" / "seeds.json").read_text())
+    for key in ("reward", "exact", "rare_exact"):
+        for name in ("grpo", "eggrpo"):
+            assert analyze.format_ci(analyze.mean_t_ci(seeds[name][key])) in README
+        pairs = zip(seeds["eggrpo"][key], seeds["grpo"][key])
+        difference = analyze.mean_t_ci([a - b for a, b in pairs])
+        assert analyze.format_ci(difference, 3, True) in README
 
 
 def test_the_studys_numbers_are_those_of_study_json():
     """Tables word for word; every number with an interval that the text of that section quotes."""
-    root = Path(__file__).parent.parent
-    numbers = json.loads((root / "assets" / "study.json").read_text())
+    numbers = json.loads((ROOT / "assets" / "study.json").read_text())
     found, page = analyze.tables(numbers), analyze.report(numbers)
-    assert (root / "assets" / "study.md").read_text().endswith(page)
-    assert found["A, reward"] in README and found["A, exact"] in README
-    section = README[README.index("## The study") :].split("\n## ")[0]
-    quoted = re.findall(r"[+-]?\d\.\d+ (?:± \d\.\d+|\[[^]]+\])", section)
+    assert (ROOT / "assets" / "study.md").read_text().endswith(page)
+    text = DOCS["results.md"]
+    assert found["A, reward"] in text and found["A, exact"] in text
+    section = text[text.index("## The study of the first world") :]
+    quoted = re.findall(r"[+-]?\d\.\d+ (?:± \d\.\d+|\[[^]]+\])", section.replace("\n", " "))
     assert len(quoted) > 40
     assert not [number for number in quoted if number not in page]
 

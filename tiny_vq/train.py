@@ -48,7 +48,7 @@ class Config:
     save_every: int = 200
 
     def check(self):
-        positive = "images steps batch codes dim scored save_every"
+        positive = "images steps batch codebook_size dim scored save_every"
         common.check_at_least(1, self, *positive.split())
         common.check_at_least(0, self, "seed", "lr", "blocks", "paint_weight", "commitment")
         common.check(
@@ -84,8 +84,8 @@ def ceiling(model, world, device, number, seed=0):
     images = stack_images([render(world, s) for s in scenes]).to(device) / 255
     codes = torch.cat([model.encode(batch) for batch in images.split(64)])
     restored = torch.cat([model.decode(batch) for batch in codes.split(64)])
-    target = rewards.encode_targets(world, scenes, device)
-    reward, components, exact = rewards.compute_rewards(restored, target, world)
+    targets = rewards.encode_targets(world, scenes, device)
+    reward, components, exact = rewards.compute_rewards(restored, targets, world)
     rewards.check_finite(reward, components)
     return dict(
         ceiling=reward.mean().item(),
