@@ -1,0 +1,74 @@
+"""EG-GRPO for text models: a subclass of TRL's GRPOTrainer with per-token advantages.
+
+    from trl_eggrpo import EGGRPOTrainer                        # then as GRPOTrainer:
+    EGGRPOTrainer(model="Qwen/Qwen3-0.6B", reward_funcs=reward, train_dataset=prompts,
+                  args=GRPOConfig(...), low_frac=0.2, high_frac=0.5).train()
+
+Needs torch and examples/requirements.txt; put examples/ on PYTHONPATH. Runs on what TRL runs on;
+start several processes with accelerate or torchrun. low_frac=high_frac=0 is the stock trainer, bit
+for bit. Truncated samplers are refused: entropies must be those of the distribution sampled from.
+
+Estimates, not measurements: memory is GRPOTrainer's; time is one more forward pass per generation
+batch. Run so far: tiny random models on a CPU, one process, and two by torchrun on gloo
+(tests/test_examples_trl.py). Not run: real weights, CUDA, vLLM, DeepSpeed, FSDP. Look first at
+1. eg/low_fraction in TRL's log: low_frac less rounding, because short completions have few tokens;
+2. entropy: if it falls to 0 within some 100 steps, raise beta or lower the learning rate;
+3. frac_reward_zero_std: groups of equal rewards; TRL divides rounding noise by 1e-4 there.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                       # for eggrpo
+import torch
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+
+from eggrpo import entropy_masks, shape_advantages
+
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")             # those that take advantages (B, T)
+OFF = dict(top_k=(0, -1), top_p=(1,), min_p=(0,), repetition_penalty=(1,), typical_p=(1,),
+           epsilon_cutoff=(0,), eta_cutoff=(0,), no_repeat_ngram_size=(0,))
+SET_BY_TRL = ("top_k", "top_p", "min_p", "repetition_penalty")
+
+
+class EGGRPOTrainer(GRPOTrainer):
+    """GRPOTrainer whose advantages are shaped by token entropy.
+
+    low_frac, high_frac, bonus_coef, bonus_cap: as in eggrpo.py. All else: as GRPOTrainer. Raises
+    ValueError for a sampler, loss or model for which the entropies or shapes would be wrong.
+    """
+
+    def __init__(self, *args, low_frac=0.2, high_frac=0.5, bonus_coef=0.3, bonus_cap=0.3, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.fractions, self.bonus = (low_frac, high_frac), (bonus_coef, bonus_cap)
+        sampler = {name: getattr(self.args if name in SET_BY_TRL else
+                                 self.model.generation_config, name, None) for name in OFF}
+        for name, value in (sampler | (self.args.generation_kwargs or {})).items():
+            if value is not None and value not in OFF.get(name, ()):
+                raise ValueError(f"{name}={value}: EG-GRPO needs the full distribution, "
+                                 "without truncation, penalties or other generation_kwargs")
+        if self.args.loss_type not in LOSSES or self.args.off_policy_mask_threshold is not None:
+            raise ValueError(f"loss_type must be one of {LOSSES}, without off-policy masking")
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        if "pixel_values" in batch:
+            raise ValueError("EGGRPOTrainer is for text models: see examples/janus.py for images")
+        completion, attention = batch["completion_ids"], batch["completion_mask"]
+        valid = (attention * batch.get("tool_mask", 1)).bool()                         # (B, T)
+        tokens = torch.cat([batch["prompt_ids"], completion], 1)
+        mask = torch.cat([batch["prompt_mask"], attention], 1)
+        checkpointing = self.args.gradient_checkpointing_kwargs
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, checkpointing):
+            _, nats, _ = self._get_per_token_logps_and_entropies(
+                self.model, tokens, mask, completion.shape[1],
+                self.args.per_device_train_batch_size, compute_entropy=True)
+        entropy = nats.float() / math.log(self.model.config.get_text_config().vocab_size)
+        low, high = entropy_masks(entropy, valid, *self.fractions)
+        batch["advantages"] = shape_advantages(batch["advantages"], entropy, low, high, *self.bonus)
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["eg/low_fraction"].append((
+            low.sum() / valid.sum().clamp(min=1)).item())
+        return batch
