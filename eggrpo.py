@@ -348,7 +348,8 @@ def update(policy, reference, optimizer, batch, config, step, extra_stats=None):
     """Update the policy on a batch. Returns floats to log, averaged over the step's updates.
 
     extra_stats: other scalars to log. All scalars come to the host in one transfer per update,
-    before the weights change: the host waits for the device only there. Raises TrainingDiverged.
+    before the weights change: in an update, the host waits for the device only there. Raises
+    TrainingDiverged.
     """
     logged, updates = [], minibatch_indices(batch, config, step)
     for rows in updates:
