@@ -243,6 +243,7 @@ def main(argv=None):
         images, marks = gallery_row(env, policy, **options)
         rows.append(images)
         exact.append(marks)
+        policy.graphs.clear()  # each CUDA graph holds a key-value cache
     sheet = gallery(rows, gallery_titles(env.world), list(policies), exact)
     save_image(sheet, folder / "before-after.png")
     content = json.dumps(common.to_jsonable(results), indent=1)
