@@ -143,7 +143,7 @@ def rollout_stats(rollout, batch):
 # nats, and a fraction of 1 + |logp|; the README gives the measurements that they are chosen from
 LOGP_DIFF_BOUNDS = {  # by common.network_dtype
     torch.float32: dict(logp_diff_mean=5e-6, logp_diff_max=1e-3),
-    torch.bfloat16: dict(logp_diff_mean=0.05, logp_diff_max=0.5),
+    torch.bfloat16: dict(logp_diff_mean=0.02, logp_diff_max=0.5),
 }
 
 
@@ -152,12 +152,15 @@ def check_stats(stats, config, device, update="update 1 of 1"):
 
     Before the first update of a step the rollout's log-probs equal the re-scored ones up to
     rounding. The bounds are wider if the network computes in bf16, which rounds a whole sequence
-    differently from a single slot. A component that no prompt of the batch asks for is NaN.
+    differently from a single slot, and grow with guidance g, which multiplies the error of logits
+    by |g| + |1 - g|. A component that no prompt of the batch asks for is NaN.
     """
     for name, value in stats.items():
         if not (value.isfinite() or name in rewards.REWARDS):
             raise TrainingDiverged(f"{name} is {value.item()} in {update}")
+    amplified = abs(config.guidance) + abs(1 - config.guidance)
     for name, bound in LOGP_DIFF_BOUNDS[network_dtype(device)].items():
+        bound = bound * amplified
         if stats[name] > bound and not config.score_guidance:
             raise TrainingDiverged(
                 f"{name} is {stats[name]:.1e} in {update}, more than {bound:.0e}: "
