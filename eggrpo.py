@@ -108,7 +108,7 @@ PRESETS = {
     "smoke": dict(steps=4, prompts=2, plans_per_prompt=4, eval_every=2, eval_prompts=12),
     "cpu": dict(),
     "gpu": dict(
-        steps=600, prompts=16, plans_per_prompt=16, lr=1e-4, micro_batch=64, eval_prompts=420
+        steps=600, prompts=16, plans_per_prompt=16, lr=1e-4, micro_batch=64, eval_prompts=384
     ),
 }
 

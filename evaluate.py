@@ -43,7 +43,7 @@ class Config:
         common.check_at_least(0, self, "seed")
 
 
-PRESETS = {"smoke": dict(prompts=24, batch=24), "cpu": dict(), "gpu": dict(prompts=2100, batch=256)}
+PRESETS = {"smoke": dict(prompts=24, batch=24), "cpu": dict(), "gpu": dict(prompts=2304, batch=256)}
 
 
 # --- scoring --------------------------------------------------------------------------------------
