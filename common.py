@@ -57,7 +57,7 @@ def run(main):
         memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
         if memory or "can't allocate memory" in str(error):
             message = "error: out of memory: lower --micro-batch (results stay the same), then "
-            message += "--prompts or --plans-per-prompt; in other commands --batch"
+            message += "--prompts or --plans-per-prompt; in commands without them --batch"
         elif isinstance(error, OSError) and error.strerror:
             message = f"error: {error.filename or 'output'}: {error.strerror}"
         else:
@@ -126,12 +126,40 @@ def pick_device(name="auto"):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # some device types cannot hold values
+        if device.type == "cuda":
+            set_up_cuda(device)
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {name!r} cannot be used ({reason}): try --device cpu") from None
-    threads = torch.get_num_threads()
-    print(f"device: {device} ({reason}), torch {torch.__version__}, {threads} threads")
+    threads, dtype = torch.get_num_threads(), str(network_dtype(device)).removeprefix("torch.")
+    print(f"device: {device} ({reason}), {dtype}, torch {torch.__version__}, {threads} threads")
     return device
+
+
+def set_up_cuda(device):
+    """Choose the current device and the arithmetic of CUDA, for the whole process."""
+    # Streams, graphs and allocations use the current device. If it were not this one, a graph
+    # would be captured empty, and its replay would return the same samples at every call.
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    # TF32 rounds factors to 10 bits, and is the default of convolutions. Rewards, tokenizer and
+    # log-probs are to be those that the tests check on a CPU; the large products are bf16 anyway.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    # From torch 2.11 cuDNN attention is preferred on Hopper and Blackwell. With a mask it returns
+    # NaN gradients for some lengths (pytorch issue 196678); the other kernels do not.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def network_dtype(device):
+    """The type of the policy's matrix products and key-value cache: bfloat16 or float32.
+
+    bfloat16 on CUDA from compute capability 8 (Ampere). Older GPUs (V100, T4) emulate it, more
+    slowly than they compute in float32; torch.cuda.is_bf16_supported() is True there. All other
+    devices use float32.
+    """
+    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if native else torch.float32
 
 
 def generator(*key):

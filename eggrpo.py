@@ -108,7 +108,7 @@ PRESETS = {
     "smoke": dict(steps=4, prompts=2, plans_per_prompt=4, eval_every=2, eval_prompts=12),
     "cpu": dict(),
     "gpu": dict(
-        steps=600, prompts=16, plans_per_prompt=16, lr=1e-4, micro_batch=64, eval_prompts=420
+        steps=600, prompts=16, plans_per_prompt=16, lr=1e-4, micro_batch=64, eval_prompts=384
     ),
 }
 
@@ -348,7 +348,8 @@ def update(policy, reference, optimizer, batch, config, step, extra_stats=None):
     """Update the policy on a batch. Returns floats to log, averaged over the step's updates.
 
     extra_stats: other scalars to log. All scalars come to the host in one transfer per update,
-    before the weights change: the host waits for the device only there. Raises TrainingDiverged.
+    before the weights change: in an update, the host waits for the device only there. Raises
+    TrainingDiverged.
     """
     logged, updates = [], minibatch_indices(batch, config, step)
     for rows in updates:

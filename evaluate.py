@@ -43,7 +43,7 @@ class Config:
         common.check_at_least(0, self, "seed")
 
 
-PRESETS = {"smoke": dict(prompts=24, batch=24), "cpu": dict(), "gpu": dict(prompts=2100, batch=256)}
+PRESETS = {"smoke": dict(prompts=24, batch=24), "cpu": dict(), "gpu": dict(prompts=2304, batch=256)}
 
 
 # --- scoring --------------------------------------------------------------------------------------
@@ -243,6 +243,7 @@ def main(argv=None):
         images, marks = gallery_row(env, policy, **options)
         rows.append(images)
         exact.append(marks)
+        policy.graphs.clear()  # each CUDA graph holds a key-value cache
     sheet = gallery(rows, gallery_titles(env.world), list(policies), exact)
     save_image(sheet, folder / "before-after.png")
     content = json.dumps(common.to_jsonable(results), indent=1)

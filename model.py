@@ -199,8 +199,9 @@ def causal_mask(keep):
 
 
 def precision(device):
-    """bf16 inside the network on CUDA; float32 everywhere else."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """Autocast to common.network_dtype: bf16 inside the network where it is native, or nothing."""
+    enabled = common.network_dtype(device) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def policy_logits(raw, guidance=1.0, temperature=1.0):
@@ -281,7 +282,7 @@ class Decoder:
     def __init__(self, policy, prompts, batch):
         self.policy, heads, device = policy, policy.blocks[0].heads, prompts.device
         self.slot, self.positions = policy.S + 1, policy.position_embeddings()
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = common.network_dtype(device)
         size = (2, batch * heads, policy.slots, policy.config["width"] // heads)
         self.cache = [torch.empty(size, dtype=dtype, device=device) for _ in policy.blocks]
         self.bias = torch.zeros(batch, heads, policy.slots, device=device)

@@ -10,6 +10,7 @@ prompt to compare with.
 
 import math
 import multiprocessing
+import os
 import signal
 import time
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ from scenes import PAD, WORDS, WORLDS, corpus_item, encode_scenes, render
 from tiny_vq import load_tokenizer, stack_images
 
 CHUNK = 500  # items of the corpus that are drawn and encoded at a time
+MAX_PROCESSES = 16  # that draw the corpus; each imports torch, and more would not be waited for
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Config:
     items: int = 30000  # scenes in the corpus
     steps: int = 1200
     batch: int = 32
+    micro_batch: int = 64  # sequences per forward pass: changes memory, not results
     lr: float = 3e-3  # after a warm-up of 50 steps, by a cosine to a tenth
     width: int = 128
     layers: int = 4
@@ -47,7 +50,7 @@ class Config:
     save_every: int = 200  # steps
 
     def check(self):
-        positive = "items steps batch layers heads save_every"
+        positive = "items steps batch micro_batch layers heads save_every"
         common.check_at_least(1, self, *positive.split())
         common.check_at_least(0, self, "seed", "lr", "drop_plan", "drop_prompt")
         multiple = self.width > 0 and self.width % self.heads == 0
@@ -79,7 +82,8 @@ def corpus_chunk(world, seed, indices):
 def make_corpus(config, world, tokenizer, device):
     """Draw and encode the corpus. Returns prompts (n, S), plans (n, C), codes (n, L), int16.
 
-    A large one is drawn by one process per core, so that the device need not wait for it.
+    A large one is drawn by one process per core, at most MAX_PROCESSES, so that the device need not
+    wait for it.
     """
     starts = range(0, config.items, CHUNK)
     chunks = [range(start, min(start + CHUNK, config.items)) for start in starts]
@@ -90,7 +94,8 @@ def make_corpus(config, world, tokenizer, device):
             # only the main process handles Ctrl-C: the others inherit that it is ignored
             handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
             # spawned, not forked: threads of torch are running
-            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool())
+            processes = min(os.cpu_count() or 1, MAX_PROCESSES)
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes))
             signal.signal(signal.SIGINT, handler)
             drawn = pool.imap(draw, chunks)
         for *words, images in tqdm(drawn, "corpus", len(chunks), leave=False):
@@ -136,16 +141,23 @@ def make_policy(config, world, codebook):
     return policy
 
 
-def update(policy, optimizer, prompt, plan, codes):
+def update(policy, optimizer, prompt, plan, codes, micro_batch):
     """Make one step of maximum likelihood. Returns plan_nll and image_nll, nats per token, and
-    grad_norm. Raises TrainingDiverged, the weights unchanged."""
-    logp = token_logp(*forward_logits(policy, prompt, plan, codes), plan, codes)  # (B, T)
-    plan_nll = -logp[:, : policy.C].sum() / (plan != PAD).sum().clamp(min=1)
-    image_nll = -logp[:, policy.C :].mean()
-    # each modality's mean: plans are short and would have little weight in a common mean
-    (plan_nll + image_nll).backward()
+    grad_norm. Raises TrainingDiverged, the weights unchanged.
+
+    micro_batch: sequences per forward pass; the gradients of all passes are added up.
+    """
+    # of the whole batch, so that the size of micro-batches changes nothing
+    plan_tokens, parts = (plan != PAD).sum().clamp(min=1), []
+    for tokens in zip(*(x.split(micro_batch) for x in (prompt, plan, codes))):
+        logp = token_logp(*forward_logits(policy, *tokens), *tokens[1:])  # (micro_batch, T)
+        plan_nll = -logp[:, : policy.C].sum() / plan_tokens
+        image_nll = -logp[:, policy.C :].sum() / codes.numel()
+        # each modality's mean: plans are short and would have little weight in a common mean
+        (plan_nll + image_nll).backward()
+        parts.append(torch.stack([plan_nll.detach(), image_nll.detach()]))
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-    values = torch.stack([plan_nll, image_nll, norm]).tolist()
+    values = torch.cat([torch.stack(parts).sum(0), norm[None]]).tolist()
     terms = dict(zip(("plan_nll", "image_nll", "grad_norm"), values))
     common.check_finite(terms)
     optimizer.step()
@@ -177,7 +189,7 @@ def main(argv=None):
             common.set_lr(optimizer, config.lr * warm_up * (0.55 + 0.45 * cosine))
             batch = training_batch(corpus, config, step, device)
             with run.guard(step, dict(zip(("prompt", "plan", "codes"), batch))):
-                terms = update(policy, optimizer, *batch)
+                terms = update(policy, optimizer, *batch, config.micro_batch)
             if step % 20 == 0 or step + 1 == config.steps:
                 run.log(step=step, **terms)
                 bar.set_postfix({k: f"{v:.2f}" for k, v in terms.items()})

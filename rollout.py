@@ -11,7 +11,7 @@ from torch import Tensor
 
 import common
 import rewards
-from common import TrainingDiverged
+from common import TrainingDiverged, network_dtype
 from model import forward_logits, generate, normalized_entropy
 from scenes import END, WORLDS, World, encode_scenes, make_scene
 from tiny_vq import load_tokenizer
@@ -83,7 +83,8 @@ def make_rollout(policy, env, scenes, config, step):
         policy, len(scenes) * g, config.images_per_plan, config.seed, "rollout", step
     )
     targets = rewards.encode_targets(env.world, [s for s in scenes for _ in range(g)], env.device)
-    # all that comes from the host has been sent: from here on it does not wait for the device
+    # prompt, noise and targets are the five tensors that a rollout copies to the device, at its
+    # start; after that the host does not wait for the device
     sample, images = sample_images(env, policy, prompt, uniform, guidance=config.guidance)
     reward, components, exact = rewards.compute_rewards(images, targets, env.world)
     reward = exact if config.reward == "exact" else reward
@@ -140,9 +141,9 @@ def rollout_stats(rollout, batch):
 # --- checks ---------------------------------------------------------------------------------------
 
 # nats, and a fraction of 1 + |logp|; the README gives the measurements that they are chosen from
-LOGP_DIFF_BOUNDS = {
-    "cpu": dict(logp_diff_mean=5e-6, logp_diff_max=1e-3),
-    "cuda": dict(logp_diff_mean=0.05, logp_diff_max=0.5),
+LOGP_DIFF_BOUNDS = {  # by common.network_dtype
+    torch.float32: dict(logp_diff_mean=5e-6, logp_diff_max=1e-3),
+    torch.bfloat16: dict(logp_diff_mean=0.02, logp_diff_max=0.5),
 }
 
 
@@ -150,13 +151,16 @@ def check_stats(stats, config, device, update="update 1 of 1"):
     """Raise TrainingDiverged if a value is not finite or sampler and learner are not one policy.
 
     Before the first update of a step the rollout's log-probs equal the re-scored ones up to
-    rounding. The bounds are wider on CUDA, where bf16 rounds a whole sequence differently from a
-    single slot. A component that no prompt of the batch asks for is NaN.
+    rounding. The bounds are wider if the network computes in bf16, which rounds a whole sequence
+    differently from a single slot, and grow with guidance g, which multiplies the error of logits
+    by |g| + |1 - g|. A component that no prompt of the batch asks for is NaN.
     """
     for name, value in stats.items():
         if not (value.isfinite() or name in rewards.REWARDS):
             raise TrainingDiverged(f"{name} is {value.item()} in {update}")
-    for name, bound in LOGP_DIFF_BOUNDS["cuda" if device.type == "cuda" else "cpu"].items():
+    amplified = abs(config.guidance) + abs(1 - config.guidance)
+    for name, bound in LOGP_DIFF_BOUNDS[network_dtype(device)].items():
+        bound = bound * amplified
         if stats[name] > bound and not config.score_guidance:
             raise TrainingDiverged(
                 f"{name} is {stats[name]:.1e} in {update}, more than {bound:.0e}: "

@@ -72,16 +72,16 @@ def body(policy):
 
 def floors(policy, device):
     """Least seconds of decoding and of a step, with the count that gives them."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    rate, copy = matrix_rate(device, dtype), copy_rate(device)
+    rate, copy = matrix_rate(device, common.network_dtype(device)), copy_rate(device)
     new, slots = C + L, policy.slots
     width, layers = policy.config["width"], policy.config["layers"]
     attention = 4 * layers * width * slots / 2  # operations a token, on average
     forward = 2 * body(policy) + attention
     decode = B * (new + S + 1) * forward / rate
     if device.type == "cuda":
-        cache = 2 * layers * B * width * slots / 2 * 2  # bytes read a token, on average
-        decode = max(decode, new * (2 * body(policy) + cache) / copy)
+        cache = cache_bytes(policy, B, device) / 2  # bytes read a token, on average
+        weights = body(policy) * common.network_dtype(device).itemsize
+        decode = max(decode, new * (weights + cache) / copy)
     # reference forward, own forward and backward
     step = decode + B * slots * forward * (1 + 3) / rate
     return decode, step, rate, copy
@@ -126,8 +126,7 @@ def theirs_decode(policy, device):
     except ImportError:
         return None
     model = LlamaForCausalLM(llama(policy, LlamaConfig)).to(device).eval()
-    if device.type == "cuda":
-        model = model.bfloat16()
+    model = model.to(common.network_dtype(device))
     prompt = torch.randint(4, 500, (B, S + 1), device=device)
     how = dict(max_new_tokens=C + L, min_new_tokens=C + L, do_sample=True, top_k=0, pad_token_id=0)
     return seconds(
@@ -194,7 +193,7 @@ def theirs_step(policy, device):
             logging_steps=100,
             save_strategy="no",
             use_cpu=device.type == "cpu",
-            bf16=device.type == "cuda",
+            bf16=common.network_dtype(device) == torch.bfloat16,
             disable_tqdm=True,
             generation_kwargs=dict(min_new_tokens=C + L),
             learning_rate=1e-6,
@@ -215,13 +214,18 @@ def theirs_step(policy, device):
 
 def peak(function, device):
     """Bytes that a call needs at its peak, beyond what was held before; None but on CUDA: a CPU's
-    allocator keeps what it once had."""
+    allocator keeps what it once had.
+
+    Counts what the allocator reserves: of a graph's memory, which no tensor of the process holds,
+    nothing is "allocated" after the capture. The call has to be the first of its shape.
+    """
     if device.type != "cuda":
         return None
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_reserved()
     function()
-    return torch.cuda.max_memory_allocated() - before
+    return torch.cuda.max_memory_reserved() - before
 
 
 def growth(device):
@@ -233,7 +237,8 @@ def growth(device):
         prompt = torch.full((8, S), 20, device=device)
         noise = torch.rand(batch, C + tokens, device=device)
         call = lambda: generate(policy, prompt, noise)
-        time, memory = seconds(call, device, 2), peak(call, device)
+        memory = peak(call, device)  # first, so that on CUDA it sees the capture
+        time = seconds(call, device, 2)
         policy.graphs.clear()
         print(
             f"| {batch} sequences, {tokens} image tokens | {time:.3f} "
@@ -255,8 +260,8 @@ def growth(device):
 
 
 def cache_bytes(policy, batch, device):
-    """2 (keys, values) x layers x sequences x slots x width numbers, of 4 bytes or of 2 on CUDA."""
-    size = 2 if device.type == "cuda" else 4
+    """2 (keys, values) x layers x sequences x slots x width numbers, of 4 bytes or of 2 in bf16."""
+    size = common.network_dtype(device).itemsize
     return 2 * policy.config["layers"] * batch * policy.slots * policy.config["width"] * size
 
 
@@ -290,6 +295,7 @@ def main():
         f"reward {t['reward'] / t['step']:.1%}, shaping {t['shaping'] / t['step']:.1%}, "
         f"update {t['update'] / t['step']:.0%}"
     )
+    policy.graphs.clear()
     growth(device)
 
 

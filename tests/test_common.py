@@ -215,3 +215,30 @@ def test_a_resumed_log_drops_torn_lines_and_steps_to_come(tmp_path):
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [r.get("step", "head") for r in records] == ["head", 0, 1, 2, 3]
     assert {"commit", "device", "config", "torch"} <= set(records[0])
+
+
+@pytest.mark.parametrize(
+    "capability, dtype", [((7, 0), "float32"), ((7, 5), "float32"), ((8, 0), "bfloat16")]
+)
+def test_bf16_is_used_only_where_it_is_not_emulated(monkeypatch, capability, dtype):
+    """V100 and T4 emulate bf16, more slowly than they compute in float32."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert common.network_dtype(torch.device("cuda")) == getattr(torch, dtype)
+    assert common.network_dtype(torch.device("cpu")) == torch.float32
+
+
+def test_a_numbered_gpu_becomes_the_current_device_and_tf32_and_cudnn_attention_are_off(
+    monkeypatch,
+):
+    """Streams and graphs use the current device, whatever the device of the tensors."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    attention = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        common.set_up_cuda(torch.device("cuda:1"))
+        common.set_up_cuda(torch.device("cuda"))
+        assert chosen == [torch.device("cuda:1")]
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(attention)

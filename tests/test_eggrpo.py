@@ -450,7 +450,7 @@ def test_entropy_statistics_go_over_valid_tokens_only():
 
 
 def test_a_sampler_that_is_not_the_learner_stops_the_run():
-    cpu, bounds = torch.device("cpu"), LOGP_DIFF_BOUNDS["cpu"]
+    cpu, bounds = torch.device("cpu"), LOGP_DIFF_BOUNDS[torch.float32]
     sane = {name: torch.tensor(0.5 * bound) for name, bound in bounds.items()}
     check_stats(sane, Config(), cpu)
     for name, bound in bounds.items():
@@ -501,7 +501,7 @@ def test_planted_mismatches_exceed_the_bounds_ten_times_and_sound_rollouts_are_f
     def differences():
         batch = make_batch(make_rollout(policy, env, scenes, config, 0), config)
         _, stats = micro_batch_loss(policy, policy, batch, torch.tensor(1.0), config)
-        return {name: stats[name] / bound for name, bound in LOGP_DIFF_BOUNDS["cpu"].items()}
+        return {name: stats[name] / bound for name, bound in LOGP_DIFF_BOUNDS[torch.float32].items()}
 
     assert max(differences().values()) < 0.2
     plant(monkeypatch)
