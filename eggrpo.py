@@ -39,7 +39,7 @@ import rewards
 from checkpoint import Run
 from common import check
 from model import forward_logits, load_base, normalized_entropy, token_logp
-from rollout import check_stats, load_env, make_rollout, rollout_stats
+from rollout import check_stats, load_env, make_rollout, reduce_stats, rollout_stats
 from rollout import split_modalities, training_scenes
 
 
@@ -335,13 +335,6 @@ def minibatch_indices(batch, config, step):
             rows = torch.randperm(count, generator=generator).to(device)
         indices += rows.chunk(config.minibatches)
     return indices
-
-
-def reduce_stats(stats, reduce):
-    """Reduce a list of dicts of scalars key by key: extremes by min or max, others by `reduce`."""
-    extremes = dict(ratio_min=torch.amin, ratio_max=torch.amax, logp_diff_mean=torch.amax,
-                    logp_diff_max=torch.amax)  # fmt: skip
-    return {k: extremes.get(k, reduce)(torch.stack([s[k] for s in stats]), 0) for k in stats[0]}
 
 
 def update(policy, reference, optimizer, batch, config, step, extra_stats=None):

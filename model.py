@@ -27,7 +27,7 @@ import checkpoint
 import common
 
 # the first three are placed, never sampled: word logits start at END
-from scenes import END, IMAGE, PAD, PLAN
+from words import END, IMAGE, PAD, PLAN
 
 
 KERNEL_SIZE = 8  # of the convolution over words: about one phrase of a plan
@@ -81,30 +81,14 @@ class Policy(nn.Module):
     vectors; prompt_slots, plan_slots, image_tokens: S, C, L; width: D; heads: H.
     """
 
-    def __init__(
-        self,
-        word_vocab_size,
-        codebook_size,
-        code_dim,
-        prompt_slots,
-        plan_slots,
-        image_tokens,
-        width=128,
-        layers=4,
-        heads=4,
-    ):
+    def __init__(self, word_vocab_size, codebook_size, code_dim, prompt_slots, plan_slots,
+                 image_tokens, width=128, layers=4, heads=4):  # fmt: skip
         super().__init__()
         self.config = dict(
-            word_vocab_size=word_vocab_size,
-            codebook_size=codebook_size,
-            code_dim=code_dim,
-            prompt_slots=prompt_slots,
-            plan_slots=plan_slots,
-            image_tokens=image_tokens,
-            width=width,
-            layers=layers,
-            heads=heads,
-        )
+            word_vocab_size=word_vocab_size, codebook_size=codebook_size, code_dim=code_dim,
+            prompt_slots=prompt_slots, plan_slots=plan_slots, image_tokens=image_tokens,
+            width=width, layers=layers, heads=heads,
+        )  # fmt: skip
         self.S, self.C, self.L = prompt_slots, plan_slots, image_tokens
         self.slots = prompt_slots + plan_slots + image_tokens + 1  # the last code is never an input
         self.word_embedding = nn.Embedding(word_vocab_size, width)

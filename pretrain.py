@@ -24,7 +24,8 @@ from tqdm import tqdm
 import common
 from checkpoint import Run
 from model import Policy, forward_logits, token_logp
-from scenes import PAD, WORDS, WORLDS, corpus_item, encode_scenes, render
+from scenes import WORLDS, corpus_item, encode_scenes, render
+from words import PAD, WORDS
 from tiny_vq import load_tokenizer, stack_images
 
 CHUNK = 500  # items of the corpus that are drawn and encoded at a time

@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError
-from scenes import BACKGROUND, COLOURS, RELATIONS, SHAPES, shape_mask
+from scenes import BACKGROUND, shape_mask
+from words import COLOURS, RELATIONS, SHAPES
 
 NO_PAINT = 0.25  # contrast with the background, of which less is no paint
 FULL_PAINT = 0.6  # contrast of which more is full paint, because objects differ in brightness

@@ -13,7 +13,8 @@ import common
 import rewards
 from common import TrainingDiverged, network_dtype
 from model import forward_logits, generate, normalized_entropy
-from scenes import END, WORLDS, World, encode_scenes, make_scene
+from scenes import WORLDS, World, encode_scenes, make_scene
+from words import END
 from tiny_vq import load_tokenizer
 
 
@@ -136,6 +137,13 @@ def rollout_stats(rollout, batch):
         low_share=batch.low.sum() / n, high_share=batch.high.sum() / n, bonus=bonus.sum() / n,
         **entropy_stats(rollout.entropy, rollout.valid, c),
     )  # fmt: skip
+
+
+def reduce_stats(stats, reduce):
+    """Reduce a list of dicts of scalars key by key: extremes by min or max, others by `reduce`."""
+    extremes = dict(ratio_min=torch.amin, ratio_max=torch.amax, logp_diff_mean=torch.amax,
+                    logp_diff_max=torch.amax)  # fmt: skip
+    return {k: extremes.get(k, reduce)(torch.stack([s[k] for s in stats]), 0) for k in stats[0]}
 
 
 # --- checks ---------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ import common
 from evaluate import gallery, save_image
 from model import load_base, load_policy
 from rollout import draw_uniform, load_env, sample_images
-from scenes import WORLDS, decode_words, encode_words
+from scenes import WORLDS
+from words import decode_words, encode_words
 
 
 @dataclass(frozen=True)

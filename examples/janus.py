@@ -35,21 +35,34 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eggrpo import entropy_masks, group_advantages, policy_loss, shape_advantages, token_entropy
-from janus_setup import (call_reward, check, generator, load_policy, load_reward, parse_flags,
-                         read_prompts, restore, run, save_checkpoint, save_images, start_log,
-                         trained_weights, write_log)
+from janus_setup import (
+    call_reward,
+    check,
+    generator,
+    load_policy,
+    load_reward,
+    parse_flags,
+    read_prompts,
+    restore,
+    run,
+    save_checkpoint,
+    save_images,
+    start_log,
+    trained_weights,
+    write_log,
+)
 
 INSTRUCTION = "Describe in one or two sentences what an image of this shows: {}"
 
 
 class Rollout(NamedTuple):
-    plan_request: Tensor        # (B, S) ids, padded with -1 on the left
-    plan: Tensor                # (B, C) ids
-    image_request: Tensor       # (B, S') ids, padded with -1 on the left, plan included
-    codes: Tensor               # (B, L)
-    logp: Tensor                # (B, C + L) when sampled, nats
-    entropy: Tensor             # (B, C + L) when sampled, fraction of log V
-    valid: Tensor               # (B, C + L) bool; False after a plan's end token
+    plan_request: Tensor  # (B, S) ids, padded with -1 on the left
+    plan: Tensor  # (B, C) ids
+    image_request: Tensor  # (B, S') ids, padded with -1 on the left, plan included
+    codes: Tensor  # (B, L)
+    logp: Tensor  # (B, C + L) when sampled, nats
+    entropy: Tensor  # (B, C + L) when sampled, fraction of log V
+    valid: Tensor  # (B, C + L) bool; False after a plan's end token
 
 
 def modality(policy, image):
@@ -75,10 +88,14 @@ def embed_request(policy, ids, guidance):
 def next_logits(policy, image, guidance, embeddings, mask, cache=None, last=1):
     """Compute the logits that are sampled from and scored, at the `last` last positions: float32,
     (B, last, V). embeddings: (B or 2B, N, D), mask: (B or 2B, cached + N) bool."""
-    position = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -embeddings.shape[1]:]
+    position = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -embeddings.shape[1] :]
     hidden = policy.model.model.language_model(
-        inputs_embeds=embeddings, attention_mask=mask.long(), position_ids=position,
-        past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        inputs_embeds=embeddings,
+        attention_mask=mask.long(),
+        position_ids=position,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
     logits = modality(policy, image)[1](hidden[:, -last:]).float()
     if guidance == 1:
         return logits
@@ -95,15 +112,15 @@ def token_stats(logits, tokens):
 def sample(policy, request, length, image, guidance=1.0, uniform=None):
     """Sample `length` tokens after each request. uniform: (B, length) in [0, 1), the noise; None:
     greedy. Returns tokens, logp, entropy, valid, each (B, length)."""
-    policy.model.eval()                      # in train(), checkpointing would switch the cache off
+    policy.model.eval()  # in train(), checkpointing would switch the cache off
     end = -1 if image else policy.tokenizer.eos_token_id
     embeddings, mask = embed_request(policy, request, guidance)
-    done = torch.zeros_like(request[:, :1], dtype=torch.bool)                          # (B, 1)
+    done = torch.zeros_like(request[:, :1], dtype=torch.bool)  # (B, 1)
     cache, steps = transformers.DynamicCache(), []
     for t in range(length):
-        logits = next_logits(policy, image, guidance, embeddings, mask, cache)         # (B, 1, V)
-        token = logits.argmax(-1)                                                      # (B, 1)
-        if uniform is not None:                                   # invert the distribution function
+        logits = next_logits(policy, image, guidance, embeddings, mask, cache)  # (B, 1, V)
+        token = logits.argmax(-1)  # (B, 1)
+        if uniform is not None:  # invert the distribution function
             total = logits.double().softmax(-1).cumsum(-1)
             token = (total <= uniform[:, t, None, None] * total[..., -1:]).sum(-1)
         token = token.masked_fill(done, end)
@@ -119,8 +136,12 @@ def score(policy, request, tokens, image, guidance=1.0):
     embeddings, mask = embed_request(policy, request, guidance)
     inner = modality(policy, image)[0](tokens[:, :-1].repeat(len(mask) // len(tokens), 1))
     mask = F.pad(mask, (0, inner.shape[1]), value=True)
-    return token_stats(next_logits(policy, image, guidance, torch.cat([embeddings, inner], 1), mask,
-                                   last=tokens.shape[1]), tokens)
+    return token_stats(
+        next_logits(
+            policy, image, guidance, torch.cat([embeddings, inner], 1), mask, last=tokens.shape[1]
+        ),
+        tokens,
+    )
 
 
 def score_rollout(policy, rollout, guidance):
@@ -149,48 +170,70 @@ def make_rollout(policy, prompts, config, uniform):
 
     def left_pad(rows):
         width = max(map(len, rows))
-        return torch.tensor([[-1] * (width - len(row)) + row for row in rows],
-                            device=uniform.device)
+        return torch.tensor(
+            [[-1] * (width - len(row)) + row for row in rows], device=uniform.device
+        )
 
-    plan_request = left_pad([begin + words("<|User|>: " + INSTRUCTION.format(x)) + answer
-                             for x in prompts])
+    plan_request = left_pad(
+        [begin + words("<|User|>: " + INSTRUCTION.format(x)) + answer for x in prompts]
+    )
     plan = sample(policy, plan_request, config.plan_tokens, False, uniform=uniform)
     kept = plan[3] & (plan[0] != policy.tokenizer.eos_token_id)
-    image_request = left_pad([begin + words(f"<|User|>: {x}.") + row[keep].tolist() + answer
-                              + [policy.boi] for x, row, keep in zip(prompts, plan[0], kept)])
-    noise = uniform[:, config.plan_tokens:]
+    image_request = left_pad(
+        [
+            begin + words(f"<|User|>: {x}.") + row[keep].tolist() + answer + [policy.boi]
+            for x, row, keep in zip(prompts, plan[0], kept)
+        ]
+    )
+    noise = uniform[:, config.plan_tokens :]
     codes = sample(policy, image_request, noise.shape[1], True, config.guidance, noise)
     with torch.no_grad():
-        images = torch.cat([policy.model.decode_image_tokens(x)                    # (B, h, w, 3)
-                            for x in codes[0].split(config.micro_batch)]).float()
+        images = torch.cat(
+            [
+                policy.model.decode_image_tokens(x)  # (B, h, w, 3)
+                for x in codes[0].split(config.micro_batch)
+            ]
+        ).float()
     stats = [torch.cat(pair, 1) for pair in zip(plan[1:], codes[1:])]
-    return (Rollout(plan_request, plan[0], image_request, codes[0], *stats),
-            (images / 2 + 0.5).clamp(0, 1).permute(0, 3, 1, 2))
+    return (
+        Rollout(plan_request, plan[0], image_request, codes[0], *stats),
+        (images / 2 + 0.5).clamp(0, 1).permute(0, 3, 1, 2),
+    )
 
 
 def shape_rollout(rollout, advantage, config):
     """Shape advantages (B,) to (B, C + L), plan and image each by their own entropies."""
     shaped, c = [], rollout.plan.shape[1]
-    for entropy, valid in ((rollout.entropy[:, :c], rollout.valid[:, :c]),
-                           (rollout.entropy[:, c:], rollout.valid[:, c:])):
+    for entropy, valid in (
+        (rollout.entropy[:, :c], rollout.valid[:, :c]),
+        (rollout.entropy[:, c:], rollout.valid[:, c:]),
+    ):
         masks = entropy_masks(entropy, valid, config.low_frac, config.high_frac)
-        shaped.append(shape_advantages(advantage, entropy, *masks, config.bonus_coef,
-                                       config.bonus_cap))
+        shaped.append(
+            shape_advantages(advantage, entropy, *masks, config.bonus_coef, config.bonus_cap)
+        )
     return torch.cat(shaped, 1)
 
 
 def update(policy, optimizer, rollout, advantage, config):
     """Make one update from advantages (B, C + L). Returns scalars for the log. Raises UserError,
     before the update, if log-probs are not those of sampling or the gradient is not finite."""
-    policy.model.train()                                                     # for checkpointing
+    policy.model.train()  # for checkpointing
     optimizer.zero_grad()
     sums, gap = [], []
     for rows in torch.arange(len(advantage)).split(config.micro_batch):
         part = Rollout(*(x[rows] for x in rollout))
         logp = score_rollout(policy, part, config.guidance)
         logp_ref = score_reference(policy, part, config.guidance) if config.beta else None
-        loss, stats = policy_loss(logp, logp.detach(), logp_ref, advantage[rows], part.valid,
-                                  config.beta, denominator=rollout.valid.sum())
+        loss, stats = policy_loss(
+            logp,
+            logp.detach(),
+            logp_ref,
+            advantage[rows],
+            part.valid,
+            config.beta,
+            denominator=rollout.valid.sum(),
+        )
         loss.backward()
         sums.append((loss.detach(), stats["kl"]))
         gap.append((logp.detach() - part.logp).abs())
@@ -198,48 +241,62 @@ def update(policy, optimizer, rollout, advantage, config):
     gap, valid, c = torch.cat(gap), rollout.valid, rollout.plan.shape[1]
     gaps = [gap[:, :c][valid[:, :c]].mean().item(), gap[:, c:].mean().item()]
     bound = config.max_gap or (0.1 if gap.is_cuda else 1e-3)
-    check(all(x <= bound for x in gaps), f"mean |logp difference| of sampler and learner, plan and "
-          f"image, {gaps}, above {bound:g}: not one policy; no update was made")
+    check(
+        all(x <= bound for x in gaps),
+        f"mean |logp difference| of sampler and learner, plan and "
+        f"image, {gaps}, above {bound:g}: not one policy; no update was made",
+    )
     norm = torch.nn.utils.clip_grad_norm_(trained_weights(policy.model).values(), 1.0)
     check(norm.isfinite(), "the gradient is not finite: lower --lr; no update was made")
     optimizer.step()
-    return dict(loss=loss, kl=kl, grad_norm=norm.item(), logp_gap_plan=gaps[0],
-                logp_gap_image=gaps[1])
+    return dict(
+        loss=loss, kl=kl, grad_norm=norm.item(), logp_gap_plan=gaps[0], logp_gap_image=gaps[1]
+    )
 
 
 def train_step(policy, optimizer, reward, prompts, config, step):
     """Sample, score, shape and update once. Returns scalars for the log and images (B, 3, h, w)."""
     started, number = time.time(), policy.model.config.vision_config.num_image_tokens
-    repeated = [prompt for prompt in prompts for _ in range(config.group)]                     # B
-    uniform = torch.rand(len(repeated), config.plan_tokens + number,
-                         generator=generator(config.seed, "noise", step)).to(config.device)
+    repeated = [prompt for prompt in prompts for _ in range(config.group)]  # B
+    uniform = torch.rand(
+        len(repeated), config.plan_tokens + number, generator=generator(config.seed, "noise", step)
+    ).to(config.device)
     rollout, images = make_rollout(policy, repeated, config, uniform)
     sampled = time.time()
     rewards = call_reward(reward, images, repeated).view(len(prompts), config.group)
     advantage = shape_rollout(rollout, group_advantages(rewards).flatten(), config)
-    for group in optimizer.param_groups:                                           # warm-up
+    for group in optimizer.param_groups:  # warm-up
         group["lr"] = config.learning_rate * min(1, (step + 1) / 10)
     stats, c = update(policy, optimizer, rollout, advantage, config), config.plan_tokens
     valid = rollout.valid[:, :c]
     ended = (rollout.plan == policy.tokenizer.eos_token_id).any(1)
     first = rollout.plan[0][valid[0]]
     return dict(
-        reward=rewards.mean().item(), reward_std=rewards.std(1).mean().item(),
-        frac_reward_zero_std=(rewards.amax(1) == rewards.amin(1)).float().mean().item(), **stats,
+        reward=rewards.mean().item(),
+        reward_std=rewards.std(1).mean().item(),
+        frac_reward_zero_std=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
+        **stats,
         entropy_plan=rollout.entropy[:, :c][valid].mean().item(),
         entropy_image=rollout.entropy[:, c:].mean().item(),
         plan_length=valid.sum(1).float().mean().item(),
         frac_truncated_plans=1 - ended.float().mean().item(),
-        seconds_sampling=sampled - started, seconds=time.time() - started,
-        prompt=prompts[0], plan=policy.tokenizer.decode(first, skip_special_tokens=True)), images
+        seconds_sampling=sampled - started,
+        seconds=time.time() - started,
+        prompt=prompts[0],
+        plan=policy.tokenizer.decode(first, skip_special_tokens=True),
+    ), images
 
 
 def main(argv=None):
     config = parse_flags(argv, __doc__)
     prompts, reward = read_prompts(config), load_reward(config)
     policy = load_policy(config)
-    optimizer = torch.optim.AdamW(trained_weights(policy.model).values(), lr=config.learning_rate,
-                                  betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        trained_weights(policy.model).values(),
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+    )
     first, folder = restore(policy, optimizer, config), Path(config.out)
     start_log(config, first)
     with tqdm(total=config.steps, initial=first, desc="eg-grpo") as bar:

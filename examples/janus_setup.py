@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-LORA_TARGETS = r".*\blanguage_model\..*\.(q|k|v|o|gate|up|down)_proj"       # not the vision tower
+LORA_TARGETS = r".*\blanguage_model\..*\.(q|k|v|o|gate|up|down)_proj"  # not the vision tower
 
 
 class UserError(Exception):
@@ -54,6 +54,7 @@ def run(main):
 
 
 # --- flags ----------------------------------------------------------------------------------------
+
 
 def flag(default, text):
     return dataclasses.field(default=default, metadata={"help": text})
@@ -99,25 +100,53 @@ class Parser(argparse.ArgumentParser):
 
 def parse_flags(argv, description):
     """Return the Config of a command line. Raises UserError."""
-    parser = Parser(description=description, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     for field in dataclasses.fields(Config):
-        how = dict(action="store_true") if field.type is bool else dict(
-            type=field.type, default=field.default, required=field.default == "",
-            metavar=field.type.__name__.upper())
+        how = (
+            dict(action="store_true")
+            if field.type is bool
+            else dict(
+                type=field.type,
+                default=field.default,
+                required=field.default == "",
+                metavar=field.type.__name__.upper(),
+            )
+        )
         shown = "required" if field.default == "" else f"default {field.default}"
-        parser.add_argument("--" + field.name.replace("_", "-"),
-                            help=f"{field.metadata['help']} ({shown})", **how)
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"), help=f"{field.metadata['help']} ({shown})", **how
+        )
     config = Config(**vars(parser.parse_args(argv)))
-    for name, least in (("group", 2), ("steps", 1), ("prompts_per_step", 1), ("micro_batch", 1),
-                        ("plan_tokens", 1), ("lora_rank", 1), ("save_every", 1), ("lr", 0),
-                        ("beta", 0), ("low_frac", 0), ("high_frac", 0), ("guidance", 0),
-                        ("bonus_coef", 0), ("bonus_cap", 0), ("max_gap", 0)):
-        check(getattr(config, name) >= least,
-              f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
+    for name, least in (
+        ("group", 2),
+        ("steps", 1),
+        ("prompts_per_step", 1),
+        ("micro_batch", 1),
+        ("plan_tokens", 1),
+        ("lora_rank", 1),
+        ("save_every", 1),
+        ("lr", 0),
+        ("beta", 0),
+        ("low_frac", 0),
+        ("high_frac", 0),
+        ("guidance", 0),
+        ("bonus_coef", 0),
+        ("bonus_cap", 0),
+        ("max_gap", 0),
+    ):
+        check(
+            getattr(config, name) >= least,
+            f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}",
+        )
     check(config.low_frac + config.high_frac <= 1, "--low-frac + --high-frac must be at most 1")
-    check(config.device == "cpu" or config.device.startswith("cuda") and torch.cuda.is_available(),
-          f"--device {config.device}: neither cpu nor a CUDA device of this machine")
+    check(
+        config.device == "cpu" or config.device.startswith("cuda") and torch.cuda.is_available(),
+        f"--device {config.device}: neither cpu nor a CUDA device of this machine",
+    )
     return config
 
 
@@ -129,8 +158,15 @@ def read_prompts(config):
 
     def of_step(step):
         numbers = range(step * config.prompts_per_step, (step + 1) * config.prompts_per_step)
-        return [prompts[torch.randperm(len(prompts), generator=generator(
-            config.seed, "order", n // len(prompts)))[n % len(prompts)]] for n in numbers]
+        return [
+            prompts[
+                torch.randperm(
+                    len(prompts), generator=generator(config.seed, "order", n // len(prompts))
+                )[n % len(prompts)]
+            ]
+            for n in numbers
+        ]
+
     return of_step
 
 
@@ -142,11 +178,12 @@ def generator(*key):
 
 # --- model and reward -----------------------------------------------------------------------------
 
+
 class Policy(NamedTuple):
     model: transformers.JanusForConditionalGeneration
     tokenizer: transformers.PreTrainedTokenizerBase
-    boi: int                              # id of <begin_of_image>
-    reference: object = None              # frozen copy; None: the model with its adapter off
+    boi: int  # id of <begin_of_image>
+    reference: object = None  # frozen copy; None: the model with its adapter off
 
 
 def load_pretrained(flag, path, cls, model_type, dtype):
@@ -168,38 +205,56 @@ def load_policy(config):
     """Load Janus: weights in float32 on a CPU or with --full, else bfloat16 with a float32 adapter
     on the language model. Checkpointing is on for training passes."""
     bf16 = config.device != "cpu" and not config.full
-    model, tokenizer = load_pretrained("--model", config.model,
-                                       transformers.JanusForConditionalGeneration, "janus",
-                                       torch.bfloat16 if bf16 else torch.float32)
+    model, tokenizer = load_pretrained(
+        "--model",
+        config.model,
+        transformers.JanusForConditionalGeneration,
+        "janus",
+        torch.bfloat16 if bf16 else torch.float32,
+    )
     boi = tokenizer.convert_tokens_to_ids("<begin_of_image>")
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, boi)
-    check(None not in ids and boi != tokenizer.unk_token_id,
-          f"--model {config.model}: its tokenizer lacks BOS, EOS, pad or <begin_of_image>")
-    text = "Describe this"             # some releases of transformers lose this tokenizer's spaces
-    check(tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text,
-          f"--model {config.model}: its tokenizer does not restore {text!r}; install the pinned "
-          "transformers")
+    check(
+        None not in ids and boi != tokenizer.unk_token_id,
+        f"--model {config.model}: its tokenizer lacks BOS, EOS, pad or <begin_of_image>",
+    )
+    text = "Describe this"  # some releases of transformers lose this tokenizer's spaces
+    check(
+        tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text,
+        f"--model {config.model}: its tokenizer does not restore {text!r}; install the pinned "
+        "transformers",
+    )
     model.model.vqmodel.float()
     model.to(config.device)
-    reference = copy.deepcopy(model).to(torch.bfloat16 if config.device != "cpu" else torch.float32
-                                        ) if config.full and config.beta else None
+    reference = (
+        copy.deepcopy(model).to(torch.bfloat16 if config.device != "cpu" else torch.float32)
+        if config.full and config.beta
+        else None
+    )
     if config.full:
         inner = model.model
-        for part in (inner.language_model, model.lm_head, inner.generation_head,
-                     inner.generation_embeddings, inner.generation_aligner):
+        for part in (
+            inner.language_model,
+            model.lm_head,
+            inner.generation_head,
+            inner.generation_embeddings,
+            inner.generation_aligner,
+        ):
             part.requires_grad_(True)
     else:
         add_adapter(model, config)
-    model.model.language_model.activation_checkpointing_enable(
-        {"use_reentrant": False})
+    model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
     return Policy(model, tokenizer, boi, reference)
 
 
 def add_adapter(model, config):
     """Add LoRA weights in float32 to the language model; all others are frozen."""
     torch.manual_seed(config.seed)
-    model.add_adapter(peft.LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank,
-                                      target_modules=LORA_TARGETS))
+    model.add_adapter(
+        peft.LoraConfig(
+            r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=LORA_TARGETS
+        )
+    )
     for weight in trained_weights(model).values():
         weight.data = weight.data.float()
 
@@ -219,19 +274,28 @@ def load_reward(config):
             raise UserError(f"--reward {config.reward}: {error}") from None
         check(callable(function), f"--reward {config.reward}: no function {name!r} in {path}")
         return function
-    model, tokenizer = load_pretrained("--reward", config.reward, transformers.CLIPModel, "clip",
-                                       torch.float32)
+    model, tokenizer = load_pretrained(
+        "--reward", config.reward, transformers.CLIPModel, "clip", torch.float32
+    )
     model.to(config.device)
     size, words = model.config.vision_config.image_size, model.config.text_config
-    mean, std = (torch.tensor(x, device=config.device).view(1, 3, 1, 1)
-                 for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    mean, std = (
+        torch.tensor(x, device=config.device).view(1, 3, 1, 1)
+        for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    )
 
     def clip_similarity(images, prompts):
         pixels = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        tokens = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt",
-                           max_length=words.max_position_embeddings).to(config.device)
+        tokens = tokenizer(
+            prompts,
+            padding=True,
+            truncation=True,
+            return_tensors="pt",
+            max_length=words.max_position_embeddings,
+        ).to(config.device)
         out = model(pixel_values=(pixels - mean) / std, **tokens)
         return F.cosine_similarity(out.image_embeds, out.text_embeds)
+
     return clip_similarity
 
 
@@ -239,13 +303,17 @@ def load_reward(config):
 def call_reward(reward, images, prompts):
     """Return rewards (B,), float32. Raises UserError if the shape is wrong or one is not finite."""
     rewards = torch.as_tensor(reward(images, prompts), dtype=torch.float32, device=images.device)
-    check(rewards.shape == (len(prompts),), f"the reward returned shape {tuple(rewards.shape)}, "
-          f"not {(len(prompts),)}: one number per image")
+    check(
+        rewards.shape == (len(prompts),),
+        f"the reward returned shape {tuple(rewards.shape)}, "
+        f"not {(len(prompts),)}: one number per image",
+    )
     check(rewards.isfinite().all(), "the reward returned NaN or infinity")
     return rewards
 
 
 # --- files ----------------------------------------------------------------------------------------
+
 
 def settings(config):
     """Return the fields that decide results."""
@@ -255,8 +323,15 @@ def settings(config):
 def save_checkpoint(policy, optimizer, config, step):
     """Write the trained weights and the optimizer to a temporary name, then rename it."""
     path = Path(config.out) / "policy.pt"
-    torch.save(dict(step=step, settings=settings(config), weights=trained_weights(policy.model),
-                    optimizer=optimizer.state_dict()), f"{path}.tmp")
+    torch.save(
+        dict(
+            step=step,
+            settings=settings(config),
+            weights=trained_weights(policy.model),
+            optimizer=optimizer.state_dict(),
+        ),
+        f"{path}.tmp",
+    )
     os.replace(f"{path}.tmp", path)
 
 
@@ -271,8 +346,10 @@ def restore(policy, optimizer, config):
         changed = [k for k, v in settings(config).items() if saved["settings"][k] != v]
     except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError):
         raise UserError(f"{path} is not a checkpoint of this command: remove it") from None
-    check(not changed, f"{path} was made with another --{', --'.join(changed)}: "
-          "choose another --out or remove it")
+    check(
+        not changed,
+        f"{path} was made with another --{', --'.join(changed)}: choose another --out or remove it",
+    )
     for name, weight in trained_weights(policy.model).items():
         weight.data.copy_(saved["weights"][name])
     optimizer.load_state_dict(saved["optimizer"])
@@ -283,10 +360,17 @@ def start_log(config, first):
     """Begin log.jsonl with config, versions, device and seed, or drop steps that run again."""
     path, device = Path(config.out) / "log.jsonl", config.device
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = dict(config=dataclasses.asdict(config), seed=config.seed, versions=dict(
-        python=platform.python_version(), torch=torch.__version__, peft=peft.__version__,
-        transformers=transformers.__version__),
-        device=device if device == "cpu" else torch.cuda.get_device_name())
+    header = dict(
+        config=dataclasses.asdict(config),
+        seed=config.seed,
+        versions=dict(
+            python=platform.python_version(),
+            torch=torch.__version__,
+            peft=peft.__version__,
+            transformers=transformers.__version__,
+        ),
+        device=device if device == "cpu" else torch.cuda.get_device_name(),
+    )
     lines = [json.dumps(header)]
     if first and path.exists():
         lines = [line for line in path.read_text().splitlines() if step_of(line) < first]
@@ -296,7 +380,7 @@ def start_log(config, first):
 def step_of(line):
     try:
         return json.loads(line).get("step", -1)
-    except json.JSONDecodeError:                        # torn by a kill: its step runs again
+    except json.JSONDecodeError:  # torn by a kill: its step runs again
         return sys.maxsize
 
 

@@ -20,16 +20,24 @@ import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                       # for eggrpo
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for eggrpo
 import torch
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from eggrpo import entropy_masks, shape_advantages
 
-LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")             # those that take advantages (B, T)
-OFF = dict(top_k=(0, -1), top_p=(1,), min_p=(0,), repetition_penalty=(1,), typical_p=(1,),
-           epsilon_cutoff=(0,), eta_cutoff=(0,), no_repeat_ngram_size=(0,))
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")  # those that take advantages (B, T)
+OFF = dict(
+    top_k=(0, -1),
+    top_p=(1,),
+    min_p=(0,),
+    repetition_penalty=(1,),
+    typical_p=(1,),
+    epsilon_cutoff=(0,),
+    eta_cutoff=(0,),
+    no_repeat_ngram_size=(0,),
+)
 SET_BY_TRL = ("top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -43,12 +51,18 @@ class EGGRPOTrainer(GRPOTrainer):
     def __init__(self, *args, low_frac=0.2, high_frac=0.5, bonus_coef=0.3, bonus_cap=0.3, **kwargs):
         super().__init__(*args, **kwargs)
         self.fractions, self.bonus = (low_frac, high_frac), (bonus_coef, bonus_cap)
-        sampler = {name: getattr(self.args if name in SET_BY_TRL else
-                                 self.model.generation_config, name, None) for name in OFF}
+        sampler = {
+            name: getattr(
+                self.args if name in SET_BY_TRL else self.model.generation_config, name, None
+            )
+            for name in OFF
+        }
         for name, value in (sampler | (self.args.generation_kwargs or {})).items():
             if value is not None and value not in OFF.get(name, ()):
-                raise ValueError(f"{name}={value}: EG-GRPO needs the full distribution, "
-                                 "without truncation, penalties or other generation_kwargs")
+                raise ValueError(
+                    f"{name}={value}: EG-GRPO needs the full distribution, "
+                    "without truncation, penalties or other generation_kwargs"
+                )
         if self.args.loss_type not in LOSSES or self.args.off_policy_mask_threshold is not None:
             raise ValueError(f"loss_type must be one of {LOSSES}, without off-policy masking")
 
@@ -57,18 +71,22 @@ class EGGRPOTrainer(GRPOTrainer):
         if "pixel_values" in batch:
             raise ValueError("EGGRPOTrainer is for text models: see examples/janus.py for images")
         completion, attention = batch["completion_ids"], batch["completion_mask"]
-        valid = (attention * batch.get("tool_mask", 1)).bool()                         # (B, T)
+        valid = (attention * batch.get("tool_mask", 1)).bool()  # (B, T)
         tokens = torch.cat([batch["prompt_ids"], completion], 1)
         mask = torch.cat([batch["prompt_mask"], attention], 1)
         checkpointing = self.args.gradient_checkpointing_kwargs
         with torch.no_grad(), disable_gradient_checkpointing(self.model, checkpointing):
             _, nats, _ = self._get_per_token_logps_and_entropies(
-                self.model, tokens, mask, completion.shape[1],
-                self.args.per_device_train_batch_size, compute_entropy=True)
+                self.model,
+                tokens,
+                mask,
+                completion.shape[1],
+                self.args.per_device_train_batch_size,
+                compute_entropy=True,
+            )
         entropy = nats.float() / math.log(self.model.config.get_text_config().vocab_size)
         low, high = entropy_masks(entropy, valid, *self.fractions)
         batch["advantages"] = shape_advantages(batch["advantages"], entropy, low, high, *self.bonus)
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["eg/low_fraction"].append((
-            low.sum() / valid.sum().clamp(min=1)).item())
+        self._metrics[mode]["eg/low_fraction"].append((low.sum() / valid.sum().clamp(min=1)).item())
         return batch

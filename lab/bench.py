@@ -21,7 +21,8 @@ import eggrpo
 import rewards
 from model import Policy, generate
 from rollout import make_rollout
-from scenes import WORDS, World, encode_words, make_scene
+from scenes import World, make_scene
+from words import WORDS, encode_words
 from tiny_vq.vqvae import VQVAE
 
 S, C, L, CODES, B = 13, 15, 64, 512, 64

@@ -34,7 +34,8 @@ import evaluate
 import rewards
 from model import load_base, load_policy
 from rollout import draw_uniform, entropy_moments, load_env, sample_images, sample_scenes
-from scenes import decode_words, encode_scenes, make_scene
+from scenes import encode_scenes, make_scene
+from words import decode_words
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,7 +13,8 @@ import torch
 from lab.kills import ROOT, STAGES, finish, prepare
 from model import Policy
 from rollout import Env
-from scenes import WORDS, WORLDS
+from scenes import WORLDS
+from words import WORDS
 from tiny_vq.vqvae import VQVAE
 
 

@@ -30,7 +30,8 @@ import rollout
 import tiny_vq.train
 from common import network_dtype
 from fake_cuda import CUDA, Caught, fake_cuda, leaves, to_cuda
-from scenes import PAD, WORDS, WORLDS, make_scene
+from scenes import WORLDS, make_scene
+from words import PAD, WORDS
 from tiny_vq.vqvae import VQVAE
 
 

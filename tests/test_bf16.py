@@ -15,7 +15,8 @@ from common import TrainingDiverged
 from model import Block, Policy, forward_logits, generate, token_logp
 from pretrain import corpus_chunk
 from rollout import LOGP_DIFF_BOUNDS, check_stats
-from scenes import WORDS, WORLDS
+from scenes import WORLDS
+from words import WORDS
 
 WORLD = WORLDS["cpu"]
 BOUNDS = LOGP_DIFF_BOUNDS[torch.bfloat16]

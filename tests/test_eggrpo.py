@@ -5,7 +5,6 @@ import doctest
 import math
 import warnings
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ from eggrpo import (
     token_entropy,
     update,
 )
-from model import Block, Decoder, Policy, forward_logits, token_logp
+from model import Block, Decoder, forward_logits, token_logp
 from rollout import (
     LOGP_DIFF_BOUNDS,
     Env,
@@ -501,7 +500,9 @@ def test_planted_mismatches_exceed_the_bounds_ten_times_and_sound_rollouts_are_f
     def differences():
         batch = make_batch(make_rollout(policy, env, scenes, config, 0), config)
         _, stats = micro_batch_loss(policy, policy, batch, torch.tensor(1.0), config)
-        return {name: stats[name] / bound for name, bound in LOGP_DIFF_BOUNDS[torch.float32].items()}
+        return {
+            name: stats[name] / bound for name, bound in LOGP_DIFF_BOUNDS[torch.float32].items()
+        }
 
     assert max(differences().values()) < 0.2
     plant(monkeypatch)

@@ -18,10 +18,18 @@ pytest.importorskip("peft")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 
-import janus                                                                       # noqa: E402
-import tiny_janus                                                                  # noqa: E402
-from janus_setup import (Config, UserError, add_adapter, call_reward, load_policy, # noqa: E402
-                         load_reward, run, trained_weights)
+import janus  # noqa: E402
+import tiny_janus  # noqa: E402
+from janus_setup import (
+    Config,
+    UserError,
+    add_adapter,
+    call_reward,
+    load_policy,  # noqa: E402
+    load_reward,
+    run,
+    trained_weights,
+)
 
 PROMPTS = ["a red ball", "a small blue dog on a green box", "cat"]
 C, L = 6, 9
@@ -47,13 +55,19 @@ def files(tmp_path_factory):
     (folder / "redness.py").write_text(
         "def redness(images, prompts):\n    return images[:, 0].mean((1, 2))\n\n"
         "def wrong(images, prompts):\n    return images[:, 0].mean()\n\n"
-        "def nan(images, prompts):\n    return images[:, 0].mean((1, 2)) * float('nan')\n")
+        "def nan(images, prompts):\n    return images[:, 0].mean((1, 2)) * float('nan')\n"
+    )
     return folder
 
 
 def make_config(files, **changes):
-    values = dict(model=str(files / "janus"), reward=f"{files}/redness.py:redness",
-                  prompts=str(files / "prompts.txt"), plan_tokens=C, device="cpu")
+    values = dict(
+        model=str(files / "janus"),
+        reward=f"{files}/redness.py:redness",
+        prompts=str(files / "prompts.txt"),
+        plan_tokens=C,
+        device="cpu",
+    )
     return Config(**values | changes)
 
 
@@ -82,6 +96,7 @@ def move_adapter(policy):
 
 # --- sampling and scoring -------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 @pytest.mark.parametrize("full", [True, False])
 def test_sampled_equals_rescored(files, guidance, full):
@@ -95,8 +110,10 @@ def test_sampled_equals_rescored(files, guidance, full):
     policy.model.train()
     plan = janus.score(policy, rollout.plan_request, rollout.plan, False)
     codes = janus.score(policy, rollout.image_request, rollout.codes, True, guidance)
-    for sampled, pair in ((rollout.logp, (plan[0], codes[0])),
-                          (rollout.entropy, (plan[1], codes[1]))):
+    for sampled, pair in (
+        (rollout.logp, (plan[0], codes[0])),
+        (rollout.entropy, (plan[1], codes[1])),
+    ):
         gap = (sampled - torch.cat(pair, 1))[rollout.valid]
         assert gap.abs().max() < 1e-5
     assert rollout.entropy.std() > 0.03
@@ -116,8 +133,10 @@ def test_samples_follow_the_probabilities(files):
 
 def padded(policy, requests):
     """What generate takes: pad ids on the left, and the mask."""
-    return dict(inputs=requests.where(requests >= 0, torch.tensor(policy.tokenizer.pad_token_id)),
-                attention_mask=(requests >= 0).long())
+    return dict(
+        inputs=requests.where(requests >= 0, torch.tensor(policy.tokenizer.pad_token_id)),
+        attention_mask=(requests >= 0).long(),
+    )
 
 
 def test_greedy_images_are_those_of_generate(files):
@@ -126,20 +145,25 @@ def test_greedy_images_are_those_of_generate(files):
     rollout, _, _ = make_batch(policy, config)
     ours = janus.sample(policy, rollout.image_request, L, True, 5.0)[0]
     policy.model.generation_config.generation_kwargs = {"boi_token_id": policy.boi}
-    theirs = policy.model.generate(**padded(policy, rollout.image_request), do_sample=False,
-                                   generation_mode="image", guidance_scale=5)
+    theirs = policy.model.generate(
+        **padded(policy, rollout.image_request),
+        do_sample=False,
+        generation_mode="image",
+        guidance_scale=5,
+    )
     assert torch.equal(ours, theirs)
     plain = janus.sample(policy, rollout.image_request, L, True, 1.0)[0]
-    assert not torch.equal(ours, plain) and len(ours.unique()) > 5         # guidance does something
+    assert not torch.equal(ours, plain) and len(ours.unique()) > 5  # guidance does something
 
 
 def test_greedy_plans_are_those_of_generate(files):
     policy, config = make_policy(files)
     request = make_batch(policy, config)[0].plan_request
     ours, _, _, valid = janus.sample(policy, request, 20, False)
-    theirs = policy.model.generate(**padded(policy, request), do_sample=False, max_new_tokens=20,
-                                   generation_mode="text")
-    theirs = theirs[:, request.shape[1]:]                          # shorter if all plans ended
+    theirs = policy.model.generate(
+        **padded(policy, request), do_sample=False, max_new_tokens=20, generation_mode="text"
+    )
+    theirs = theirs[:, request.shape[1] :]  # shorter if all plans ended
     theirs = torch.nn.functional.pad(theirs, (0, 20 - theirs.shape[1]))
     assert torch.equal(ours[valid], theirs[valid]) and valid.sum(1).min() > 2
     assert len(ours.unique()) > 5
@@ -158,20 +182,22 @@ def test_a_plan_ends_with_its_end_token(files):
         words = [token for token in plan[:n] if token != end]
         request = rollout.image_request[row].tolist()
         answer = policy.tokenizer("\n\n<|Assistant|>:", add_special_tokens=False).input_ids
-        assert request[-len(words + answer) - 1:] == words + answer + [policy.boi]
+        assert request[-len(words + answer) - 1 :] == words + answer + [policy.boi]
         lengths.add(n)
     assert len(lengths) > 2
 
 
 # --- the update -----------------------------------------------------------------------------------
 
+
 def gradients(policy, config, batch, advantage):
     """The gradients of an update, before clipping, whose optimizer does nothing."""
     optimizer = torch.optim.SGD(trained_weights(policy.model).values(), lr=0.0)
     stats = janus.update(policy, optimizer, batch, advantage, config)
-    scale = max(stats["grad_norm"], 1.0)                              # undo clipping to norm 1
-    return {k: v.grad * scale for k, v in trained_weights(policy.model).items()
-            if v.grad is not None}, stats
+    scale = max(stats["grad_norm"], 1.0)  # undo clipping to norm 1
+    return {
+        k: v.grad * scale for k, v in trained_weights(policy.model).items() if v.grad is not None
+    }, stats
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -183,8 +209,10 @@ def test_micro_batches_do_not_change_the_update(files, full):
         move_adapter(policy)
     batch, _, advantage = make_batch(policy, config, PROMPTS * 4)
     assert not batch.valid.all()
-    results = [gradients(policy, make_config(files, full=full, beta=0.5, micro_batch=n), batch,
-                         advantage) for n in (12, 6, 5, 1)]
+    results = [
+        gradients(policy, make_config(files, full=full, beta=0.5, micro_batch=n), batch, advantage)
+        for n in (12, 6, 5, 1)
+    ]
     assert policy.model.model.language_model.is_activation_checkpointing
     policy.model.model.language_model.activation_checkpointing_disable()
     results.append(gradients(policy, config, batch, advantage))
@@ -200,13 +228,21 @@ def test_all_weights_that_sample_get_gradient(files):
     decoder."""
     policy, config = make_policy(files, full=True)
     grads, _ = gradients(policy, config, *make_batch(policy, config)[::2])
-    for part in ("lm_head", "model.generation_head.vision_head", "model.generation_embeddings",
-                 "model.generation_aligner.fc1", "model.language_model.embed_tokens",
-                 "model.language_model.layers.0.self_attn.q_proj",
-                 "model.language_model.layers.1.mlp.down_proj"):
+    for part in (
+        "lm_head",
+        "model.generation_head.vision_head",
+        "model.generation_embeddings",
+        "model.generation_aligner.fc1",
+        "model.language_model.embed_tokens",
+        "model.language_model.layers.0.self_attn.q_proj",
+        "model.language_model.layers.1.mlp.down_proj",
+    ):
         assert grads[part + ".weight"].abs().max() > 1e-6, part
-    assert not [name for name in trained_weights(policy.model)
-                if "vision_model" in name or "vqmodel" in name or name.startswith("model.aligner")]
+    assert not [
+        name
+        for name in trained_weights(policy.model)
+        if "vision_model" in name or "vqmodel" in name or name.startswith("model.aligner")
+    ]
 
 
 def test_low_tokens_get_no_reward_gradient(files):
@@ -229,8 +265,10 @@ def test_the_kl_term_is_weighted_by_beta(files):
     policy, _ = make_policy(files)
     move_adapter(policy)
     batch, _, advantage = make_batch(policy, make_config(files))
-    zero, one, two = (gradients(policy, make_config(files, beta=beta), batch, 0 * advantage)
-                      for beta in (0.0, 0.01, 0.02))
+    zero, one, two = (
+        gradients(policy, make_config(files, beta=beta), batch, 0 * advantage)
+        for beta in (0.0, 0.01, 0.02)
+    )
     assert all((grad == 0).all() for grad in zero[0].values())
     assert max(grad.abs().max() for grad in one[0].values()) > 1e-4
     for name, grad in one[0].items():
@@ -246,6 +284,7 @@ def test_a_step_shapes_advantages_of_its_groups(files, monkeypatch):
     def update(policy, optimizer, rollout, advantage, config):
         given.append((rollout, advantage, optimizer.param_groups[0]["lr"]))
         return {}
+
     monkeypatch.setattr(janus, "update", update)
     rewards = torch.tensor([[1.0, 2.0, 3.0], [10.0, 10.0, 10.0]])
     reward = lambda images, prompts: rewards.flatten()
@@ -289,13 +328,21 @@ def test_a_gradient_that_is_not_finite_is_refused(files):
 
 # --- adapter and reference ------------------------------------------------------------------------
 
+
 def test_lora_touches_the_language_model_only(files):
     """The vision tower has modules of the same names. Adapter weights are float32."""
     policy, _ = make_policy(files)
     names = list(trained_weights(policy.model))
     assert names and all(".language_model." in name and ".lora_" in name for name in names)
     assert {re.search(r"(\w+)_proj", name)[1] for name in names} == {
-        "q", "k", "v", "o", "gate", "up", "down"}
+        "q",
+        "k",
+        "v",
+        "o",
+        "gate",
+        "up",
+        "down",
+    }
     assert any("q_proj" in name for name, _ in policy.model.model.vision_model.named_modules())
     assert {p.dtype for p in trained_weights(policy.model).values()} == {torch.float32}
     model = copy.deepcopy(tiny_janus.make_janus()[0]).to(torch.bfloat16).requires_grad_(False)
@@ -315,7 +362,7 @@ def test_the_reference_is_the_model_with_its_adapter_off(files):
     assert torch.equal(off, fresh) and not off.requires_grad
     assert (off - janus.score_reference(base, batch, 5.0)).abs().max() < 1e-6
     assert (moved - off).abs().max() > 0.1
-    with torch.no_grad():                                           # and it is on again
+    with torch.no_grad():  # and it is on again
         assert torch.equal(janus.score_rollout(policy, batch, 5.0), moved)
     assert all(p.requires_grad for n, p in policy.model.named_parameters() if ".lora_" in n)
 
@@ -333,6 +380,7 @@ def test_the_reference_of_full_training_stays(files):
 
 # --- rewards --------------------------------------------------------------------------------------
 
+
 def test_clip_reward_is_clips_own_similarity(files):
     """Against logits_per_image of the model, on images of CLIP's own size."""
     config = make_config(files, reward=str(files / "clip"))
@@ -341,8 +389,9 @@ def test_clip_reward_is_clips_own_similarity(files):
     model, tokenizer = tiny_janus.make_clip()
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-    out = model.eval()(pixel_values=(images - mean) / std,
-                       **tokenizer(PROMPTS, padding=True, return_tensors="pt"))
+    out = model.eval()(
+        pixel_values=(images - mean) / std, **tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    )
     theirs = out.logits_per_image.diagonal() / model.logit_scale.exp()
     assert (ours - theirs).abs().max() < 1e-5 and ours.std() > 1e-3
 
@@ -353,37 +402,59 @@ def test_redness_rises(files, full):
     policy, config = make_policy(files, full=full, lr=5e-3, group=8)
     optimizer = torch.optim.AdamW(trained_weights(policy.model).values(), weight_decay=0.0)
     reward = load_reward(config)
-    history = [janus.train_step(policy, optimizer, reward, PROMPTS[:2], config, step)[0]["reward"]
-               for step in range(25)]
+    history = [
+        janus.train_step(policy, optimizer, reward, PROMPTS[:2], config, step)[0]["reward"]
+        for step in range(25)
+    ]
     assert sum(history[-5:]) / 5 > sum(history[:5]) / 5 + 0.3, history
 
 
 # --- the command ----------------------------------------------------------------------------------
 
+
 def flags(files, out, **changes):
-    values = dict(model=files / "janus", reward=files / "clip", prompts=files / "prompts.txt",
-                  out=out, steps=4, prompts_per_step=2, group=3, micro_batch=4, plan_tokens=C,
-                  save_every=2, device="cpu")
-    return [str(x) for name, value in (values | changes).items()
-            for x in (f"--{name.replace('_', '-')}", value)]
+    values = dict(
+        model=files / "janus",
+        reward=files / "clip",
+        prompts=files / "prompts.txt",
+        out=out,
+        steps=4,
+        prompts_per_step=2,
+        group=3,
+        micro_batch=4,
+        plan_tokens=C,
+        save_every=2,
+        device="cpu",
+    )
+    return [
+        str(x)
+        for name, value in (values | changes).items()
+        for x in (f"--{name.replace('_', '-')}", value)
+    ]
 
 
 def test_the_whole_command(files, tmp_path):
     """From saved files, in another working directory, as a process of its own."""
     out = tmp_path / "out"
-    done = subprocess.run([sys.executable, ROOT / "examples/janus.py", *flags(files, out)],
-                          cwd=tmp_path, capture_output=True, text=True, timeout=300,
-                          env=os.environ | dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"))
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples/janus.py", *flags(files, out)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"),
+    )
     assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr and "eg-grpo" in done.stderr          # the progress bar
+    assert "Traceback" not in done.stderr and "eg-grpo" in done.stderr  # the progress bar
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert set(records[0]) == {"config", "versions", "device", "seed"}
     assert [record["step"] for record in records[1:]] == [0, 1, 2, 3]
     last = records[-1]
     assert last["logp_gap_image"] < 1e-5 and 0 < last["entropy_image"] < 1 and last["kl"] > 0
     from PIL import Image
+
     image = Image.open(out / "images-00004.png")
-    assert image.size == (3 * 6, 2 * 6)                        # G columns, P rows of 6 x 6 pixels
+    assert image.size == (3 * 6, 2 * 6)  # G columns, P rows of 6 x 6 pixels
     model = transformers.JanusForConditionalGeneration.from_pretrained(files / "janus")
     model.load_adapter(str(out / "final"))
     saved = torch.load(out / "policy.pt", weights_only=True)
@@ -412,6 +483,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(files, tmp_path, monkeypatch):
         if step == 3:
             raise KeyboardInterrupt
         return inner(policy, optimizer, reward, prompts, config, step)
+
     monkeypatch.setattr(janus, "train_step", interrupted)
     with pytest.raises(SystemExit) as stop:
         run(lambda: command(tmp_path / "cut"))
@@ -420,11 +492,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(files, tmp_path, monkeypatch):
     with open(tmp_path / "cut/log.jsonl", "a") as file:
         file.write('{"step": 3, "rew')
     command(tmp_path / "cut")
-    one, two = (torch.load(tmp_path / name / "policy.pt", weights_only=True)
-                for name in ("whole", "cut"))
+    one, two = (
+        torch.load(tmp_path / name / "policy.pt", weights_only=True) for name in ("whole", "cut")
+    )
     assert all(torch.equal(v, two["weights"][k]) for k, v in one["weights"].items())
-    untimed = lambda name: [{k: v for k, v in json.loads(line).items() if "seconds" not in k}
-                            for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+    untimed = lambda name: [
+        {k: v for k, v in json.loads(line).items() if "seconds" not in k}
+        for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
+    ]
     assert untimed("whole")[1:] == untimed("cut")[1:] and len(untimed("cut")) == 5
 
 
@@ -455,6 +530,7 @@ BAD = {
 def spoilt(files):
     """Adds to `files`: an empty prompts file, and copies of the model with one defect each."""
     from safetensors.torch import load_file, save_file
+
     (files / "empty.txt").write_text("\n \n")
     for name in ("broken", "incomplete", "spaceless"):
         shutil.copytree(files / "janus", files / name)

@@ -13,20 +13,37 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMON = dict(num_generations=4, per_device_train_batch_size=8, max_completion_length=12,
-              max_steps=3, learning_rate=0.02, logging_steps=1, use_cpu=True, bf16=False,
-              report_to="none", save_strategy="no", disable_tqdm=True)
+COMMON = dict(
+    num_generations=4,
+    per_device_train_batch_size=8,
+    max_completion_length=12,
+    max_steps=3,
+    learning_rate=0.02,
+    logging_steps=1,
+    use_cpu=True,
+    bf16=False,
+    report_to="none",
+    save_strategy="no",
+    disable_tqdm=True,
+)
 OFF = dict(low_frac=0.0, high_frac=0.0)
 CASES = {
     "bnpo": dict(loss_type="bnpo"),
-    "dapo": dict(loss_type="dapo", gradient_accumulation_steps=2, per_device_train_batch_size=4,
-                 lora=True),
+    "dapo": dict(
+        loss_type="dapo", gradient_accumulation_steps=2, per_device_train_batch_size=4, lora=True
+    ),
     "grpo": dict(loss_type="grpo", num_iterations=2, gradient_checkpointing=True),
     "sgd": dict(loss_type="dapo", optim="sgd", learning_rate=0.5, max_grad_norm=100.0),
 }
-TRUNCATED = [dict(top_k=5), dict(top_p=0.9), dict(min_p=0.1), dict(repetition_penalty=1.1),
-             dict(generation_kwargs=dict(temperature=2.0)), dict(loss_type="vespo"),
-             dict(shipped=dict(typical_p=0.5))]
+TRUNCATED = [
+    dict(top_k=5),
+    dict(top_p=0.9),
+    dict(min_p=0.1),
+    dict(repetition_penalty=1.1),
+    dict(generation_kwargs=dict(temperature=2.0)),
+    dict(loss_type="vespo"),
+    dict(shipped=dict(typical_p=0.5)),
+]
 
 
 def make_trainer(kind, folder, config, shaping):
@@ -37,24 +54,46 @@ def make_trainer(kind, folder, config, shaping):
     from datasets import Dataset
     from peft import LoraConfig
     from trl_eggrpo import EGGRPOTrainer
+
     tokenizer = tiny_janus.make_tokenizer()
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    model.lm_head.weight.data *= 20                     # entropies far from 1
-    model.generation_config.top_k = 1                   # TRL overrides this one
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    model.lm_head.weight.data *= 20  # entropies far from 1
+    model.generation_config.top_k = 1  # TRL overrides this one
     for name, value in config.pop("shipped", {}).items():
         setattr(model.generation_config, name, value)
-    prompts = ["a red ball", "a small blue dog on a green box", "cat", "dog and ball",
-               "green cat under a box", "a ball left of a dog", "red", "a big cat"]
+    prompts = [
+        "a red ball",
+        "a small blue dog on a green box",
+        "cat",
+        "dog and ball",
+        "green cat under a box",
+        "a ball left of a dog",
+        "red",
+        "a big cat",
+    ]
     if config.pop("lora", False):
         shaping = shaping | dict(peft_config=LoraConfig(task_type="CAUSAL_LM"))
     cls = trl.GRPOTrainer if kind == "stock" else EGGRPOTrainer
-    return cls(model=model, processing_class=tokenizer, reward_funcs=reward_words,
-               train_dataset=Dataset.from_dict({"prompt": prompts}),
-               args=trl.GRPOConfig(output_dir=str(folder), **COMMON | config), **shaping)
+    return cls(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=reward_words,
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        args=trl.GRPOConfig(output_dir=str(folder), **COMMON | config),
+        **shaping,
+    )
 
 
 def reward_words(completions, **_):
@@ -79,20 +118,27 @@ def worker(kind, case, folder):
 
     def record(inputs):
         batch = inner(inputs)
-        seen.append({"rewards": list(trainer._logs["rewards"]["reward_words"])}
-                    | {k: v.clone() for k, v in batch.items() if isinstance(v, torch.Tensor)})
+        seen.append(
+            {"rewards": list(trainer._logs["rewards"]["reward_words"])}
+            | {k: v.clone() for k, v in batch.items() if isinstance(v, torch.Tensor)}
+        )
         return batch
+
     trainer._generate_and_score_completions = record
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     trainer.train()
-    weights = {k: v.clone() for k, v in trainer.accelerator.unwrap_model(
-        trainer.model).state_dict().items()}
+    weights = {
+        k: v.clone()
+        for k, v in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()
+    }
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    torch.save(dict(weights=weights, before=before, batches=seen, losses=losses),
-               Path(folder) / f"{kind}-{case}-{rank}.pt")
+    torch.save(
+        dict(weights=weights, before=before, batches=seen, losses=losses),
+        Path(folder) / f"{kind}-{case}-{rank}.pt",
+    )
     trainer.accelerator.wait_for_everyone()
     sys.stdout.flush()
-    os._exit(0)                           # TRL processes, stock ones too, sometimes abort at exit
+    os._exit(0)  # TRL processes, stock ones too, sometimes abort at exit
 
 
 def refusal(bad, folder):
@@ -106,6 +152,7 @@ def refusal(bad, folder):
 def fix_completions(trainer):
     """Replace sampling by completions fixed by prompt and place in the group, so that runs with
     another number of processes train on the same completions."""
+
     def generate(prompt_ids, *_):
         completions = []
         for i, prompt in enumerate(prompt_ids):
@@ -113,6 +160,7 @@ def fix_completions(trainer):
             length = int(torch.randint(3, 13, (1,), generator=g))
             completions.append(torch.randint(5, 40, (length,), generator=g).tolist())
         return completions, None
+
     trainer._generate_single_turn = generate
 
 
@@ -120,12 +168,25 @@ def start(kind, case, folder, processes=1):
     """Run a worker; return what each of its processes wrote."""
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes),
-                    "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint",
-                    "localhost:0"]
-    done = subprocess.run([*command, __file__, kind, case, str(folder)], capture_output=True,
-                          text=True, timeout=300, env=os.environ | dict(
-                              HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"))
+        command += [
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(processes),
+            "--master_port",
+            "0",
+            "--rdzv_backend",
+            "c10d",
+            "--rdzv_endpoint",
+            "localhost:0",
+        ]
+    done = subprocess.run(
+        [*command, __file__, kind, case, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"),
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     if case == "refusals":
         return done.stdout
@@ -162,26 +223,33 @@ def test_advantages_are_those_of_a_hand_computation(one):
     """Rewards, one forward pass of the model as it was, then plain loops over each completion."""
     import transformers
     import tiny_janus
+
     tokenizer = tiny_janus.make_tokenizer()
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4))
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+        )
+    )
     model.load_state_dict(one["before"])
     batch = one["batches"][0]
     size = batch["completion_ids"].shape[1]
     attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     with torch.no_grad():
-        logp = model(ids, attention_mask=attention).logits[:, -size - 1:-1].log_softmax(-1)
+        logp = model(ids, attention_mask=attention).logits[:, -size - 1 : -1].log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1) / torch.tensor(float(len(tokenizer))).log()
     rewards = torch.tensor(batch["rewards"][-8:]).view(2, 4)
-    scalar = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4))
+    scalar = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
     assert batch["advantages"].shape == (8, size) and scalar.abs().max() > 0.5
     lengths = batch["completion_mask"].sum(1).tolist()
-    assert len(set(lengths)) > 1 and not batch["prompt_mask"].all()       # padding to be ignored
+    assert len(set(lengths)) > 1 and not batch["prompt_mask"].all()  # padding to be ignored
     for row, (a, n) in enumerate(zip(scalar.flatten().tolist(), lengths)):
         order = sorted(range(n), key=lambda t: entropy[row, t].item())
-        low, high = order[:int(n * 0.2)], order[n - int(n * 0.5):]
+        low, high = order[: int(n * 0.2)], order[n - int(n * 0.5) :]
         for t in range(n):
             bonus = min(0.3 * abs(a), 0.3 * entropy[row, t].item()) if t in high else 0.0
             expected = 0.0 if t in low else a + bonus
@@ -192,7 +260,14 @@ def test_truncated_samplers_are_refused(tmp_path):
     """With top-k and the like the entropies are not those of the sampler; and a loss that cannot
     take advantages per token is refused too. No trainer is run."""
     assert start("eg", "refusals", tmp_path).strip().split(";") == [
-        "top_k", "top_p", "min_p", "repetition_penalty", "temperature", "loss_type", "typical_p"]
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "temperature",
+        "loss_type",
+        "typical_p",
+    ]
 
 
 def test_two_processes_agree_with_one(one, tmp_path):

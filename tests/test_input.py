@@ -12,7 +12,8 @@ import pretrain
 import sample
 from conftest import one_line
 from common import UserError
-from scenes import WORDS, WORLDS, encode_words
+from scenes import WORLDS
+from words import WORDS, encode_words
 from tiny_vq import train as tiny_vq_train
 
 NASTY = (

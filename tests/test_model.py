@@ -5,7 +5,7 @@ import torch
 
 from conftest import tiny_policy
 from model import forward_logits, generate, policy_logits, sample_token, token_logp
-from scenes import END, IMAGE, PAD, PLAN, encode_words
+from words import END, IMAGE, PAD, PLAN, encode_words
 
 PROMPTS = [
     "a red circle and a blue square",

@@ -6,18 +6,8 @@ import pytest
 import torch
 
 from rewards import REWARDS, compute_rewards, detect, encode_targets, paint_coverage
-from scenes import (
-    BACKGROUND,
-    COLOURS,
-    RELATIONS,
-    SHAPES,
-    WORLDS,
-    Object,
-    Scene,
-    make_scene,
-    random_scene,
-    render,
-)
+from scenes import BACKGROUND, WORLDS, Object, Scene, make_scene, random_scene, render
+from words import COLOURS, RELATIONS, SHAPES
 
 PRESETS = ["cpu", "gpu"]
 

@@ -8,22 +8,14 @@ import pytest
 
 from scenes import (
     CATEGORIES,
-    COLOURS,
     CAPTION_FAULTS,
-    END,
-    PAD,
     PLAN_FAULTS,
     RARE_FRACTION,
     RARE_PAIRS,
-    RELATIONS,
-    SHAPES,
-    WORDS,
     WORLDS,
     BACKGROUND,
     Object,
     corpus_item,
-    decode_words,
-    encode_words,
     relation_holds,
     make_scene,
     canonical_form,
@@ -34,6 +26,7 @@ from scenes import (
     split_of,
     shape_mask,
 )
+from words import COLOURS, END, PAD, RELATIONS, SHAPES, WORDS, decode_words, encode_words
 
 PRESETS = ["cpu", "gpu"]
 SPLITS = ("train", "eval", "rare-train", "rare")

@@ -4,20 +4,29 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-WORDS = ("a red blue green big small ball box dog cat on under of and what shows image sentences "
-         "Describe in one or two an this User Assistant left right").split()
+WORDS = (
+    "a red blue green big small ball box dog cat on under of and what shows image sentences "
+    "Describe in one or two an this User Assistant left right"
+).split()
 
 
 def make_tokenizer():
     """Return a tokenizer that splits at spaces and punctuation, one id per word."""
     special = ["<pad>", "<bos>", "<eos>", "<unk>", "<begin_of_image>"]
-    vocabulary = {word: i for i, word in enumerate(
-        special + ["<", ">", "|", ":", ".", "|>:", "<|", "|>"] + WORDS)}
+    vocabulary = {
+        word: i
+        for i, word in enumerate(special + ["<", ">", "|", ":", ".", "|>:", "<|", "|>"] + WORDS)
+    }
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
-        unk_token="<unk>", extra_special_tokens={"boi_token": "<begin_of_image>"})
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        extra_special_tokens={"boi_token": "<begin_of_image>"},
+    )
 
 
 def make_janus(seed=0, codes=24, side=3, scale=8.0):
@@ -26,26 +35,59 @@ def make_janus(seed=0, codes=24, side=3, scale=8.0):
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     text = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False)
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
     vision = transformers.JanusVisionConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=4 * side,
-        patch_size=4, projection_dim=32, num_image_tokens=side * side, depth=1)
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=4 * side,
+        patch_size=4,
+        projection_dim=32,
+        num_image_tokens=side * side,
+        depth=1,
+    )
     vq = transformers.JanusVQVAEConfig(
-        embed_dim=8, num_embeddings=codes, latent_channels=32, base_channels=32,
-        channel_multiplier=[1, 1], num_res_blocks=1, projection_dim=32, image_token_embed_dim=32,
-        num_hidden_layers=2)
-    model = transformers.JanusForConditionalGeneration(transformers.JanusConfig(
-        text_config=text, vision_config=vision, vq_config=vq, tie_word_embeddings=False,
-        image_token_id=tokenizer.unk_token_id)).eval()
-    for part in (model.model.language_model, model.lm_head, model.model.generation_head,
-                 model.model.generation_embeddings, model.model.generation_aligner):
+        embed_dim=8,
+        num_embeddings=codes,
+        latent_channels=32,
+        base_channels=32,
+        channel_multiplier=[1, 1],
+        num_res_blocks=1,
+        projection_dim=32,
+        image_token_embed_dim=32,
+        num_hidden_layers=2,
+    )
+    model = transformers.JanusForConditionalGeneration(
+        transformers.JanusConfig(
+            text_config=text,
+            vision_config=vision,
+            vq_config=vq,
+            tie_word_embeddings=False,
+            image_token_id=tokenizer.unk_token_id,
+        )
+    ).eval()
+    for part in (
+        model.model.language_model,
+        model.lm_head,
+        model.model.generation_head,
+        model.model.generation_embeddings,
+        model.model.generation_aligner,
+    ):
         for weight in part.parameters():
             if weight.dim() > 1:
                 weight.data *= scale
-    model.lm_head.weight.data[tokenizer.eos_token_id] *= 3         # plans of all lengths
+    model.lm_head.weight.data[tokenizer.eos_token_id] *= 3  # plans of all lengths
     settings = model.generation_config
     settings.bos_token_id, settings.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     settings.pad_token_id = tokenizer.pad_token_id
@@ -60,7 +102,7 @@ def teach_palette(model, steps=150):
     optimizer, g = torch.optim.Adam(part.parameters(), 3e-3), torch.Generator().manual_seed(0)
     for _ in range(steps):
         ids = torch.randint(codes.num_embeddings, (16, side * side), generator=g)
-        image = model.decode_image_tokens(ids)                                     # (16, h, w, 3)
+        image = model.decode_image_tokens(ids)  # (16, h, w, 3)
         cell = image.shape[1] // side
         target = colours[ids % 3].view(16, side, side, 3)
         target = target.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
@@ -77,11 +119,20 @@ def make_clip(seed=0):
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     layers = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    return transformers.CLIPModel(transformers.CLIPConfig(
-        text_config=dict(layers, vocab_size=len(tokenizer), max_position_embeddings=16,
-                         eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
-                         pad_token_id=tokenizer.pad_token_id),
-        vision_config=dict(layers, image_size=8, patch_size=4), projection_dim=8)), tokenizer
+    return transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config=dict(
+                layers,
+                vocab_size=len(tokenizer),
+                max_position_embeddings=16,
+                eos_token_id=tokenizer.eos_token_id,
+                bos_token_id=tokenizer.bos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            ),
+            vision_config=dict(layers, image_size=8, patch_size=4),
+            projection_dim=8,
+        )
+    ), tokenizer
 
 
 def save(folder, model, tokenizer):
