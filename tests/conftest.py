@@ -10,12 +10,18 @@ import time
 import pytest
 import torch
 
+import common
 from lab.kills import ROOT, STAGES, finish, prepare
 from model import Policy
 from rollout import Env
 from scenes import WORLDS
 from words import WORDS
 from tiny_vq.vqvae import VQVAE
+
+
+def pytest_sessionstart():
+    if torch.cuda.is_available():
+        common.set_up_cuda(torch.device("cuda"))  # as pick_device does in every command
 
 
 def pytest_collection_modifyitems(items):
