@@ -66,11 +66,11 @@ stage() {  # number, title, minutes on two CPU cores with preset cpu
   case $preset in smoke) time="a few seconds" ;; gpu) time="time not measured yet" ;; esac
   echo "stage $1 of 4: $2 ($time)"
 }
-stage 1 "tokenizer" "a minute"
+stage 1 "tokenizer" "half a minute"
 "$python" -m tiny_vq.train ${shared[@]+"${shared[@]}"}
-stage 2 "base policy" "4 minutes"
+stage 2 "base policy" "2 minutes"
 "$python" pretrain.py ${shared[@]+"${shared[@]}"}
-stage 3 "reinforcement learning" "5 minutes"
+stage 3 "reinforcement learning" "2.5 minutes"
 "$python" eggrpo.py ${shared[@]+"${shared[@]}"} ${method[@]+"${method[@]}"}
-stage 4 "evaluation" "a minute"
+stage 4 "evaluation" "a quarter of a minute"
 "$python" evaluate.py ${shared[@]+"${shared[@]}"}

@@ -53,7 +53,7 @@ def test_the_results_are_those_of_results_json():
 
 
 def test_the_seeds_are_those_of_seeds_json():
-    """Mean and half-width of a 95 % interval (Student's t) over runs, for every number quoted."""
+    """Mean and 95 % interval (Student's t) over runs of every number that is quoted."""
     seeds = json.loads((ROOT / "assets" / "seeds.json").read_text())
     for key in ("reward", "exact", "rare_exact"):
         for name in ("grpo", "eggrpo"):

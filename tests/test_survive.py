@@ -362,7 +362,7 @@ def test_a_failure_in_a_second_minibatch_says_which_update_was_not_made(
 # --- a user's rewards -----------------------------------------------------------------------------
 
 
-def raises(images, found, want):
+def raises(images, detections, targets):
     return images[0, 0, 0, 0, 0]
 
 
@@ -384,13 +384,15 @@ BAD_REWARDS = {
 def test_what_is_wrong_with_a_users_reward_is_said_in_its_name(monkeypatch, world, name):
     function, words = BAD_REWARDS[name]
     monkeypatch.setitem(rewards.REWARDS, name, function)
-    want = rewards.encode_targets(world, [make_scene(world, "eval", 0, i) for i in range(2)])
-    with pytest.raises(UserError, match=f"{name!r} in rewards.REWARDS, which is yours.*{words}"):
-        rewards.compute_rewards(torch.rand(2, 3, world.image_size, world.image_size), want, world)
+    targets = rewards.encode_targets(world, [make_scene(world, "eval", 0, i) for i in range(2)])
+    with pytest.raises(UserError, match=f"{name!r} in rewards.REWARDS.*{words}"):
+        rewards.compute_rewards(
+            torch.rand(2, 3, world.image_size, world.image_size), targets, world
+        )
 
 
 def test_a_reward_without_bounds_stops_a_run_and_is_named(folders, monkeypatch, capsys):
-    def endless(images, found, want):
+    def endless(images, detections, targets):
         return torch.full_like(images[:, 0, 0, 0], float("inf"))
 
     whole, other = folders("eggrpo")
@@ -400,7 +402,7 @@ def test_a_reward_without_bounds_stops_a_run_and_is_named(folders, monkeypatch, 
         lambda *arguments: monkeypatch.setitem(rewards.REWARDS, "endless", endless) or {},
     )
     line = one_line(capsys, 2, tiny, "eggrpo", other)
-    assert "yours to mend: an infinite value came from 'endless'" in line
+    assert "in rewards.REWARDS: 'endless' returned an infinite value" in line
 
 
 def test_a_reward_without_bounds_is_named_and_so_is_a_picture_that_none_judges(
@@ -410,10 +412,10 @@ def test_a_reward_without_bounds_is_named_and_so_is_a_picture_that_none_judges(
         lambda images, detections, targets: torch.full_like(images[:, 0, 0, 0], value)
     )
     monkeypatch.setitem(rewards.REWARDS, "endless", full(float("inf")))
-    with pytest.raises(UserError, match="yours to mend: an infinite value came from 'endless'"):
+    with pytest.raises(UserError, match="REWARDS: 'endless' returned an infinite value"):
         evaluate.evaluate(env, policy, "eval", 2)
     monkeypatch.setattr(rewards, "REWARDS", {"mute": full(float("nan"))})
-    with pytest.raises(UserError, match="yours to mend: every one of them was NaN"):
+    with pytest.raises(UserError, match="REWARDS: all of them returned NaN"):
         evaluate.evaluate(env, policy, "eval", 2)
 
 
