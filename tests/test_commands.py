@@ -174,6 +174,8 @@ def test_train_sh_refuses_what_it_does_not_know():
     assert "unknown argument --epochs" in run("bash", "train.sh", "--epochs", "3", status=2)
     assert "--preset without a value" in run("bash", "train.sh", "--preset", status=2)
     assert "invalid choice: 'big'" in run("bash", "train.sh", "--preset", "big", status=2)
+    device = run("bash", "train.sh", "--preset", "smoke", "--device", "abacus", status=2)
+    assert "stage 1 of 4" in device and "device 'abacus' cannot be used" in device
 
 
 @pytest.mark.parametrize(
