@@ -3,8 +3,8 @@
     | prompt words, padded to S | <plan> | plan words, <end>, padded to C | <image> | L codes |
 
 Every token has a fixed slot, so shapes never change; padding is masked out of attention. Words and
-codes are two modalities with a head each. In reinforcement learning the sampler and the learner must
-be one policy, so each of these is defined once:
+codes are two modalities with a head each. In reinforcement learning, sampler and learner must be
+one policy, so each of these is defined once:
 
     policy_logits   from the network's output to the policy: guidance, temperature, float32
     generate        samples from it, slot by slot, with a key-value cache

@@ -102,7 +102,7 @@ def hand_made(world, *objects, relation=""):
 
 RED, BLUE = ("red", "circle", "solid", 0, 0), ("blue", "square", "solid", 1, 1)
 PINS = [
-    # wanted, drawn, relation -> objects, attributes (one texture), attributes (three), count, relation
+    # wanted, drawn, relation -> objects, attributes (1 texture), attributes (3), count, relation
     ("right", (RED, BLUE), (RED, BLUE), "left of", (1, 1, 1, 1, 1)),
     ("wrong colour", (RED, BLUE), (("green", *RED[1:]), BLUE), "", (1 / 2, 3 / 4, 5 / 6, 1, None)),
     (

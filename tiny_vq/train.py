@@ -151,11 +151,10 @@ def main(argv=None):
                 results = ceiling(model, world, device, config.scored)
                 run.log(step=config.steps, **results, seconds=time.time() - started)
             run.save(step, model, optimizer, results=results)
-    seconds, used = time.time() - started, results["codes_in_use"]
-    reward, exact = results["ceiling"], results["ceiling_exact"]
+    used = f"{results['codes_in_use']} of {config.codebook_size} codes in use"
     print(
-        f"tokenizer: ceiling {reward:.3f} (exact {exact:.3f}), {used} of {config.codebook_size} codes in "
-        f"use, perplexity {results['perplexity']:.0f}, {seconds:.0f} s"
+        f"tokenizer: ceiling {results['ceiling']:.3f} (exact {results['ceiling_exact']:.3f}), "
+        f"{used}, perplexity {results['perplexity']:.0f}, {time.time() - started:.0f} s"
     )
 
 
