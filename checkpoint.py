@@ -134,11 +134,13 @@ class Run:
         """Load the weights and the optimizer of the earlier process. Begin the log by a line that
         says what runs where, or drop the lines of steps that will be run again."""
         command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-        commit = "unknown"
-        with contextlib.suppress(OSError):
+        commit = ""
+        with contextlib.suppress(OSError):  # no git; outside a repository it prints nothing
             commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         versions = dict(torch=torch.__version__, python=platform.python_version())
-        head = dict(commit=commit, device=str(device), config=result_config(self.config))
+        head = dict(
+            commit=commit or "unknown", device=str(device), config=result_config(self.config)
+        )
         lines = [json.dumps(head | versions)]
         if self.record:
             load_weights(model, self.record, self.path, self.command)

@@ -148,7 +148,7 @@ def reduce_stats(stats, reduce):
 
 # --- checks ---------------------------------------------------------------------------------------
 
-# nats, and a fraction of 1 + |logp|; the README gives the measurements that they are chosen from
+# nats, and a fraction of 1 + |logp|; docs/reproducibility.md has the measurements behind them
 LOGP_DIFF_BOUNDS = {  # by common.network_dtype
     torch.float32: dict(logp_diff_mean=5e-6, logp_diff_max=1e-3),
     torch.bfloat16: dict(logp_diff_mean=0.02, logp_diff_max=0.5),

@@ -345,7 +345,7 @@ def format_ci(x, digits=3, sign=False):
 
 
 def tables(study):
-    """Lay a study out. Returns {name: Markdown}, the text of study.md and of the README."""
+    """Lay a study out. Returns {name: Markdown}, the text of study.md and of docs/results.md."""
     found = {}
     for key in ("reward", "exact"):
         settings = study["A"].items()

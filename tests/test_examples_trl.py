@@ -46,18 +46,11 @@ TRUNCATED = [
 ]
 
 
-def make_trainer(kind, folder, config, shaping):
-    """Make EGGRPOTrainer, or TRL's own for kind "stock", on a tiny random model."""
-    import tiny_janus
+def make_model(tokenizer):
+    """Make a random language model of two layers."""
     import transformers
-    import trl
-    from datasets import Dataset
-    from peft import LoraConfig
-    from trl_eggrpo import EGGRPOTrainer
 
-    tokenizer = tiny_janus.make_tokenizer()
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(
+    return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=32,
@@ -69,6 +62,19 @@ def make_trainer(kind, folder, config, shaping):
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+
+
+def make_trainer(kind, folder, config, shaping):
+    """Make EGGRPOTrainer, or TRL's own for kind "stock", on a tiny random model."""
+    import tiny_janus
+    import trl
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl_eggrpo import EGGRPOTrainer
+
+    tokenizer = tiny_janus.make_tokenizer()
+    torch.manual_seed(0)
+    model = make_model(tokenizer)
     model.lm_head.weight.data *= 20  # entropies far from 1
     model.generation_config.top_k = 1  # TRL overrides this one
     for name, value in config.pop("shipped", {}).items():
@@ -221,19 +227,10 @@ def test_without_masks_it_is_the_stock_trainer(case, tmp_path):
 
 def test_advantages_are_those_of_a_hand_computation(one):
     """Rewards, one forward pass of the model as it was, then plain loops over each completion."""
-    import transformers
     import tiny_janus
 
     tokenizer = tiny_janus.make_tokenizer()
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-        )
-    )
+    model = make_model(tokenizer)
     model.load_state_dict(one["before"])
     batch = one["batches"][0]
     size = batch["completion_ids"].shape[1]
