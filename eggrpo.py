@@ -63,7 +63,7 @@ class Config:
     bonus_cap: float = 0.3  # largest bonus as a fraction of |A| (paper: .3)
     modality: Literal["both", "plan", "image"] = "both"  # which is shaped (paper: both)
     mask_rule: Literal["rank", "released"] = "rank"  # released: strict thresholds (paper)
-    invert_entropy: bool = False  # shape by 1 - entropy (paper: no)
+    keep_corrections: bool = False  # low tokens lose positive advantages only (paper: all)
     entropy_coef: float = 0.0  # weight of an entropy gradient on high tokens (paper: none)
     scale_rewards: bool = True  # divide advantages by the std (paper: yes)
     constant_denominator: bool = False  # divide the loss by all slots, not by valid tokens
@@ -71,6 +71,7 @@ class Config:
     clip_low: float = 0.2  # ratio clipping; no effect with one update per batch (paper: .2)
     clip_high: float = 0.2  # (paper: .2)
     reward: Literal["mean", "exact"] = "mean"  # mean of rewards.REWARDS, or 1 if all is right
+    reward_noise: float = 0.0  # fraction of rewards that are replaced by random ones in training
     text_weight: float = 1.0  # weight of a plan token in the loss; image tokens have 1 (paper: 1)
     guidance: float = 1.0  # of the policy, sampled and scored (paper: 5, sampled only)
     score_guidance: float = 0.0  # in scoring alone, for study; 0: as sampled (paper: 1)
@@ -92,7 +93,8 @@ class Config:
         common.check_at_least(1, self, *ones.split(), "eval_prompts", "save_every")
         zeros = "seed lr beta low_frac high_frac bonus_coef bonus_cap clip_low clip_high guidance"
         common.check_at_least(0, self, *zeros.split(), "text_weight", "entropy_coef")
-        common.check_at_least(0, self, "score_guidance")
+        common.check_at_least(0, self, "score_guidance", "reward_noise")
+        check(self.reward_noise <= 1, f"--reward-noise {self.reward_noise}: must be at most 1")
         low, high = self.low_frac, self.high_frac
         check(low + high <= 1, f"--low-frac {low}, --high-frac {high}: must add up to at most 1")
         check(self.bonus_cap <= 1, f"--bonus-cap {self.bonus_cap}: above 1 it would flip signs")
@@ -127,14 +129,14 @@ METHODS = {  # all share one loop and one loss
                            dict(modality="image")),
     "bonus": Method("one half of the method: the bonus", dict(low_frac=0.0)),
     "exclude": Method("one half of the method: exclusion", dict(bonus_coef=0.0)),
+    "eggrpo-corrective": Method("ours: low tokens lose positive advantages only, so that errors are "
+                                "still corrected", dict(keep_corrections=True)),
     "eggrpo-gradient": Method("exclusion, and for the bonus a true entropy gradient on high tokens",
                               dict(bonus_coef=0.0, entropy_coef=0.01)),
     "top-entropy": Method("the 80/20 rule: reward gradient on the 20 % highest-entropy tokens only",
                           dict(low_frac=0.8, high_frac=0.2, bonus_coef=0.0)),
     "entropy-coef": Method("GRPO and an entropy gradient on all tokens",
                            dict(GRPO, high_frac=1.0, entropy_coef=0.01)),
-    "calm": Method("ours, the reverse: no reward gradient on the more entropic half of the image",
-                   dict(modality="image", invert_entropy=True, low_frac=0.5, bonus_coef=0.0)),
     "dr-grpo": Method("Dr. GRPO: no division by the std, constant denominator",
                       dict(GRPO, scale_rewards=False, constant_denominator=True)),
     "dapo": Method("DAPO: clip-higher (.2, .28), groups without variance dropped from the loss",
@@ -273,11 +275,14 @@ class Batch(NamedTuple):
 
 def make_batch(rollout, config):
     """Turn rewards and entropies into an advantage and a weight per token. Returns a Batch."""
-    entropy = 1 - rollout.entropy if config.invert_entropy else rollout.entropy
     advantages = group_advantages(rollout.rewards, scale_rewards=config.scale_rewards)  # (P, G)
     a = advantages.flatten()  # (B,)                                      GRPO stops here
-    low, high = modality_masks(entropy, rollout, config)  # (B, T)
-    shaped = shape_advantages(a, entropy, low, high, config.bonus_coef, config.bonus_cap)  # EG
+    low, high = modality_masks(rollout, config)  # (B, T)
+    if config.keep_corrections:
+        low = low & (a > 0)[:, None]
+    shaped = shape_advantages(
+        a, rollout.entropy, low, high, config.bonus_coef, config.bonus_cap
+    )  # EG
 
     weight = rollout.valid.float()
     weight[:, : rollout.plan.shape[1]] *= config.text_weight
@@ -289,12 +294,12 @@ def make_batch(rollout, config):
                  shaped, low, high, weight, denominator_weight)  # fmt: skip
 
 
-def modality_masks(entropy, rollout, config):
-    """Find low and high tokens, plan and image each by itself. (B, T) -> (B, T), (B, T) bool."""
+def modality_masks(rollout, config):
+    """Find low and high tokens, plan and image each by itself. Returns low, high: (B, T) bool."""
     masks = []
     for name, part in split_modalities(rollout.plan.shape[1]).items():
         valid = rollout.valid[:, part]
-        low, high = entropy_masks(entropy[:, part], valid, config.low_frac, config.high_frac,
+        low, high = entropy_masks(rollout.entropy[:, part], valid, config.low_frac, config.high_frac,
                                   config.mask_rule)  # fmt: skip
         shaped = config.modality in ("both", name)
         masks.append((low & shaped, high & shaped))

@@ -46,6 +46,7 @@ class Config:
     width: int = 128
     layers: int = 4
     heads: int = 4
+    rare_fraction: float = 0.01  # of the corpus: items with a rare colour-shape pair
     drop_plan: float = 0.15  # fraction of sequences without plan
     drop_prompt: float = 0.10  # fraction of sequences without prompt
     save_every: int = 200  # steps
@@ -53,9 +54,10 @@ class Config:
     def check(self):
         positive = "items steps batch micro_batch layers heads save_every"
         common.check_at_least(1, self, *positive.split())
-        common.check_at_least(0, self, "seed", "lr", "drop_plan", "drop_prompt")
+        common.check_at_least(0, self, "seed", "lr", "rare_fraction", "drop_plan", "drop_prompt")
         multiple = self.width > 0 and self.width % self.heads == 0
         common.check(multiple, f"--width {self.width} must be a multiple of --heads {self.heads}")
+        common.check(self.rare_fraction <= 1, "--rare-fraction must be at most 1")
         fractions = max(self.drop_plan, self.drop_prompt) < 1
         common.check(fractions, "--drop-plan and --drop-prompt must be less than 1")
 
@@ -72,10 +74,10 @@ PRESETS = {
 # --- the corpus -----------------------------------------------------------------------------------
 
 
-def corpus_chunk(world, seed, indices):
+def corpus_chunk(world, seed, rare_fraction, indices):
     """Draw some items of the corpus. Returns prompts (n, S), plans (n, C), images (n, h, w, 3), as
     arrays, which are cheap to send from one process to another."""
-    scenes = [corpus_item(world, seed, i) for i in indices]
+    scenes = [corpus_item(world, seed, i, rare_fraction) for i in indices]
     words = (x.to(torch.int16).numpy() for x in encode_scenes(world, scenes))
     return *words, numpy.stack([render(world, s) for s in scenes])
 
@@ -88,7 +90,7 @@ def make_corpus(config, world, tokenizer, device):
     """
     starts = range(0, config.items, CHUNK)
     chunks = [range(start, min(start + CHUNK, config.items)) for start in starts]
-    draw, encoded = partial(corpus_chunk, world, config.seed), []
+    draw, encoded = partial(corpus_chunk, world, config.seed, config.rare_fraction), []
     with ExitStack() as stack:
         drawn = map(draw, chunks)
         if len(chunks) > 10:

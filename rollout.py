@@ -89,6 +89,8 @@ def make_rollout(policy, env, scenes, config, step):
     sample, images = sample_images(env, policy, prompt, uniform, guidance=config.guidance)
     reward, components, exact = rewards.compute_rewards(images, targets, env.world)
     reward = exact if config.reward == "exact" else reward
+    if config.reward_noise:
+        reward = add_reward_noise(reward, config, step)
     prompt, entropy = prompt.repeat_interleave(g, 0), sample.entropy
     if config.score_guidance:  # the released mismatch: entropy too is that of scoring
         logits = forward_logits(policy, prompt, sample.plan, sample.codes, config.score_guidance)
@@ -97,6 +99,14 @@ def make_rollout(policy, env, scenes, config, step):
     components = {name: grouped(value) for name, value in components.items()}
     return Rollout(prompt, sample.plan, sample.codes, sample.logp, entropy, sample.valid, images,
                    grouped(reward), components, grouped(exact))  # fmt: skip
+
+
+def add_reward_noise(reward, config, step):
+    """Replace a fraction config.reward_noise of rewards (B,) by uniform ones in [0, 1), as a stand-in
+    for a learned reward model that errs. Evaluations use the true reward."""
+    generator = common.generator(config.seed, "reward noise", step)
+    chosen, value = torch.rand(2, len(reward), generator=generator).to(reward.device)
+    return torch.where(chosen < config.reward_noise, value, reward)
 
 
 # --- statistics for the log -----------------------------------------------------------------------

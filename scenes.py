@@ -306,15 +306,15 @@ def _contradict(world, scene, rng):
             return scene._replace(objects=wrong, plan=plan_text(wrong))
 
 
-def corpus_item(world, seed, index):
+def corpus_item(world, seed, index, rare_fraction=RARE_FRACTION):
     """Make one item of the noisy pretraining corpus: a Scene whose prompt or plan may contradict
     its image.
 
-    RARE_FRACTION of the items have a rare pair. In CAPTION_FAULTS of them image and plan contradict
+    `rare_fraction` of the items have a rare pair. In CAPTION_FAULTS of them image and plan contradict
     the prompt; in PLAN_FAULTS of the rest the plan contradicts prompt and image.
     """
     rng = _rng("corpus", seed, index)
-    split = "rare-train" if rng.rand() < RARE_FRACTION else "train"
+    split = "rare-train" if rng.rand() < rare_fraction else "train"
     scene = make_scene(world, split, seed, index)
     if rng.rand() < CAPTION_FAULTS:
         return _contradict(world, scene, rng)
@@ -329,16 +329,17 @@ def corpus_item(world, seed, index):
 @lru_cache(maxsize=None)
 def shape_mask(shape, texture, size):
     """Draw the antialiased coverage of a shape: size x size, 0 to 1, read-only."""
-    n, u = 8 * size, size  # drawn eight times too large, then reduced
+    n = 8 * size  # drawn eight times too large, then reduced
     image = Image.new("L", (n, n))
     draw = ImageDraw.Draw(image)
     polygons = {
         "triangle": [(n / 2, 0), (n - 1, n - 1), (0, n - 1)],
         "diamond": [(n / 2, 0), (n - 1, n / 2), (n / 2, n - 1), (0, n / 2)],
-        "square": [(u / 2, u / 2), (n - u / 2, u / 2), (n - u / 2, n - u / 2), (u / 2, n - u / 2)],
     }
     if shape == "circle":
         draw.ellipse((0, 0, n - 1, n - 1), fill=255)
+    elif shape == "square":
+        draw.rectangle((0, 0, n - 1, n - 1), fill=255)
     elif shape == "cross":
         draw.rectangle((0, 3 * n // 9, n - 1, 6 * n // 9 - 1), fill=255)
         draw.rectangle((3 * n // 9, 0, 6 * n // 9 - 1, n - 1), fill=255)

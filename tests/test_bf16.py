@@ -42,7 +42,7 @@ def one_thread():
 def trained():
     """A policy after some seconds of pretraining, prompts and noise."""
     torch.manual_seed(0)
-    prompt, plan, images = corpus_chunk(WORLD, 0, range(256))
+    prompt, plan, images = corpus_chunk(WORLD, 0, 0.01, range(256))
     tokens = [torch.from_numpy(x).long() for x in (prompt, plan)] + [patch_codes(images)]
     sizes = WORLD.prompt_slots, WORLD.plan_slots, WORLD.image_tokens
     policy = Policy(len(WORDS), 27, 4, *sizes, width=64, layers=2, heads=2)

@@ -30,6 +30,7 @@ from rollout import (
     LOGP_DIFF_BOUNDS,
     Env,
     Rollout,
+    add_reward_noise,
     check_stats,
     entropy_stats,
     make_rollout,
@@ -564,6 +565,7 @@ WHAT_DIFFERS = {  # a: plain advantages, v: valid, s: shaped, all (6, 32)
     "eggrpo-image": lambda a, v, s: (s != a)[v].any() and (s == a)[:, PLAN].all(),
     "bonus": lambda a, v, s: (s != 0).all() and (s > a)[v].any(),
     "exclude": lambda a, v, s: (s[v] == 0).any() and ((s == 0) | (s == a)).all(),
+    "eggrpo-corrective": lambda a, v, s: (s[v & (a > 0)] == 0).any() and (s != 0)[a < 0].all(),
     "top-entropy": lambda a, v, s: ((s != 0) & v).sum() <= 0.25 * v.sum(),
     "released": lambda a, v, s: (s[v] == 0).any() and (s > a)[v].any(),
 }
@@ -695,6 +697,18 @@ def test_guidance_in_rl_is_part_of_the_policy(env, world):
     released = released._replace(rewards=torch.rand(2, 2))
     stats, _ = gradients(policy, policy, released, mismatch)
     assert stats["ratio_min"] == stats["ratio_max"] == 1 and stats["logp_diff_mean"] > 0.01
+
+
+def test_reward_noise_replaces_the_stated_fraction_the_same_way_each_time():
+    """The rest is unchanged, and exact, which evaluations measure, is never noisy."""
+    reward = torch.linspace(0, 1, 4000)
+    config = Config(reward_noise=0.25)
+    noisy = add_reward_noise(reward, config, 3)
+    assert abs((noisy != reward).float().mean() - 0.25) < 0.03
+    assert 0 <= noisy.min() and noisy.max() <= 1
+    assert abs(noisy[noisy != reward].mean() - 0.5) < 0.05  # uniform, whatever it replaces
+    assert torch.equal(noisy, add_reward_noise(reward, config, 3))
+    assert not torch.equal(noisy, add_reward_noise(reward, config, 4))
 
 
 def test_pictures_of_a_plan_share_the_plan_and_all_are_one_group(env, world, policy):

@@ -15,7 +15,7 @@ from scenes import WORLDS
 def test_micro_batches_give_the_step_of_the_whole_batch(micro_batch):
     """The denominators are those of the whole batch, though plans differ in length."""
     world = WORLDS["cpu"]
-    prompt, plan, _ = corpus_chunk(world, 0, range(8))
+    prompt, plan, _ = corpus_chunk(world, 0, 0.01, range(8))
     tokens = [torch.from_numpy(x).long() for x in (prompt, plan)]
     tokens.append(torch.randint(32, (8, world.image_tokens)))
     whole = tiny_policy(world, scale=1.0)

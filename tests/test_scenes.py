@@ -142,6 +142,8 @@ def test_the_corpus_lies_as_often_as_it_says():
     assert abs(rare / n - RARE_FRACTION) < 0.006
     assert abs(caption / n - CAPTION_FAULTS) < 0.03
     assert abs(plan / (n - caption) - PLAN_FAULTS) < 0.03
+    rare = [bool(rare_pairs(corpus_item(world, 0, i, 0.5).objects)) for i in range(400)]
+    assert 0.4 < sum(rare) / 400 < 0.55  # a fault can take a rare pair away
 
 
 def test_only_objects_vary_and_the_background_is_one_colour():
