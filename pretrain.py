@@ -42,7 +42,8 @@ class Config:
     steps: int = 1200
     batch: int = 32
     micro_batch: int = 64  # sequences per forward pass: changes memory, not results
-    lr: float = 3e-3  # after a warm-up of 50 steps, by a cosine to a tenth
+    lr: float = 3e-3  # after the warm-up, by a cosine to a tenth
+    warm_up: int = 50  # steps
     width: int = 128
     layers: int = 4
     heads: int = 4
@@ -52,7 +53,7 @@ class Config:
     save_every: int = 200  # steps
 
     def check(self):
-        positive = "items steps batch micro_batch layers heads save_every"
+        positive = "items steps batch micro_batch warm_up layers heads save_every"
         common.check_at_least(1, self, *positive.split())
         common.check_at_least(0, self, "seed", "lr", "rare_fraction", "drop_plan", "drop_prompt")
         multiple = self.width > 0 and self.width % self.heads == 0
@@ -66,7 +67,15 @@ PRESETS = {
     "smoke": dict(items=300, steps=20, batch=32, width=64, layers=2),
     "cpu": dict(),
     "gpu": dict(
-        items=200000, steps=12000, batch=128, lr=6e-4, width=512, layers=8, heads=8, save_every=2000
+        items=200000,
+        steps=12000,
+        batch=128,
+        lr=6e-4,
+        warm_up=400,
+        width=512,
+        layers=8,
+        heads=8,
+        save_every=2000,
     ),
 }
 
@@ -188,7 +197,10 @@ def main(argv=None):
 
     with run:
         for step in (bar := run.steps("base policy")):
-            warm_up, cosine = min(1, (step + 1) / 50), math.cos(math.pi * step / config.steps)
+            warm_up, cosine = (
+                min(1, (step + 1) / config.warm_up),
+                math.cos(math.pi * step / config.steps),
+            )
             common.set_lr(optimizer, config.lr * warm_up * (0.55 + 0.45 * cosine))
             batch = training_batch(corpus, config, step, device)
             with run.guard(step, dict(zip(("prompt", "plan", "codes"), batch))):
