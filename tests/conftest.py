@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import common
-from lab.kills import ROOT, STAGES, finish, prepare
+from lab.kills import ROOT, STAGES, finish, launch, prepare, wait
 from model import Policy
 from rollout import Env
 from scenes import WORLDS
@@ -42,6 +42,13 @@ def run(*command, status=0):
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
+
+
+def run_python(output, *arguments, status=0):
+    """Run `python ARGUMENTS` in a forked process; return what it printed (both streams)."""
+    assert wait(launch(arguments, output)) == status, output.read_text()
+    assert "Traceback" not in output.read_text()
+    return output.read_text()
 
 
 def one_line(capsys, status, function, *arguments):
