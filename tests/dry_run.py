@@ -38,8 +38,9 @@ from tiny_vq.vqvae import VQVAE
 # --- the parts of the CUDA path, each with what must hold -----------------------------------------
 
 GPU = WORLDS["gpu"]
-# the code path of the gpu preset on a scene of 16 image tokens, as sampling runs token by token
+# the code path of the gpu preset on few image tokens, as sampling runs token by token
 SMALL = replace(GPU, image_size=16, grid=2, object_size=6, max_objects=3, plan_slots=28)
+SHORT = replace(SMALL, plan_slots=9)  # for the plan of one object
 TINY = replace(SMALL, prompt_slots=3, plan_slots=2, image_size=8)
 
 
@@ -74,7 +75,7 @@ def expect_types(sample, watch, dtype):
         raise Caught(f"products, probabilities, log-probs on {found}, expected {expected}")
 
 
-def sampling(watch, world=SMALL):
+def sampling(watch, world=SHORT):
     """One capture and one replay; a second call replays; the host is never met."""
     policy = make_policy(world, layers=1)
     inputs = make_inputs(policy, 4, 16)
@@ -107,9 +108,9 @@ def graph_keys(watch):
 
 def rollouts(watch):
     """A rollout sends five tensors and reads none; only the first one captures."""
-    policy, env = make_policy(SMALL, layers=1), make_env(SMALL)
+    policy, env = make_policy(SHORT, layers=1), make_env(SHORT)
     config = eggrpo.Config(prompts=2, plans_per_prompt=4)
-    scenes = [make_scene(SMALL, "train", 0, i) for i in range(2)]
+    scenes = [make_scene(SHORT, "train", 0, i, "knowledge") for i in range(2)]  # of one object
     rollout.make_rollout(policy, env, scenes, config, 0)  # fills the caches of the rewards too
     watch.reset()
     result = rollout.make_rollout(policy, env, scenes, config, 1)
@@ -118,8 +119,9 @@ def rollouts(watch):
         raise Caught("a field of the rollout is not on CUDA")
 
 
-def shaping_and_update(watch, layers=8):
-    """At the gpu preset's shapes: shaping meets the host never, an update with KL reads once."""
+def shaping_and_update(watch, layers=2):
+    """At the gpu preset's shapes, with fewer of its equal layers: shaping meets the host never, an
+    update with KL reads once."""
     config = eggrpo.Config(preset="gpu", **eggrpo.PRESETS["gpu"])
     policy, reference = make_policy(GPU, layers), make_policy(GPU, layers)
     optimizer = torch.optim.AdamW(policy.parameters(), config.lr, fused=True)
@@ -142,8 +144,9 @@ def shaping_and_update(watch, layers=8):
         raise Caught(f"optimizer state on {state}, advantages {batch.advantage.dtype}")
 
 
-def pretraining(watch, layers=8):
-    """At the gpu preset's shapes: a batch sends four tensors, an update reads once."""
+def pretraining(watch, layers=2):
+    """At the gpu preset's shapes, with fewer of its equal layers: a batch sends four tensors, an
+    update reads once."""
     config = pretrain.Config(preset="gpu", **pretrain.PRESETS["gpu"] | dict(items=256))
     sizes = GPU.prompt_slots, GPU.plan_slots, GPU.image_tokens
     corpus = [torch.full((config.items, n), PAD, dtype=torch.int16) for n in sizes]

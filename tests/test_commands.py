@@ -2,11 +2,12 @@
 input."""
 
 import json
+import os
 import re
 import shlex
 import signal
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ import eggrpo
 import evaluate
 import pretrain
 import sample
-from conftest import one_line, run
-from lab.kills import ROOT, STAGES, assert_same, prepare, start
+from conftest import one_line, run, run_python
+from lab.kills import ROOT, STAGES, assert_same, launch_stage, prepare, wait
 from model import load_base
 from tiny_vq import train as tiny_vq_train
 
@@ -171,10 +172,12 @@ def test_a_missing_stage_names_the_command_that_makes_it(tmp_path, capsys):
 
 
 def test_train_sh_refuses_what_it_does_not_know():
-    assert "unknown argument --epochs" in run("bash", "train.sh", "--epochs", "3", status=2)
-    assert "--preset without a value" in run("bash", "train.sh", "--preset", status=2)
-    assert "invalid choice: 'big'" in run("bash", "train.sh", "--preset", "big", status=2)
-    device = run("bash", "train.sh", "--preset", "smoke", "--device", "abacus", status=2)
+    flags = ["--epochs 3", "--preset", "--preset big", "--preset smoke --device abacus"]
+    with ThreadPoolExecutor(2) as pool:
+        printed = pool.map(lambda x: run("bash", "train.sh", *x.split(), status=2), flags)
+    epochs, nothing, preset, device = printed
+    assert "unknown argument --epochs" in epochs and "--preset without a value" in nothing
+    assert "invalid choice: 'big'" in preset
     assert "stage 1 of 4" in device and "device 'abacus' cannot be used" in device
 
 
@@ -190,16 +193,14 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_is_the_uninterrupted
     there, stage = whole(stage)[0], STAGES[stage]
     cut = tmp_path / "cut"
     prepare(stage, out[0], cut)
-    process, log = start(stage, cut), cut / "smoke" / stage.log
-    deadline = time.time() + 60
-    while not (log.exists() and '"step": 0' in log.read_text()) and time.time() < deadline:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, printed = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, printed
+    process, log = launch_stage(stage, cut), cut / "smoke" / stage.log
+    logged = lambda: log.exists() and '"step": 0' in log.read_text()
+    assert wait(process, logged, 60) is None and logged()
+    os.kill(process.pid, number)
+    status, printed = wait(process, seconds=60), (cut / "printed.txt").read_text()
+    assert status == 128 + number, printed
     go_on = re.search("go on with `python (.*)`", printed)[1]
-    run(sys.executable, *shlex.split(go_on))
+    run_python(cut / "resumed.txt", *shlex.split(go_on))
     assert_same(stage, cut, there)
 
 
@@ -230,14 +231,15 @@ def test_a_corpus_drawn_by_several_processes_is_the_one_drawn_by_one(env, world,
     assert all(torch.equal(a, b) for a, b in zip(alone, together)) and len(alone[0]) == 44
 
 
-def test_help_lists_every_method_with_what_it_is():
-    printed = run(sys.executable, "eggrpo.py", "--help")
+def test_help_lists_every_method_with_what_it_is(tmp_path):
+    printed = run_python(tmp_path / "printed.txt", "eggrpo.py", "--help")
     for name, method in eggrpo.METHODS.items():
         assert re.search(rf"^  --method {name} +{re.escape(method.about)}$", printed, re.M)
 
 
-def test_bonus_says_how_it_is_used():
-    assert "usage: python -m lab.bonus" in run(sys.executable, "-m", "lab.bonus", "all", status=2)
+def test_bonus_says_how_it_is_used(tmp_path):
+    printed = run_python(tmp_path / "printed.txt", "-m", "lab.bonus", "all", status=2)
+    assert "usage: python -m lab.bonus" in printed
 
 
 @pytest.mark.parametrize("layers", [2, pytest.param(8, marks=pytest.mark.slow)])

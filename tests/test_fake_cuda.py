@@ -3,16 +3,11 @@
 fake_cuda.py says what this cannot show: that a capture succeeds, kernels, streams, numbers, speed.
 """
 
-import json
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-HERE = Path(__file__).parent
+from conftest import can_dry_run
+
 PARTS = ("sampling", "sampling_on_an_old_gpu", "graph_keys", "rollouts", "shaping_and_update",
          "pretraining", "tokenizer", "evaluation")  # fmt: skip
 BUGS = {  # of dry_run.py: what must be said of it
@@ -30,21 +25,14 @@ BUGS = {  # of dry_run.py: what must be said of it
 }
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """Compile the shim and make the dry run in a process of its own."""
+@pytest.fixture(scope="session")
+def outcomes(background):
+    """What dry_run.py prints; conftest.py starts it."""
     if torch.version.cuda or torch.version.hip:
         pytest.skip("this torch is built for CUDA: the tests marked gpu are the real thing")
-    if not shutil.which("g++"):
+    if not can_dry_run():
         pytest.skip("no g++")
-    root, library = Path(torch.__file__).parent, tmp_path_factory.mktemp("shim") / "fake_cuda.so"
-    command = ["g++", "-shared", "-fPIC", "-std=c++20", f"-I{root}/include", HERE / "fake_cuda.cpp"]
-    command += [f"-L{root}/lib", f"-Wl,-rpath,{root}/lib", "-ltorch_cpu", "-lc10", "-o", library]
-    subprocess.run(command, check=True)
-    run = [sys.executable, HERE / "dry_run.py", library]
-    done = subprocess.run(run, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return background["outcomes"].result()
 
 
 @pytest.mark.parametrize("part", PARTS)

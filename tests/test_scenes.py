@@ -2,6 +2,7 @@
 
 import zlib
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -32,8 +33,13 @@ PRESETS = ["cpu", "gpu"]
 SPLITS = ("train", "eval", "rare-train", "rare")
 
 
+@lru_cache(maxsize=None)  # scenes of small splits are found by rejection
+def scene_of(world, split, i):
+    return make_scene(world, split, 0, i)
+
+
 def scenes_of(world, split, n=300):
-    return [make_scene(world, split, 0, i) for i in range(n)]
+    return [scene_of(world, split, i) for i in range(n)]
 
 
 def test_a_scene_is_the_same_for_ever():
@@ -68,8 +74,10 @@ def test_every_category_and_relation_occurs_in_every_split(preset):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_splits_share_no_meaning_and_rare_pairs_stay_in_theirs(preset):
+    """Of 500 scenes, 7 or more would be in both if the form of a mirrored relation or of exchanged
+    objects were another one."""
     world = WORLDS[preset]
-    train, held_out, rare_train, rare = (scenes_of(world, s, 1500) for s in SPLITS)
+    train, held_out, rare_train, rare = (scenes_of(world, s, 500) for s in SPLITS)
     assert not {s.prompt for s in train + rare_train} & {s.prompt for s in held_out + rare}
     forms = lambda scenes: {canonical_form(s.objects, s.relation) for s in scenes}
     assert not forms(train + rare_train) & forms(held_out + rare)
@@ -131,11 +139,10 @@ def test_the_corpus_lies_as_often_as_it_says():
     world, n = WORLDS["cpu"], 3000
     caption = plan = rare = 0
     for i in range(n):
-        item = corpus_item(world, 0, i)
-        splits = {s: make_scene(world, s, 0, i) for s in ("train", "rare-train")}
-        split = next(s for s in splits if splits[s].prompt == item.prompt)
-        true = splits[split]
-        rare += split == "rare-train"
+        item, true = corpus_item(world, 0, i), scene_of(world, "train", i)
+        if item.prompt != true.prompt:
+            true, rare = scene_of(world, "rare-train", i), rare + 1
+            assert item.prompt == true.prompt
         assert rare_pairs(item.objects) <= rare_pairs(true.objects)
         caption += item.objects != true.objects
         plan += item.objects == true.objects and item.plan != true.plan

@@ -5,6 +5,7 @@ import contextlib
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +21,9 @@ import eggrpo
 import evaluate
 import pretrain
 import rewards
-from conftest import one_line
-from lab.kills import ROOT, STAGES, assert_same, kill, prepare, without_seconds
+import sample
+from conftest import one_line, run_python
+from lab.kills import ROOT, STAGES, assert_same, kill, launch, prepare, wait, without_seconds
 from common import UserError
 from scenes import make_scene
 from tiny_vq import train as tiny_vq_train
@@ -66,42 +68,35 @@ def test_stages_killed_twice_at_random_end_as_if_they_never_were(out, whole, tmp
             pool.submit(kill, STAGES[name], out[0], *runs[name], tmp_path / name, 2)
             for name in STAGES
         ]:
-            assert job.result()[2] > 0
-
-
-class Killed(BaseException):
-    """Ends a run as SIGKILL would: no handler of ours sees it."""
+            assert job.result().compared > 0
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_killed_at_any_of_its_renames_or_records_ends_as_if_it_never_was(
-    out, folders, tmp_path, monkeypatch, name
+    out, tmp_path, monkeypatch, name
 ):
-    """Random kills hardly ever land in the narrow windows between two writes: here each is hit."""
-    whole, _ = folders(name)
-    fsync, calls = os.fsync, []
+    """Random kills hardly ever land in the narrow windows between two writes: here each is hit. A
+    copy of the files at each fsync is what a kill there leaves."""
+    whole, stage = tmp_path / "whole", STAGES[name]
+    prepare(stage, out[0], whole)
+    fsync, copies = os.fsync, []
 
-    def fatal(file):
+    def copy_files(file):
         fsync(file)
-        calls.append(file)
-        if len(calls) == deadly:
-            raise Killed
+        copies.append(tmp_path / str(len(copies)))
+        shutil.copytree(whole, copies[-1])
 
-    monkeypatch.setattr(os, "fsync", fatal)  # each rename and each record has one
-    for deadly in range(1, 100):
-        other = tmp_path / str(deadly)
-        prepare(STAGES[name], out[0], other)
-        calls.clear()
-        with contextlib.suppress(Killed):
-            tiny(name, other)
-            break
-        tiny(name, other)  # its calls are counted on: it lives
-        assert_same(STAGES[name], other, whole)
-    assert deadly > 5
+    monkeypatch.setattr(os, "fsync", copy_files)  # each rename and each record has one
+    tiny(name, whole)
+    monkeypatch.undo()
+    for copy in copies:
+        tiny(name, copy)
+        assert_same(stage, copy, whole)
+    assert len(copies) > 5
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
-    code = (
+    (tmp_path / "code.py").write_text(
         "import os, signal, checkpoint, common\n"
         "config = type('Config', (), dict(steps=9, out='out'))\n"
         "checkpoint.result_config = lambda config: {}\n"
@@ -111,33 +106,27 @@ def test_a_second_signal_ends_at_once(tmp_path):
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('still there', flush=True)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (143, "noted 2\n", "")
+    assert run_python(tmp_path / "printed.txt", tmp_path / "code.py", status=143) == "noted 2\n"
 
 
 @pytest.mark.parametrize(
     "stage, command, doing, number",
     [
-        ("tiny_vq", ["-m", "tiny_vq.train", "--images", "1000000"], "render", signal.SIGINT),
-        ("base", ["pretrain.py", "--items", "1000000"], "corpus", signal.SIGTERM),
-        ("eggrpo", ["evaluate.py", "--prompts", "3000"], "base, no plan, eval", signal.SIGINT),
+        ("tiny_vq", "-m tiny_vq.train --images 1000000", "render", signal.SIGINT),
+        ("base", "pretrain.py --items 1000000", "corpus", signal.SIGTERM),
+        ("eggrpo", "evaluate.py --prompts 500 --batch 8", "base, no plan, eval", signal.SIGINT),
     ],
 )
 def test_a_signal_outside_the_loop_is_one_line(out, tmp_path, stage, command, doing, number):
     prepare(STAGES[stage], out[0], tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, *command, "--preset", "smoke", "--out", tmp_path],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    printed = ""
-    while doing not in printed and process.poll() is None:
-        printed += process.stderr.read(1)
-    process.send_signal(number)
-    printed = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + number and "Traceback" not in printed, printed
-    assert printed.split("\n")[-2].startswith("interrupted; the same command goes on")
+    output = tmp_path / "printed.txt"
+    process = launch([*command.split(), "--preset", "smoke", "--out", tmp_path], output)
+    started = lambda: output.exists() and doing in output.read_text()
+    assert wait(process, started, 60) is None and started()
+    os.kill(process.pid, number)
+    status, printed = wait(process, seconds=60), output.read_text()
+    assert status == 128 + number and "Traceback" not in printed, printed
+    assert "\ninterrupted; the same command goes on" in printed
 
 
 def test_train_sh_ends_with_the_stage_that_is_interrupted(tmp_path):
@@ -178,7 +167,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_the_run_goes_on_fro
     folders, monkeypatch, capsys, name
 ):
     whole, other = folders(name)
-    save, path = checkpoint.save, other / "smoke" / STAGES[name].file
+    save, path = checkpoint.save, other / "smoke" / STAGES[name].checkpoint
     with contextlib.ExitStack() as stack:
 
         def save_and_fill(path, record):
@@ -195,28 +184,12 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_the_run_goes_on_fro
     assert_same(STAGES[name], other, whole)
 
 
-def test_a_picture_on_a_full_disk_is_one_line_and_status_2(out, tmp_path):
-    prepare(STAGES["eggrpo"], out[0], tmp_path / "out")
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-    done = subprocess.run(
-        [
-            sys.executable,
-            "sample.py",
-            "a red circle and a blue square",
-            "--preset",
-            "smoke",
-            "--out",
-            tmp_path / "out",
-            "--policy",
-            "base",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        preexec_fn=limit,
-    )
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert re.match("error: cannot write .*blue-square.png: File too large", done.stderr)
+def test_a_picture_on_a_full_disk_is_one_line_and_status_2(out, tmp_path, capsys):
+    prepare(STAGES["eggrpo"], out[0], tmp_path)
+    argv = ["a red circle and a blue square", "--preset", "smoke", "--policy", "base"]
+    with full_disk(1000):
+        line = one_line(capsys, 2, common.run, lambda: sample.main([*argv, "--out", str(tmp_path)]))
+    assert re.match("error: cannot write .*blue-square.png: File too large", line)
 
 
 def test_a_record_that_did_not_fit_is_dropped_when_the_run_goes_on(tmp_path):
@@ -251,7 +224,7 @@ def test_a_folder_that_is_none_is_one_line(tmp_path, capsys, name):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys, name):
-    claim = checkpoint.lock_file(tmp_path / "smoke" / STAGES[name].file)
+    claim = checkpoint.lock_file(tmp_path / "smoke" / STAGES[name].checkpoint)
     assert "another run is at it" in one_line(capsys, 2, tiny, name, tmp_path)
     claim.close()
     if name != "tiny_vq":
@@ -321,7 +294,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(
 
     monkeypatch.setattr(module, function, wrong)
     line = one_line(capsys, 2, tiny, name, other)
-    path = other / "smoke" / STAGES[name].file
+    path = other / "smoke" / STAGES[name].checkpoint
     dump = path.with_name("bad-batch.pt")
     assert re.match(f"error: step 2: {term} is .*{dump}.*Last good checkpoint: {path}$", line)
     record, batch = checkpoint.load(path), checkpoint.load(dump, keys=set())
