@@ -62,7 +62,6 @@ class Config:
     bonus_coef: float = 0.3  # bonus per unit of entropy (paper: .3)
     bonus_cap: float = 0.3  # largest bonus as a fraction of |A| (paper: .3)
     modality: Literal["both", "plan", "image"] = "both"  # which is shaped (paper: both)
-    mask_rule: Literal["rank", "released"] = "rank"  # released: strict thresholds (paper)
     keep_corrections: bool = False  # low tokens lose positive advantages only (paper: all)
     entropy_coef: float = 0.0  # weight of an entropy gradient on high tokens (paper: none)
     scale_rewards: bool = True  # divide advantages by the std (paper: yes)
@@ -72,9 +71,7 @@ class Config:
     clip_high: float = 0.2  # (paper: .2)
     reward: Literal["mean", "exact"] = "mean"  # mean of rewards.REWARDS, or 1 if all is right
     reward_noise: float = 0.0  # fraction of rewards that are replaced by random ones in training
-    text_weight: float = 1.0  # weight of a plan token in the loss; image tokens have 1 (paper: 1)
     guidance: float = 1.0  # of the policy, sampled and scored (paper: 5, sampled only)
-    score_guidance: float = 0.0  # in scoring alone, for study; 0: as sampled (paper: 1)
     inner_epochs: int = 1  # passes over a batch of rollouts (paper: 1)
     minibatches: int = 1  # updates per pass (paper: 1)
     micro_batch: int = 16  # sequences per forward pass: changes memory, not results
@@ -92,14 +89,11 @@ class Config:
         ones = "steps prompts images_per_plan inner_epochs minibatches micro_batch eval_every"
         common.check_at_least(1, self, *ones.split(), "eval_prompts", "save_every")
         zeros = "seed lr beta low_frac high_frac bonus_coef bonus_cap clip_low clip_high guidance"
-        common.check_at_least(0, self, *zeros.split(), "text_weight", "entropy_coef")
-        common.check_at_least(0, self, "score_guidance", "reward_noise")
+        common.check_at_least(0, self, *zeros.split(), "entropy_coef", "reward_noise")
         check(self.reward_noise <= 1, f"--reward-noise {self.reward_noise}: must be at most 1")
         low, high = self.low_frac, self.high_frac
         check(low + high <= 1, f"--low-frac {low}, --high-frac {high}: must add up to at most 1")
         check(self.bonus_cap <= 1, f"--bonus-cap {self.bonus_cap}: above 1 it would flip signs")
-        one_update = not self.score_guidance or self.inner_epochs * self.minibatches == 1
-        check(one_update, "--score-guidance allows one update per batch")
         divides = f"--minibatches {self.minibatches}: does not divide {self.sequences} sequences"
         check(self.sequences % self.minibatches == 0, divides)
         valid = re.fullmatch(r"[\w.-]*\w", self.name or "a")
@@ -141,7 +135,6 @@ METHODS = {  # all share one loop and one loss
                       dict(GRPO, scale_rewards=False, constant_denominator=True)),
     "dapo": Method("DAPO: clip-higher (.2, .28), groups without variance dropped from the loss",
                    dict(GRPO, clip_high=0.28, drop_zero_std_groups=True)),
-    "released": Method("the released code's strict thresholds", dict(mask_rule="released")),
 }  # fmt: skip
 
 
@@ -182,13 +175,12 @@ def token_entropy(logits):
     return differentiable_entropy(logits)
 
 
-def entropy_masks(entropy, valid, low_frac=0.2, high_frac=0.5, rule="rank"):
+def entropy_masks(entropy, valid, low_frac=0.2, high_frac=0.5):
     """Find each row's low-entropy and high-entropy tokens among its n valid ones; one modality.
 
-    entropy: (B, T), valid: (B, T) bool. rule="rank": of the tokens in ascending order, earlier ones
-    first among equals, low is the first floor(low_frac * n) and high the last floor(high_frac * n).
-    rule="released": low is H < sorted[int(low_frac * n)], high is H > sorted[int((1 - high_frac) *
-    n)]. Returns low, high: (B, T) bool. Raises ValueError if the fractions overlap.
+    entropy: (B, T), valid: (B, T) bool. Of the tokens in ascending order, earlier ones first among
+    equals, low is the first floor(low_frac * n) and high the last floor(high_frac * n). Returns
+    low, high: (B, T) bool. Raises ValueError if the fractions overlap.
 
     >>> entropy = torch.tensor([[.30, .10, .80, .20, .60, .50, .70, .40]])
     >>> low, high = entropy_masks(entropy, torch.ones(1, 8, dtype=torch.bool), low_frac=0.25)
@@ -198,16 +190,13 @@ def entropy_masks(entropy, valid, low_frac=0.2, high_frac=0.5, rule="rank"):
     if not (0 <= low_frac <= 1 and 0 <= high_frac <= 1 and low_frac + high_frac <= 1):
         fractions = f"low_frac {low_frac}, high_frac {high_frac}"
         raise ValueError(f"{fractions}: must lie in [0, 1] and add up to at most 1")
-    ascending, order = entropy.masked_fill(~valid, float("inf")).sort(dim=1, stable=True)
+    order = entropy.masked_fill(~valid, float("inf")).argsort(dim=1, stable=True)
     n = valid.sum(1, keepdim=True)  # (B, 1)
 
     def count(fraction):  # in integers: in float32, 0.53 * 100 is less than 53
         exact = Fraction(fraction).limit_denominator(10**6)
         return n * exact.numerator // exact.denominator
 
-    if rule == "released":
-        threshold = lambda frac: ascending.gather(1, torch.minimum(count(frac), n - 1).clamp(min=0))
-        return valid & (entropy < threshold(low_frac)), valid & (entropy > threshold(1 - high_frac))
     rank = order.argsort(dim=1)  # (B, T); invalid tokens rank last
     return valid & (rank < count(low_frac)), valid & (rank >= n - count(high_frac))
 
@@ -232,20 +221,19 @@ def policy_loss(logp, logp_old, logp_ref, advantage, valid, beta=0.01, clip_low=
         ratio_t = exp(logp - logp_old)
         KL_t    = exp(ref - logp) - (ref - logp) - 1                   the k3 estimator
 
-    logp, logp_old, logp_ref, advantage: (B, T); valid: (B, T) bool, or weights of at least 0.
-    logp_ref may be None if beta is 0. denominator: the sum of `valid` over the whole batch, if this
-    is a micro-batch of it. Returns the loss, a scalar, and a dict of scalars without gradient: kl
+    logp, logp_old, logp_ref, advantage: (B, T); valid: (B, T) bool. logp_ref may be None if beta is
+    0. denominator: the number of valid tokens of the whole batch, if this is a micro-batch of it.
+    Returns the loss, a scalar, and a dict of scalars without gradient: kl
     and clipped (this micro-batch's share of the batch's mean), ratio_min, ratio_max.
     """
     denominator = valid.sum() if denominator is None else denominator
-    mask = valid > 0  # padding may hold anything, NaN too
-    ratio = torch.where(mask, logp - logp_old, 0.0).exp()
-    advantage = torch.where(mask, advantage, 0.0)
+    ratio = torch.where(valid, logp - logp_old, 0.0).exp()  # padding may hold anything, NaN too
+    advantage = torch.where(valid, advantage, 0.0)
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
     surrogate = torch.minimum(ratio * advantage, clipped_ratio * advantage)
     kl = torch.zeros_like(ratio)
     if logp_ref is not None:
-        log_ratio_ref = torch.where(mask, logp_ref - logp, 0.0)
+        log_ratio_ref = torch.where(valid, logp_ref - logp, 0.0)
         kl = log_ratio_ref.exp() - log_ratio_ref - 1
     loss = -((surrogate - beta * kl) * valid).sum() / denominator
     clipped = (ratio < 1 - clip_low) & (advantage < 0) | (ratio > 1 + clip_high) & (advantage > 0)
@@ -269,12 +257,11 @@ class Batch(NamedTuple):
     advantage: Tensor  # (B, T) shaped
     low: Tensor  # (B, T) bool
     high: Tensor  # (B, T) bool
-    loss_weight: Tensor  # (B, T) weight in the loss; 0 at padding
-    denominator_weight: Tensor  # (B, T) weight in the denominator of the loss
+    in_loss: Tensor  # (B, T) bool: valid, and not of a group that is left out
 
 
 def make_batch(rollout, config):
-    """Turn rewards and entropies into an advantage and a weight per token. Returns a Batch."""
+    """Turn rewards and entropies into an advantage per token. Returns a Batch."""
     advantages = group_advantages(rollout.rewards, scale_rewards=config.scale_rewards)  # (P, G)
     a = advantages.flatten()  # (B,)                                      GRPO stops here
     low, high = modality_masks(rollout, config)  # (B, T)
@@ -284,14 +271,12 @@ def make_batch(rollout, config):
         a, rollout.entropy, low, high, config.bonus_coef, config.bonus_cap
     )  # EG
 
-    weight = rollout.valid.float()
-    weight[:, : rollout.plan.shape[1]] *= config.text_weight
+    in_loss = rollout.valid
     if config.drop_zero_std_groups:
         kept = rollout.rewards.amax(1) > rollout.rewards.amin(1)  # (P,)
-        weight = weight * kept.repeat_interleave(rollout.rewards.shape[1])[:, None]
-    denominator_weight = torch.ones_like(weight) if config.constant_denominator else weight
+        in_loss = in_loss & kept.repeat_interleave(rollout.rewards.shape[1])[:, None]
     return Batch(rollout.prompt, rollout.plan, rollout.codes, rollout.logp, rollout.valid, a,
-                 shaped, low, high, weight, denominator_weight)  # fmt: skip
+                 shaped, low, high, in_loss)  # fmt: skip
 
 
 def modality_masks(rollout, config):
@@ -299,8 +284,8 @@ def modality_masks(rollout, config):
     masks = []
     for name, part in split_modalities(rollout.plan.shape[1]).items():
         valid = rollout.valid[:, part]
-        low, high = entropy_masks(rollout.entropy[:, part], valid, config.low_frac, config.high_frac,
-                                  config.mask_rule)  # fmt: skip
+        entropy = rollout.entropy[:, part]
+        low, high = entropy_masks(entropy, valid, config.low_frac, config.high_frac)
         shaped = config.modality in ("both", name)
         masks.append((low & shaped, high & shaped))
     return [torch.cat(mask, 1) for mask in zip(*masks)]
@@ -308,21 +293,19 @@ def modality_masks(rollout, config):
 
 def micro_batch_loss(policy, reference, part, denominator, config):
     """Compute the loss of some rows of a Batch. Returns it and a dict of scalars to log."""
-    tokens, guidance = part[:3], config.score_guidance or config.guidance
-    logits = forward_logits(policy, *tokens, guidance)  # words (B, C, V), codes (B, L, V)
+    tokens = part[:3]  # prompt, plan, codes
+    logits = forward_logits(policy, *tokens, config.guidance)  # words (B, C, V), codes (B, L, V)
     logp, logp_ref = token_logp(*logits, part.plan, part.codes), None  # (B, T)
     if config.beta:
         with torch.no_grad():
-            ref_logits = forward_logits(reference, *tokens, guidance)
+            ref_logits = forward_logits(reference, *tokens, config.guidance)
             logp_ref = token_logp(*ref_logits, part.plan, part.codes)
-    # with the released mismatch the ratio is 1 by construction, and hides it
-    logp_old = logp.detach() if config.score_guidance else part.logp
-    loss, stats = policy_loss(logp, logp_old, logp_ref, part.advantage, part.loss_weight,
+    loss, stats = policy_loss(logp, part.logp, logp_ref, part.advantage, part.in_loss,
                               config.beta, config.clip_low, config.clip_high,
                               denominator)  # fmt: skip
     if config.entropy_coef:
         entropy = torch.cat([differentiable_entropy(x) for x in logits], 1)  # (B, T)
-        high_entropy = torch.where(part.high, entropy, 0.0) * part.loss_weight
+        high_entropy = torch.where(part.high, entropy, 0.0) * part.in_loss
         loss = loss - config.entropy_coef * (high_entropy.sum() / denominator)
     difference = (logp.detach() - part.logp).abs() * part.valid  # (B, T)
     stats["loss"], stats["logp_diff_mean"] = loss.detach(), difference.sum() / part.valid.sum()
@@ -352,7 +335,9 @@ def update(policy, reference, optimizer, batch, config, step, extra_stats=None):
     logged, updates = [], minibatch_indices(batch, config, step)
     for rows in updates:
         # of the whole update, so that the size of micro-batches changes nothing
-        denominator, parts = batch.denominator_weight[rows].sum().clamp(min=1), []
+        in_loss, parts = batch.in_loss[rows], []
+        slots = torch.ones_like(in_loss) if config.constant_denominator else in_loss
+        denominator = slots.sum().clamp(min=1)
         for idx in rows.split(config.micro_batch):
             part = Batch(*(x[idx] for x in batch))
             loss, stats = micro_batch_loss(policy, reference, part, denominator, config)

@@ -12,7 +12,7 @@ from torch import Tensor
 import common
 import rewards
 from common import TrainingDiverged, network_dtype
-from model import forward_logits, generate, normalized_entropy
+from model import generate
 from scenes import WORLDS, World, encode_scenes, make_scene
 from words import END
 from tiny_vq import load_tokenizer
@@ -91,14 +91,10 @@ def make_rollout(policy, env, scenes, config, step):
     reward = exact if config.reward == "exact" else reward
     if config.reward_noise:
         reward = add_reward_noise(reward, config, step)
-    prompt, entropy = prompt.repeat_interleave(g, 0), sample.entropy
-    if config.score_guidance:  # the released mismatch: entropy too is that of scoring
-        logits = forward_logits(policy, prompt, sample.plan, sample.codes, config.score_guidance)
-        entropy = torch.cat([normalized_entropy(x.log_softmax(-1)) for x in logits], 1)
+    prompt = prompt.repeat_interleave(g, 0)  # (B, S)
     grouped = lambda x: x.view(len(scenes), g)  # (B,) -> (P, G)
     components = {name: grouped(value) for name, value in components.items()}
-    return Rollout(prompt, sample.plan, sample.codes, sample.logp, entropy, sample.valid, images,
-                   grouped(reward), components, grouped(exact))  # fmt: skip
+    return Rollout(prompt, *sample, images, grouped(reward), components, grouped(exact))
 
 
 def add_reward_noise(reward, config, step):
@@ -179,7 +175,7 @@ def check_stats(stats, config, device, update="update 1 of 1"):
     amplified = abs(config.guidance) + abs(1 - config.guidance)
     for name, bound in LOGP_DIFF_BOUNDS[network_dtype(device)].items():
         bound = bound * amplified
-        if stats[name] > bound and not config.score_guidance:
+        if stats[name] > bound:
             raise TrainingDiverged(
                 f"{name} is {stats[name]:.1e} in {update}, more than {bound:.0e}: "
                 "sampler and learner are not the same policy"
