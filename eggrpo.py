@@ -44,11 +44,7 @@ from rollout import split_modalities, training_scenes
 
 
 @dataclass(frozen=True)
-class Config:
-    preset: str = ""  # smoke, cpu or gpu
-    device: str = "auto"
-    out: str = "out"
-    seed: int = 0
+class Config(common.BaseConfig):
     method: str = "eggrpo"  # a key of METHODS, which sets some of the fields below
     name: str = ""  # of the run's folder; default: <method>-<seed>
     steps: int = 300  # batches of rollouts (paper: 1600)
@@ -84,16 +80,16 @@ class Config:
         """B = P * G."""
         return self.prompts * self.plans_per_prompt * self.images_per_plan
 
+    RANGES = dict(
+        plans_per_prompt=(2, common.LARGEST),  # rollouts are compared
+        low_frac=(0, 1), high_frac=(0, 1), reward_noise=(0, 1),
+        bonus_cap=(0, 1),  # above 1 a bonus would flip signs
+    )  # fmt: skip
+
     def check(self):
-        common.check_at_least(2, self, "plans_per_prompt")  # rollouts are compared
-        ones = "steps prompts images_per_plan inner_epochs minibatches micro_batch eval_every"
-        common.check_at_least(1, self, *ones.split(), "eval_prompts", "save_every")
-        zeros = "seed lr beta low_frac high_frac bonus_coef bonus_cap clip_low clip_high guidance"
-        common.check_at_least(0, self, *zeros.split(), "entropy_coef", "reward_noise")
-        check(self.reward_noise <= 1, f"--reward-noise {self.reward_noise}: must be at most 1")
+        super().check()
         low, high = self.low_frac, self.high_frac
         check(low + high <= 1, f"--low-frac {low}, --high-frac {high}: must add up to at most 1")
-        check(self.bonus_cap <= 1, f"--bonus-cap {self.bonus_cap}: above 1 it would flip signs")
         divides = f"--minibatches {self.minibatches}: does not divide {self.sequences} sequences"
         check(self.sequences % self.minibatches == 0, divides)
         valid = re.fullmatch(r"[\w.-]*\w", self.name or "a")
@@ -382,7 +378,8 @@ def main(argv=None):
             rollout = make_rollout(policy, env, scenes, config, step)
             scenes = training_scenes(env.world, config, step + 1)  # while the device is sampling
             batch = make_batch(rollout, config)
-            common.set_lr(optimizer, config.lr * min((step + 1) / 10, 1 - step / config.steps))
+            lr = config.lr * min((step + 1) / 10, 1 - step / config.steps)
+            optimizer.param_groups[0]["lr"] = lr
             explain = lambda: rewards.check_finite(rollout.rewards, rollout.components)
             with run.guard(step, batch._asdict(), explain):
                 extra = rollout_stats(rollout, batch)

@@ -30,17 +30,9 @@ from scenes import make_scene, rare_pairs
 
 
 @dataclass(frozen=True)
-class Config:
-    preset: str = ""  # smoke, cpu or gpu
-    device: str = "auto"
-    out: str = "out"
-    seed: int = 0
+class Config(common.BaseConfig):
     prompts: int = 1200  # evaluation prompts; a third as many of rare pairs
     batch: int = 128  # prompts per forward pass
-
-    def check(self):
-        common.check_at_least(1, self, "prompts", "batch")
-        common.check_at_least(0, self, "seed")
 
 
 PRESETS = {"smoke": dict(prompts=24, batch=24), "cpu": dict(), "gpu": dict(prompts=2304, batch=256)}

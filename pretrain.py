@@ -33,11 +33,7 @@ MAX_PROCESSES = 16  # that draw the corpus; each imports torch, and more would n
 
 
 @dataclass(frozen=True)
-class Config:
-    preset: str = ""  # smoke, cpu or gpu
-    device: str = "auto"
-    out: str = "out"
-    seed: int = 0
+class Config(common.BaseConfig):
     items: int = 30000  # scenes in the corpus
     steps: int = 1200
     batch: int = 32
@@ -51,15 +47,12 @@ class Config:
     drop_prompt: float = 0.10  # fraction of sequences without prompt
     save_every: int = 200  # steps
 
+    RANGES = dict(rare_fraction=(0, 1), drop_plan=(0, 1), drop_prompt=(0, 1))
+
     def check(self):
-        positive = "items steps batch micro_batch layers heads save_every"
-        common.check_at_least(1, self, *positive.split())
-        common.check_at_least(0, self, "seed", "lr", "rare_fraction", "drop_plan", "drop_prompt")
-        multiple = self.width > 0 and self.width % self.heads == 0
-        common.check(multiple, f"--width {self.width} must be a multiple of --heads {self.heads}")
-        common.check(self.rare_fraction <= 1, "--rare-fraction must be at most 1")
-        fractions = max(self.drop_plan, self.drop_prompt) < 1
-        common.check(fractions, "--drop-plan and --drop-prompt must be less than 1")
+        super().check()
+        multiple = f"--width {self.width} must be a multiple of --heads {self.heads}"
+        common.check(self.width % self.heads == 0, multiple)
 
 
 PRESETS = {
@@ -189,7 +182,7 @@ def main(argv=None):
     with run:
         for step in (bar := run.steps("base policy")):
             warm_up, cosine = min(1, (step + 1) / 50), math.cos(math.pi * step / config.steps)
-            common.set_lr(optimizer, config.lr * warm_up * (0.55 + 0.45 * cosine))
+            optimizer.param_groups[0]["lr"] = config.lr * warm_up * (0.55 + 0.45 * cosine)
             batch = training_batch(corpus, config, step, device)
             with run.guard(step, dict(zip(("prompt", "plan", "codes"), batch))):
                 terms = update(policy, optimizer, *batch, config.micro_batch)

@@ -22,22 +22,17 @@ from words import decode_words, encode_words
 
 
 @dataclass(frozen=True)
-class Config:
-    preset: str = ""  # smoke, cpu or gpu
-    device: str = "auto"
-    out: str = "out"
-    seed: int = 0
+class Config(common.BaseConfig):
     policy: str = ""  # a policy.pt, or "base"; default: <out>/<preset>/eggrpo-0/policy.pt
     number: int = 4  # plans and images
-    guidance: float = -1.0  # classifier-free guidance weight; below 0: as the policy was trained
+    guidance: float = -1.0  # classifier-free guidance weight; -1: as the policy was trained
     temperature: float = 1.0
     plan: bool = True  # write a plan first
 
-    def check(self):
-        common.check_at_least(0, self, "seed")
-        common.check(1 <= self.number <= 64, "--number must lie between 1 and 64")
-        # colder, and logits leave the range of float32
-        common.check(0.01 <= self.temperature <= 100, "--temperature must lie in [0.01, 100]")
+    RANGES = dict(
+        number=(1, 64), guidance=(-1, common.LARGEST),
+        temperature=(0.01, 100),  # colder, and logits leave the range of float32
+    )  # fmt: skip
 
 
 def file_name(prompt):

@@ -29,11 +29,7 @@ from tiny_vq.vqvae import VQVAE
 
 
 @dataclass(frozen=True)
-class Config:
-    preset: str = ""  # smoke, cpu or gpu
-    device: str = "auto"
-    out: str = "out"
-    seed: int = 0
+class Config(common.BaseConfig):
     images: int = 12000  # rendered once, seen several times
     steps: int = 500
     batch: int = 64
@@ -47,16 +43,11 @@ class Config:
     scored: int = 420  # true scenes that the ceiling is the mean of
     save_every: int = 200
 
+    RANGES = dict(blocks=(0, common.LARGEST), codebook_size=(1, 2**15))  # pretrain.py has int16
+
     def check(self):
-        positive = "images steps batch codebook_size dim scored save_every"
-        common.check_at_least(1, self, *positive.split())
-        common.check_at_least(0, self, "seed", "lr", "blocks", "paint_weight", "commitment")
-        common.check(
-            self.codebook_size <= 2**15,
-            f"--codebook-size {self.codebook_size}: at most {2**15}, to fit int16",
-        )
-        multiple = self.width > 0 and self.width % 8 == 0
-        common.check(multiple, f"--width {self.width} must be a multiple of 8")
+        super().check()
+        common.check(self.width % 8 == 0, f"--width {self.width} must be a multiple of 8")
 
 
 PRESETS = {
@@ -138,7 +129,8 @@ def main(argv=None):
             generator = common.generator(config.seed, "tokenizer", step)
             rows = torch.randint(len(images), (config.batch,), generator=generator)
             batch = images[rows].to(device) / 255
-            common.set_lr(optimizer, config.lr * min((step + 1) / 50, 1 - step / config.steps))
+            lr = config.lr * min((step + 1) / 50, 1 - step / config.steps)
+            optimizer.param_groups[0]["lr"] = lr
             with run.guard(step, dict(images=batch)):
                 terms, codes, restarted = update(model, optimizer, batch, config, step, generator)
             last = step + 1 == config.steps
