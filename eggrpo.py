@@ -372,8 +372,8 @@ def main(argv=None):
         run.log(step=-1, **held_out(0))
 
     scenes = training_scenes(env.world, config, run.first_step)
-    with run:
-        for step in (bar := run.steps(config.method)):
+    with run.progress(config.method) as bar:
+        for step in bar:
             step_started = time.time()
             rollout = make_rollout(policy, env, scenes, config, step)
             scenes = training_scenes(env.world, config, step + 1)  # while the device is sampling

@@ -179,8 +179,8 @@ def main(argv=None):
                                   weight_decay=0.05, fused=device.type == "cuda")  # fmt: skip
     run.start(device, policy, optimizer)
 
-    with run:
-        for step in (bar := run.steps("base policy")):
+    with run.progress("base policy") as bar:
+        for step in bar:
             warm_up, cosine = min(1, (step + 1) / 50), math.cos(math.pi * step / config.steps)
             optimizer.param_groups[0]["lr"] = config.lr * warm_up * (0.55 + 0.45 * cosine)
             batch = training_batch(corpus, config, step, device)

@@ -1,7 +1,6 @@
 """One batch of rollouts: sample plans and images, compute rewards, statistics for the log.
 
-Used by eggrpo.py; sample_images is also used by evaluate.py and sample.py. Dimension letters as in
-eggrpo.py: P prompts, G rollouts per prompt, B = P * G, S, C, L slots, T = C + L.
+Dimension letters as in eggrpo.py: P prompts, G rollouts per prompt, B = P * G, T = C + L.
 """
 
 from typing import NamedTuple
@@ -80,9 +79,8 @@ def make_rollout(policy, env, scenes, config, step):
     """Sample plans and images for each scene's prompt and score the images. Returns a Rollout."""
     g = config.plans_per_prompt * config.images_per_plan
     prompt = encode_scenes(env.world, scenes)[0].to(env.device)  # (P, S)
-    uniform = draw_uniform(
-        policy, len(scenes) * g, config.images_per_plan, config.seed, "rollout", step
-    )
+    key = config.seed, "rollout", step
+    uniform = draw_uniform(policy, len(scenes) * g, config.images_per_plan, *key)
     targets = rewards.encode_targets(env.world, [s for s in scenes for _ in range(g)], env.device)
     # prompt, noise and targets are the five tensors that a rollout copies to the device, at its
     # start; after that the host does not wait for the device
@@ -147,8 +145,8 @@ def rollout_stats(rollout, batch):
 
 def reduce_stats(stats, reduce):
     """Reduce a list of dicts of scalars key by key: extremes by min or max, others by `reduce`."""
-    extremes = dict(ratio_min=torch.amin, ratio_max=torch.amax, logp_diff_mean=torch.amax,
-                    logp_diff_max=torch.amax)  # fmt: skip
+    extremes = dict(ratio_min=torch.amin)
+    extremes |= dict.fromkeys(("ratio_max", "logp_diff_mean", "logp_diff_max"), torch.amax)
     return {k: extremes.get(k, reduce)(torch.stack([s[k] for s in stats]), 0) for k in stats[0]}
 
 
@@ -174,9 +172,6 @@ def check_stats(stats, config, device, update="update 1 of 1"):
             raise TrainingDiverged(f"{name} is {value.item()} in {update}")
     amplified = abs(config.guidance) + abs(1 - config.guidance)
     for name, bound in LOGP_DIFF_BOUNDS[network_dtype(device)].items():
-        bound = bound * amplified
-        if stats[name] > bound:
-            raise TrainingDiverged(
-                f"{name} is {stats[name]:.1e} in {update}, more than {bound:.0e}: "
-                "sampler and learner are not the same policy"
-            )
+        if stats[name] > bound * amplified:
+            excess = f"{name} is {stats[name]:.1e} in {update}, more than {bound * amplified:.0e}"
+            raise TrainingDiverged(f"{excess}: sampler and learner are not the same policy")

@@ -124,8 +124,8 @@ def main(argv=None):
     )
     run.start(device, model, optimizer)
 
-    with run:
-        for step in run.steps("tokenizer"):
+    with run.progress("tokenizer") as bar:
+        for step in bar:
             generator = common.generator(config.seed, "tokenizer", step)
             rows = torch.randint(len(images), (config.batch,), generator=generator)
             batch = images[rows].to(device) / 255
