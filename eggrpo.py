@@ -99,10 +99,9 @@ class Config(common.BaseConfig):
 PRESETS = {
     "smoke": dict(steps=4, prompts=2, plans_per_prompt=4, eval_every=2, eval_prompts=12),
     "cpu": dict(),
-    "gpu": dict(
-        steps=600, prompts=16, plans_per_prompt=16, lr=1e-4, micro_batch=64, eval_prompts=384
-    ),
-}
+    "gpu": dict(steps=600, prompts=16, plans_per_prompt=16, lr=1e-4, micro_batch=64,
+                eval_prompts=384),
+}  # fmt: skip
 
 
 class Method(NamedTuple):
@@ -263,9 +262,8 @@ def make_batch(rollout, config):
     low, high = modality_masks(rollout, config)  # (B, T)
     if config.keep_corrections:
         low = low & (a > 0)[:, None]
-    shaped = shape_advantages(
-        a, rollout.entropy, low, high, config.bonus_coef, config.bonus_cap
-    )  # EG
+    bonus = config.bonus_coef, config.bonus_cap
+    shaped = shape_advantages(a, rollout.entropy, low, high, *bonus)  # (B, T)     EG
 
     in_loss = rollout.valid
     if config.drop_zero_std_groups:

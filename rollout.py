@@ -18,8 +18,8 @@ from tiny_vq import load_tokenizer
 
 
 def draw_uniform(policy, count, images_per_plan, *key):
-    """Draw the noise of `count` sequences, (count, T) in [0, 1). Each `images_per_plan` in a row
-    share the noise of the plan, hence the plan. key: as for common.generator."""
+    """Draw noise, (count, T) in [0, 1). Each `images_per_plan` sequences in a row share the noise
+    of the plan, hence the plan. key: as for common.generator."""
     uniform = torch.rand(count, policy.C + policy.L, generator=common.generator(*key))
     plans = uniform[::images_per_plan, : policy.C]
     uniform[:, : policy.C] = plans.repeat_interleave(images_per_plan, 0)
@@ -96,8 +96,8 @@ def make_rollout(policy, env, scenes, config, step):
 
 
 def add_reward_noise(reward, config, step):
-    """Replace a fraction config.reward_noise of rewards (B,) by uniform ones in [0, 1), as a stand-in
-    for a learned reward model that errs. Evaluations use the true reward."""
+    """Replace a fraction config.reward_noise of rewards (B,) by uniform ones in [0, 1), as a
+    learned reward model would err. Evaluations use the true reward."""
     generator = common.generator(config.seed, "reward noise", step)
     chosen, value = torch.rand(2, len(reward), generator=generator).to(reward.device)
     return torch.where(chosen < config.reward_noise, value, reward)

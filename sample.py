@@ -45,8 +45,8 @@ def load_named(config, device):
     if config.policy == "base":
         return load_base(config.preset, config.out, device), 1.0
     path = config.policy or f"{config.out}/{config.preset}/eggrpo-0/policy.pt"
-    command = common.command_for("eggrpo.py", config.preset, config.out)
-    command = None if config.policy else command
+    made_by = common.command_for("eggrpo.py", config.preset, config.out)
+    command = None if config.policy else made_by
     policy, trained = load_policy(path, "policy", config.preset, command, device)
     return policy, trained["guidance"]
 

@@ -2,9 +2,8 @@
 
     python -m tiny_vq.train --preset cpu          -> out/cpu/tokenizer.pt
 
-It is trained on images of crowded scenes with every colour-shape pair. The ceiling is the mean
-reward of true evaluation scenes after encoding and decoding: no policy that draws with these codes
-can exceed it.
+The images are crowded scenes with every colour-shape pair. The ceiling is the mean reward of true
+evaluation scenes after encoding and decoding: no policy that draws with these codes can exceed it.
 """
 
 import sys
@@ -58,8 +57,7 @@ PRESETS = {
 
 
 def loss_terms(model, images, paint_weight):
-    """Weighted squared error and commitment, scalars, features (n, dim) and codes (n,). images: (B,
-    3, h, w) in [0, 1]."""
+    """Return weighted squared error and commitment, features (n, dim), codes (n,)."""
     restored, features, codes, commitment = model(images)
     painted = (rewards.paint_coverage(images).sum(1, keepdim=True) > 0).float()
     weight = 1 + paint_weight * F.max_pool2d(painted, 3, stride=1, padding=1)  # edges are paint too
@@ -69,8 +67,7 @@ def loss_terms(model, images, paint_weight):
 
 @torch.no_grad()
 def ceiling(model, world, device, number, seed=0):
-    """Score true evaluation scenes after encoding and decoding. Returns reward, exact, codes in
-    use, perplexity."""
+    """Score true evaluation scenes after encoding and decoding. Returns what is logged."""
     scenes = [make_scene(world, "eval", seed, i) for i in range(number)]
     images = stack_images([render(world, s) for s in scenes]).to(device) / 255
     codes = torch.cat([model.encode(batch) for batch in images.split(64)])
@@ -78,17 +75,14 @@ def ceiling(model, world, device, number, seed=0):
     targets = rewards.encode_targets(world, scenes, device)
     reward, components, exact = rewards.compute_rewards(restored, targets, world)
     rewards.check_finite(reward, components)
-    return dict(
-        ceiling=reward.mean().item(),
-        ceiling_exact=exact.mean().item(),
-        codes_in_use=len(codes.unique()),
-        perplexity=perplexity(codes, model.codebook_size),
-    )
+    return dict(ceiling=reward.mean().item(), ceiling_exact=exact.mean().item(),
+                codes_in_use=len(codes.unique()),
+                perplexity=perplexity(codes, model.codebook_size))  # fmt: skip
 
 
 def update(model, optimizer, images, config, step, generator):
-    """Make one step on images (B, 3, h, w) in [0, 1]. Returns the terms of the loss and statistics
-    of the codes. Raises TrainingDiverged, the weights unchanged."""
+    """Make one step on images (B, 3, h, w) in [0, 1]. Returns terms to log, codes and the number of
+    restarted entries. Raises TrainingDiverged, the weights unchanged."""
     error, commitment, features, codes = loss_terms(model, images, config.paint_weight)
     # 20 brings an error of squared [0, 1] pixels to the commitment's size
     (20 * error + config.commitment * commitment).backward()
@@ -116,12 +110,9 @@ def main(argv=None):
     indices = tqdm(range(config.images), "render", leave=False)
     images = stack_images([render(world, random_scene(world, config.seed, i)) for i in indices])
     torch.manual_seed(config.seed)
-    model = VQVAE(world.patch, config.width, config.blocks, config.codebook_size, config.dim).to(
-        device
-    )
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01
-    )
+    model = VQVAE(world.patch, config.width, config.blocks, config.codebook_size, config.dim)
+    model = model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.99), weight_decay=0.01)
     run.start(device, model, optimizer)
 
     with run.progress("tokenizer") as bar:
@@ -135,10 +126,8 @@ def main(argv=None):
                 terms, codes, restarted = update(model, optimizer, batch, config, step, generator)
             last = step + 1 == config.steps
             if step % 20 == 0 or last:
-                used = dict(codes_in_use=len(codes.unique()), restarted=restarted)
-                run.log(
-                    step=step, **terms, **used, perplexity=perplexity(codes, config.codebook_size)
-                )
+                run.log(step=step, **terms, codes_in_use=len(codes.unique()), restarted=restarted,
+                        perplexity=perplexity(codes, config.codebook_size))  # fmt: skip
             if last:
                 results = ceiling(model, world, device, config.scored)
                 run.log(step=config.steps, **results, seconds=time.time() - started)
