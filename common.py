@@ -199,9 +199,6 @@ def generator(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-# --- numbers and files ----------------------------------------------------------------------------
-
-
 def check_finite(terms):
     """Raise TrainingDiverged unless all terms are finite. terms: {name: float}."""
     wrong = [f"{name} is {value}" for name, value in terms.items() if not math.isfinite(value)]

@@ -3,9 +3,8 @@
     python eggrpo.py --preset cpu                           -> out/cpu/eggrpo-0/
     python eggrpo.py --preset cpu --method grpo --seed 1    -> out/cpu/grpo-1/
 
-Writes policy.pt, log.jsonl, gallery-*.png and training.gif. The file reads in the order of the
-data: Config, the mathematics (plain tensors in and out, usable in another trainer), one step, the
-loop. EG-GRPO is GRPO and one function, shape_advantages.
+The file reads in the order of the data: Config, the mathematics (plain tensors in and out, usable
+in another trainer), one step, the loop. EG-GRPO is GRPO and one function, shape_advantages.
 
 Differences from the paper and its released code:
 - Masks go by rank, so that counts are exact if entropies tie; the released code compares strictly
@@ -156,10 +155,8 @@ def group_advantages(rewards, eps=1e-4, scale_rewards=True):
 
 
 def differentiable_entropy(logits):
-    """Entropy of the full next-token distribution as a fraction of its maximum, log V.
-
-    logits: (..., V). Returns (...) in [0, 1], in float32 or better.
-    """
+    """Entropy of the full next-token distribution as a fraction of log V, its maximum. logits:
+    (..., V). Returns (...) in [0, 1], in float32 or better."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return normalized_entropy(logits.log_softmax(-1))
 
@@ -218,8 +215,8 @@ def policy_loss(logp, logp_old, logp_ref, advantage, valid, beta=0.01, clip_low=
 
     logp, logp_old, logp_ref, advantage: (B, T); valid: (B, T) bool. logp_ref may be None if beta is
     0. denominator: the number of valid tokens of the whole batch, if this is a micro-batch of it.
-    Returns the loss, a scalar, and a dict of scalars without gradient: kl
-    and clipped (this micro-batch's share of the batch's mean), ratio_min, ratio_max.
+    Returns the loss, a scalar, and a dict of scalars without gradient: kl and clipped (this
+    micro-batch's share of the batch's mean), ratio_min, ratio_max.
     """
     denominator = valid.sum() if denominator is None else denominator
     ratio = torch.where(valid, logp - logp_old, 0.0).exp()  # padding may hold anything, NaN too
@@ -277,9 +274,8 @@ def modality_masks(rollout, config):
     """Find low and high tokens, plan and image each by itself. Returns low, high: (B, T) bool."""
     masks = []
     for name, part in split_modalities(rollout.plan.shape[1]).items():
-        valid = rollout.valid[:, part]
-        entropy = rollout.entropy[:, part]
-        low, high = entropy_masks(entropy, valid, config.low_frac, config.high_frac)
+        arguments = rollout.entropy[:, part], rollout.valid[:, part]
+        low, high = entropy_masks(*arguments, config.low_frac, config.high_frac)
         shaped = config.modality in ("both", name)
         masks.append((low & shaped, high & shaped))
     return [torch.cat(mask, 1) for mask in zip(*masks)]
@@ -294,9 +290,9 @@ def micro_batch_loss(policy, reference, part, denominator, config):
         with torch.no_grad():
             ref_logits = forward_logits(reference, *tokens, config.guidance)
             logp_ref = token_logp(*ref_logits, part.plan, part.codes)
-    loss, stats = policy_loss(logp, part.logp, logp_ref, part.advantage, part.in_loss,
-                              config.beta, config.clip_low, config.clip_high,
-                              denominator)  # fmt: skip
+    arguments = logp, part.logp, logp_ref, part.advantage, part.in_loss
+    clip = config.clip_low, config.clip_high
+    loss, stats = policy_loss(*arguments, config.beta, *clip, denominator)
     if config.entropy_coef:
         entropy = torch.cat([differentiable_entropy(x) for x in logits], 1)  # (B, T)
         high_entropy = torch.where(part.high, entropy, 0.0) * part.in_loss
@@ -323,8 +319,7 @@ def update(policy, reference, optimizer, batch, config, step, extra_stats=None):
     """Update the policy on a batch. Returns floats to log, averaged over the step's updates.
 
     extra_stats: other scalars to log. All scalars come to the host in one transfer per update,
-    before the weights change: in an update, the host waits for the device only there. Raises
-    TrainingDiverged.
+    before the weights change; the host waits for the device only there. Raises TrainingDiverged.
     """
     logged, updates = [], minibatch_indices(batch, config, step)
     for rows in updates:
@@ -362,8 +357,8 @@ def main(argv=None):
     env = load_env(config.preset, config.out, device)
     reference = load_base(config.preset, config.out, device)
     policy = load_base(config.preset, config.out, device).requires_grad_(True)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(0.9, 0.95),
-                                  weight_decay=0.0, fused=device.type == "cuda")  # fmt: skip
+    optimizer = torch.optim.AdamW(policy.parameters(), config.lr, (0.9, 0.95), weight_decay=0.0,
+                                  fused=device.type == "cuda")  # fmt: skip
     run.start(device, policy, optimizer)
     held_out = lambda step: evaluate.evaluate_and_save_gallery(env, policy, config, folder, step)
     if not run.first_step:
@@ -388,8 +383,7 @@ def main(argv=None):
                 stats |= held_out(step + 1)
             run.log(step=step, **stats)
             run.save(step, policy, optimizer)
-    seconds = time.time() - started
-    print(f"{config.method}: {config.steps} steps, {seconds:.0f} s; images in {folder}")
+    print(f"{config.method}: {config.steps} steps, {time.time() - started:.0f} s; see {folder}")
 
 
 if __name__ == "__main__":

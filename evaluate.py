@@ -4,9 +4,8 @@
 
     -> out/cpu/results.json, results.md (the printed table), before-after.png
 
-`eval` and `rare` prompts never occur in training, not even as paraphrases. Every `rare` prompt has
-a colour-shape pair that is in 1 % of the pretraining corpus and in a third of the prompts of
-reinforcement learning. All policies answer the same prompts with the same noise.
+`eval` and `rare` prompts never occur in training, not even as paraphrases; every `rare` prompt has
+a rare colour-shape pair (scenes.py). All policies answer the same prompts with the same noise.
 """
 
 import io
@@ -80,12 +79,12 @@ def mean_and_half_width(values):
 
 def summarize(scores):
     """Reduce Scores to numbers: reward and exact with intervals, components, categories."""
-    reward, reward_half = mean_and_half_width(scores.rewards)
-    exact, exact_half = mean_and_half_width(scores.exact)
+    values = scores.rewards, scores.exact
+    (reward, reward_half), (exact, exact_half) = map(mean_and_half_width, values)
     categories = {}
     for c in dict.fromkeys(scores.categories):
         rows = torch.tensor([category == c for category in scores.categories])
-        means = (x[rows].mean().item() for x in (scores.rewards, scores.exact))
+        means = (x[rows].mean().item() for x in values)
         categories[c] = dict(zip(("n", "reward", "exact"), (int(rows.sum()), *means)))
     summary = dict(n=len(scores.rewards), reward=reward, reward_half=reward_half, exact=exact)
     components = {name: values.nanmean().item() for name, values in scores.components.items()}
@@ -188,9 +187,6 @@ def evaluate_and_save_gallery(env, policy, config, folder, step):
                    rare_reward=rare["reward"], rare_exact=rare["exact"])  # fmt: skip
     tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
     return numbers
-
-
-# --- command --------------------------------------------------------------------------------------
 
 
 def load_policies(config, device):

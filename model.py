@@ -3,14 +3,9 @@
     | prompt words, padded to S | <plan> | plan words, <end>, padded to C | <image> | L codes |
 
 Every token has a fixed slot, so shapes never change; padding is masked out of attention. Words and
-codes are two modalities with a head each. In reinforcement learning, sampler and learner must be
-one policy, so each of these is defined once:
-
-    policy_logits   from the network's output to the policy: guidance, temperature, float32
-    generate        samples from it, slot by slot, with a key-value cache
-    Policy.forward  computes all slots at once; the tests compare generate with it
-
-There is no dropout and no difference between training and evaluation mode.
+codes are two modalities with a head each. Sampler and learner must be one policy: policy_logits is
+the one definition of what is sampled and scored; generate samples slot by slot with a key-value
+cache, Policy.forward computes all slots at once, and the tests compare them. There is no dropout.
 
 Dimension letters: B sequences, S prompt slots, C plan slots, L image tokens, T = C + L sampled
 slots, N = S + C + L + 1 inputs, V vocabulary of a modality, D width, H heads.
@@ -107,9 +102,8 @@ class Policy(nn.Module):
         """Embed words, (B, n) -> (B, n, D), followed by a depthwise causal convolution.
 
         The last word of a phrase such as "red circle at row 1 column 3" then carries the whole
-        phrase, and the image tokens of that cell can attend to it in one layer. Without the
-        convolution, after the same pretraining, the right attributes were drawn in the right cells
-        in the wrong pairing.
+        phrase, and image tokens can attend to it in one layer. Without the convolution, after the
+        same pretraining, the right attributes were drawn in the wrong pairing.
         """
         embedded = self.word_embedding(words) * (words != PAD)[..., None]
         windows = F.pad(embedded, (0, 0, KERNEL_SIZE - 1, 0)).unfold(1, KERNEL_SIZE, 1)
@@ -119,9 +113,8 @@ class Policy(nn.Module):
     def set_codebook(self, codebook):
         """Copy the tokenizer's codebook (V, code_dim), standardised per dimension.
 
-        Codes of similar patches then have similar embeddings and logits, as in Janus, whose image
-        embeddings are computed from the codebook. It lets the policy generalise to rare
-        colour-shape pairs: without it, exact on rare prompts rose a third as fast.
+        Codes of similar patches then have similar embeddings and logits, as in Janus. Without it,
+        exact on rare prompts rose a third as fast.
         """
         self.codebook.copy_((codebook - codebook.mean(0)) / codebook.std(0))
 
@@ -210,8 +203,8 @@ def token_logp(word_logits, code_logits, plan, codes):
 class Sample(NamedTuple):
     plan: Tensor  # (B, C) word ids; END is the last that is not PAD, unless the plan is truncated
     codes: Tensor  # (B, L)
-    logp: Tensor  # (B, T) of the sampled tokens, nats; 0 at padding and for a given plan
-    entropy: Tensor  # (B, T) of the distributions sampled from, fraction of log V; 0 likewise
+    logp: Tensor  # (B, T) of the sampled tokens, nats; 0 at padding
+    entropy: Tensor  # (B, T) of the distributions sampled from, fraction of log V; 0 at padding
     valid: Tensor  # (B, T) bool: plan words up to and including END, and every code
 
 
@@ -279,7 +272,7 @@ class Decoder:
 
 
 @torch.no_grad()
-def sample_slots(policy, prompt, uniform, given_plan=None, guidance=1.0, temperature=1.0):
+def sample_slots(policy, prompt, uniform, no_plan=False, guidance=1.0, temperature=1.0):
     """Sample slot by slot, without a host synchronisation. Arguments and result as for generate."""
     (b, _), c = uniform.shape, policy.C
     plan, codes = prompt.new_full((b, c), PAD), prompt.new_zeros(b, policy.L)
@@ -290,14 +283,12 @@ def sample_slots(policy, prompt, uniform, given_plan=None, guidance=1.0, tempera
         copies = len(prompts) // len(prompt)
         decoder = Decoder(policy, prompts, b * copies)
         for j in range(c):
-            if given_plan is None:
+            if not no_plan:
                 logits = policy_logits(policy.word_head(decoder.hidden), guidance, temperature)
                 word, word_logp, word_entropy = sample_token(logits, uniform[:, j])
                 plan[:, j] = torch.where(running, word + END, PAD)
                 logp[:, j], entropy[:, j] = word_logp * running, word_entropy * running
                 running = running & (plan[:, j] != END)
-            else:
-                plan[:, j] = given_plan[:, j]
             decoder.feed_word(plan[:, j].repeat(copies))
         decoder.feed_word(torch.full_like(decoder.words[:, 0], IMAGE))
         for j in range(c, c + policy.L):
@@ -310,25 +301,21 @@ def sample_slots(policy, prompt, uniform, given_plan=None, guidance=1.0, tempera
     return Sample(plan, codes, logp, entropy, valid)
 
 
-def generate(policy, prompt, uniform, no_plan=False, plan=None, guidance=1.0, temperature=1.0):
+def generate(policy, prompt, uniform, no_plan=False, guidance=1.0, temperature=1.0):
     """Sample plans and codes. prompt: (P, S); uniform: (B, T) noise in [0, 1), B a multiple of P:
     each prompt is continued B / P times in a row. Returns a Sample of B sequences.
 
-    no_plan: leave the plan empty (the paper's base setting). plan: (B, C), instead of sampled ones.
+    no_plan: leave the plan empty (the paper's base setting).
     """
-    if no_plan:
-        plan = prompt.new_full((len(uniform), policy.C), PAD)
-    inputs = [prompt, uniform] if plan is None else [prompt, uniform, plan]
-    options = dict(guidance=guidance, temperature=temperature)
+    options = dict(no_plan=no_plan, guidance=guidance, temperature=temperature)
     if prompt.is_cuda:
-        return sample_by_graph(policy, inputs, options)
-    return sample_slots(policy, *inputs, **options)
+        return sample_by_graph(policy, (prompt, uniform), options)
+    return sample_slots(policy, prompt, uniform, **options)
 
 
 def sample_by_graph(policy, inputs, options, max_graphs=5):
     """Call sample_slots as one CUDA graph, captured at the first call of a shape and replayed, with
-    the weights as they are, at later ones. Each graph holds a key-value cache, so only those used
-    last are kept."""
+    the weights as they are, at later ones. The last used are kept: each holds a key-value cache."""
     key = (*(tuple(x.shape) for x in inputs), *options.values())
     if key not in policy.graphs:
         while len(policy.graphs) >= max_graphs:
@@ -350,14 +337,8 @@ def sample_by_graph(policy, inputs, options, max_graphs=5):
     return Sample(*(x.clone() for x in sample))
 
 
-# --- loading --------------------------------------------------------------------------------------
-
-
 def load_policy(path, kind, preset, command=None, device="cpu"):
-    """Read a finished policy. Returns the frozen model and the config that it was trained with.
-
-    kind: base or policy; command: as for checkpoint.load_model, which raises UserError.
-    """
+    """Read a finished policy; arguments and result as for checkpoint.load_model."""
     return checkpoint.load_model(Policy, path, kind, preset, command, device)
 
 

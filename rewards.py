@@ -3,13 +3,10 @@
     targets = encode_targets(world, scenes, device)                    what the prompts ask for
     rewards, components, exact = compute_rewards(images, targets, world)
 
-Everything is batched tensor code on the device of the images. Detection is exact, not learned:
-assign each pixel to a palette colour (`paint_coverage`), match every shape and texture against each
-colour by convolution, keep the local maxima. The background is not scored.
-
-The reward is the unweighted mean of the functions in REWARDS, each (B,) in [0, 1], over those that
-apply to the prompt (NaN: does not apply; only `relation` returns it). Add your own as one more
-function:
+Detection is exact, not learned: assign each pixel to a palette colour (`paint_coverage`), match
+every shape and texture against each colour by convolution, keep the local maxima. The background is
+not scored. The reward is the mean of the functions in REWARDS, each (B,) in [0, 1], over those that
+apply to the prompt (NaN: does not apply; only `relation` returns it). Add your own as one more:
 
     rewards.REWARDS["red"] = lambda images, detections, targets: images[:, 0].mean(dim=(1, 2))
 

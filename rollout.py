@@ -150,8 +150,6 @@ def reduce_stats(stats, reduce):
     return {k: extremes.get(k, reduce)(torch.stack([s[k] for s in stats]), 0) for k in stats[0]}
 
 
-# --- checks ---------------------------------------------------------------------------------------
-
 # nats, and a fraction of 1 + |logp|; docs/reproducibility.md has the measurements behind them
 LOGP_DIFF_BOUNDS = {  # by common.network_dtype
     torch.float32: dict(logp_diff_mean=5e-6, logp_diff_max=1e-3),
@@ -163,9 +161,8 @@ def check_stats(stats, config, device, update="update 1 of 1"):
     """Raise TrainingDiverged if a value is not finite or sampler and learner are not one policy.
 
     Before the first update of a step the rollout's log-probs equal the re-scored ones up to
-    rounding. The bounds are wider if the network computes in bf16, which rounds a whole sequence
-    differently from a single slot, and grow with guidance g, which multiplies the error of logits
-    by |g| + |1 - g|. A component that no prompt of the batch asks for is NaN.
+    rounding. In bf16 a whole sequence is rounded differently from a single slot; guidance g
+    multiplies errors by |g| + |1 - g|. A component that no prompt of the batch asks for is NaN.
     """
     for name, value in stats.items():
         if not (value.isfinite() or name in rewards.REWARDS):

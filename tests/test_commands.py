@@ -119,10 +119,6 @@ def test_sample_uses_the_guidance_that_the_policy_was_trained_under(out, tmp_pat
     assert used == [3.0, 2.0, 1.0]
 
 
-def test_the_tokenizers_training_can_be_called_as_a_file():
-    assert "usage: train.py" in run(sys.executable, "tiny_vq/train.py", "--help")
-
-
 @pytest.mark.parametrize(
     "command, words",
     [

@@ -6,17 +6,12 @@ The images are crowded scenes with every colour-shape pair. The ceiling is the m
 evaluation scenes after encoding and decoding: no policy that draws with these codes can exceed it.
 """
 
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-
-if not __package__:  # called as `python tiny_vq/train.py`: the project's root is not on the path
-    sys.path[0] = str(Path(__file__).parent.parent)
 
 import common
 import rewards
@@ -133,10 +128,7 @@ def main(argv=None):
                 run.log(step=config.steps, **results, seconds=time.time() - started)
             run.save(step, model, optimizer, results=results)
     used = f"{results['codes_in_use']} of {config.codebook_size} codes in use"
-    print(
-        f"tokenizer: ceiling {results['ceiling']:.3f} (exact {results['ceiling_exact']:.3f}), "
-        f"{used}, perplexity {results['perplexity']:.0f}, {time.time() - started:.0f} s"
-    )
+    print(f"tokenizer: ceiling {results['ceiling']:.3f}, {used}, {time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":
