@@ -117,8 +117,8 @@ METHODS = {  # all share one loop and one loss
                            dict(modality="image")),
     "bonus": Method("one half of the method: the bonus", dict(low_frac=0.0)),
     "exclude": Method("one half of the method: exclusion", dict(bonus_coef=0.0)),
-    "eggrpo-corrective": Method("ours: low tokens lose positive advantages only, so that errors are "
-                                "still corrected", dict(keep_corrections=True)),
+    "eggrpo-corrective": Method("ours: low tokens lose positive advantages only, so that errors "
+                                "are still corrected", dict(keep_corrections=True)),
     "eggrpo-gradient": Method("exclusion, and for the bonus a true entropy gradient on high tokens",
                               dict(bonus_coef=0.0, entropy_coef=0.01)),
     "top-entropy": Method("the 80/20 rule: reward gradient on the 20 % highest-entropy tokens only",

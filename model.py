@@ -123,7 +123,7 @@ class Policy(nn.Module):
         return self.code_embedding(codes) + self.code_aligner(self.codebook[codes])
 
     def code_logits(self, x):
-        """Raw logits of the codes, (..., D) -> (..., V): own weights plus queries of the codebook."""
+        """Raw logits of codes, (..., D) -> (..., V): own weights plus queries of the codebook."""
         return self.code_head(x) + self.code_query(x) @ self.codebook.t()
 
     def position_embeddings(self):
@@ -137,8 +137,8 @@ class Policy(nn.Module):
         return torch.cat([prompt, PLAN * marker, plan, IMAGE * marker], 1)
 
     def forward(self, prompt, plan, codes):
-        """Compute all slots at once. Returns raw logits of plan words (B, C, V) and codes (B, L, V).
-        The words' first is END."""
+        """Compute all slots at once. Returns raw logits of plan words from END on (B, C, V) and of
+        codes (B, L, V)."""
         words = self.concat_words(prompt, plan)
         x = torch.cat([self.embed_words(words), self.embed_codes(codes[:, :-1])], 1)
         x = x + self.position_embeddings()  # (B, N, D)
