@@ -36,7 +36,8 @@ class Config(common.BaseConfig):
     steps: int = 1200
     batch: int = 32
     micro_batch: int = 64  # sequences per forward pass: changes memory, not results
-    lr: float = 3e-3  # after a warm-up of 50 steps, by a cosine to a tenth
+    lr: float = 3e-3  # after the warm-up, by a cosine to a tenth
+    warm_up: int = 50  # steps
     width: int = 128
     layers: int = 4
     heads: int = 4
@@ -56,8 +57,8 @@ class Config(common.BaseConfig):
 PRESETS = {
     "smoke": dict(items=300, steps=20, batch=32, width=64, layers=2),
     "cpu": dict(),
-    "gpu": dict(items=200000, steps=12000, batch=128, lr=6e-4, width=512, layers=8, heads=8,
-                save_every=2000),
+    "gpu": dict(items=200000, steps=12000, batch=128, lr=6e-4, warm_up=400, width=512, layers=8,
+                heads=8, save_every=2000),
 }  # fmt: skip
 
 
@@ -166,7 +167,8 @@ def main(argv=None):
 
     with run.progress("base policy") as bar:
         for step in bar:
-            warm_up, cosine = min(1, (step + 1) / 50), math.cos(math.pi * step / config.steps)
+            cosine = math.cos(math.pi * step / config.steps)
+            warm_up = min(1, (step + 1) / config.warm_up)
             optimizer.param_groups[0]["lr"] = config.lr * warm_up * (0.55 + 0.45 * cosine)
             batch = training_batch(corpus, config, step, device)
             with run.guard(step, dict(zip(("prompt", "plan", "codes"), batch))):

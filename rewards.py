@@ -31,7 +31,7 @@ from words import COLOURS, RELATIONS, SHAPES
 
 NO_PAINT = 0.25  # contrast with the background, of which less is no paint
 FULL_PAINT = 0.6  # contrast of which more is full paint, because objects differ in brightness
-MATCH_THRESHOLD = 0.75  # least Dice overlap of paint and template that counts as an object
+MATCH_THRESHOLD = 0.9  # least Dice overlap of paint and template that counts as an object
 MAX_OBJECTS = 16  # that an image is searched for; a tokenizer's training scene has up to 8
 CLEAN_THRESHOLD = 0.9  # least cleanliness of an exact image
 
@@ -123,8 +123,9 @@ def detect(images, world):
     paint = F.pad(paint_coverage(images), (before, after, before, after))
     paint = paint.reshape(b * c, 1, h + n - 1, w + n - 1)
     overlap = F.conv2d(paint, templates[:, None])  # (B*C, t*s, h, w)
-    # sums over n x n squares, as products with two banded matrices of ones
-    band = lambda size: torch.ones(size, size + n - 1, device=images.device).triu().tril(n - 1)
+    # sums over squares, as products with two banded matrices of ones; without the templates' margin,
+    # where a neighbour of the same colour may be
+    band = lambda size: torch.ones(size, size + n - 1, device=images.device).triu(1).tril(n - 2)
     energy = band(h) @ paint**2 @ band(w).t()  # (B*C, 1, h, w)
     # in place: these are the largest tensors here, and allocating costs more than the arithmetic
     dice = overlap.mul_(2).div_(energy + (templates**2).sum((1, 2))[:, None, None])

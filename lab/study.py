@@ -1,17 +1,19 @@
-"""The paper's claims, run by run: every method over seeds, then records of what each policy draws.
+"""Run the study: methods over base policies and seeds, then records of what each policy draws.
 
-    python -m lab.study --preset cpu      -> out/study/cpu/: a folder per run, records/*.jsonl
-    python -m lab.analyze --preset cpu    -> out/study/cpu/: tables, figures
+    bash train.sh study --preset cpu      runs everything, then lab.analyze (many hours on two cores)
+    bash train.sh study --preset smoke    the same in minutes; nothing is learned
 
-`bash train.sh study` does both.
+    -> out/study/base-<b>/cpu/         tokenizer, base policy, a folder per run, records/*.jsonl
+       out/study/cpu/runs.jsonl        one line per finished run: scores and learning curve
 
-A run that is finished is skipped, an interrupted one goes on. On a CPU as many runs as there are
-cores go at a time, a thread each: that is faster than all threads on one run. All runs share the
-base policy, the evaluation prompts and their noise; runs of a seed share the training prompts and
-the noise of the rollouts.
+Each base policy has a tokenizer and a corpus of its own seed. Runs of base b and number s have the
+seed 10 b + s: methods are compared on the same base policy, training prompts and rollout noise. All
+policies answer the same evaluation prompts with the same noise. docs/results.md has the design and
+the predictions, written before the runs.
 
-Records follow the protocol of the paper's release: for some prompts of every category 8 plans, for
-every plan 8 pictures, one JSON line a picture (record_rows says what is in it).
+Jobs run in the order of `plan`, the most informative first, so that a study that is stopped early
+is balanced. A finished job is skipped, an interrupted one continues. On a CPU as many jobs as there
+are cores run at a time, one thread each, which is faster than all threads on one job.
 """
 
 import json
@@ -31,13 +33,18 @@ from tqdm import tqdm
 import common
 import eggrpo
 import evaluate
+import pretrain
 import rewards
+import tiny_vq.train
 from model import load_base, load_policy
-from rollout import draw_uniform, entropy_moments, load_env, sample_images, sample_scenes
+from rollout import draw_uniform, entropy_moments, load_env, sample_images
 from scenes import encode_scenes, make_scene
 from words import decode_words
 
 ROOT = Path(__file__).parent.parent
+RARER = 0.003  # fraction of the corpus with a rare pair, in the regime of that name
+NOISE = 0.25  # fraction of rewards that are random, in the regime "noisy"
+COEFFICIENTS = ("0.01", "0.03", "0.1")  # of the entropy gradient; chosen on runs not reported
 
 
 @dataclass(frozen=True)
@@ -45,284 +52,247 @@ class Config:
     preset: str = ""  # smoke, cpu or gpu
     device: str = "auto"
     out: str = "out/study"
-    seed: int = 0  # of evaluation and records; runs have seeds 0, 1, 2, ...
-    seeds: int = 5  # runs of grpo and eggrpo
-    other_seeds: int = 3  # runs of everything else
-    steps: int = 100  # of a run (`python eggrpo.py` itself makes more)
-    prompts: int = 2100  # evaluation prompts a run; a fifth as many of rare pairs
-    per_category: int = 10  # prompts of each category that are recorded
-    plans: int = 8  # plans a recorded prompt (paper: 10)
-    pictures: int = 8  # pictures a plan (paper: 10)
-    jobs: int = 0  # runs at a time; 0: on a CPU one a core, else one
+    seed: int = 0  # of evaluation and records
+    bases: int = 5  # base policies
+    seeds: int = 4  # runs of grpo and eggrpo per base policy
+    steps: int = 60  # of a run (`python eggrpo.py` itself makes 300)
+    prompts: int = 1200  # evaluation prompts per run; a third as many of rare pairs
+    per_category: int = 6  # prompts of each category that are recorded, per base policy
+    plans: int = 8  # per recorded prompt (paper: 10)
+    images: int = 8  # per plan (paper: 10)
+    jobs: int = 0  # at a time; 0: on a CPU one per core, else one
     only: str = ""  # do this one job, by name
 
     def check(self):
-        common.check_at_least(
-            1, self, "seeds", "other_seeds", "steps", "prompts", "per_category", "plans", "pictures"
-        )
+        positive = "bases seeds steps prompts per_category plans images"
+        common.check_at_least(1, self, *positive.split())
         common.check_at_least(0, self, "seed", "jobs")
 
 
 PRESETS = {
-    "smoke": dict(seeds=2, other_seeds=1, steps=2, prompts=12, per_category=1, plans=2, pictures=2),
+    "smoke": dict(bases=2, seeds=1, steps=2, prompts=12, per_category=1, plans=2, images=2),
     "cpu": dict(),
     "gpu": dict(steps=400),
 }
-# name: (what differs, flags of eggrpo.py). Names are folders: <name>-<seed>.
-MAIN = {"grpo": ["--method", "grpo"], "eggrpo": ["--method", "eggrpo"]}
-ABLATIONS = {
-    m: ["--method", m]
-    for m in (
-        "calm",
-        "bonus",
-        "exclude",
-        "eggrpo-text",
-        "eggrpo-image",
-        "eggrpo-gradient",
-        "top-entropy",
-        "entropy-coef",
-        "dr-grpo",
-        "dapo",
-    )
-}
-SWEEPS = {
-    f"{flag}-{value}": [f"--{flag}", value]
-    for flag, values in (
-        ("low-frac", ("0.1", "0.4")),  # 0 is `bonus`, .2 is `eggrpo`
-        ("high-frac", ("0.25", "0.8")),  # .8 is all that low leaves, .5 is `eggrpo`
-        ("bonus-coef", ("0.1", "1.0")),  # 0 is `exclude`, .3 is `eggrpo`
-    )
-    for value in values
-}
-REGIMES = ("lr", "exact", "group", "long")
 
-
-def regimes(config):
-    """Where should the method matter? Changes that are made to grpo and to eggrpo."""
-    usual = eggrpo.Config(**eggrpo.PRESETS[config.preset])
-    return dict(
-        zip(
-            REGIMES,
-            (
-                ["--lr", f"{usual.lr * 10 / 3:.3g}"],  # a step that may overshoot
-                ["--reward", "exact"],  # a sparse reward
-                [
-                    "--plans-per-prompt",
-                    str(usual.plans_per_prompt // 2),
-                    "--prompts",
-                    str(usual.prompts * 2),
-                ],  # more noise
-                ["--steps", str(config.steps * 5 // 2)],
-            ),
-        )
-    )
+MAIN = ("grpo", "eggrpo", "eggrpo-corrective")
+TUNED = ("eggrpo-gradient", "entropy-coef")  # their coefficient is chosen by the tuning runs
+RIVALS = (
+    "exclude",
+    "bonus",
+    "eggrpo-text",
+    "eggrpo-image",
+    *TUNED,
+    "top-entropy",
+    "dr-grpo",
+    "dapo",
+)
 
 
 class Job(NamedTuple):
-    name: str  # a run <variant>-<seed>, records-<policy> or records-pictures
-    flags: list  # of eggrpo.py; None for records
+    name: str  # of its folder below out, also its name for --only
+    kind: str  # base, run or records
+    flags: tuple  # of pretrain.py for a base, of eggrpo.py for a run; else empty
+    needs: tuple = ()  # names of the jobs that must be finished before
 
 
-def all_jobs(config):
-    """List all jobs, in the order in which they are done: what matters most first."""
-    runs = lambda variants, seeds: [
-        Job(f"{name}-{seed}", [*flags, "--seed", str(seed)])
-        for seed in range(seeds)
-        for name, flags in variants.items()
+def base_job(folder, *flags):
+    return Job(folder, "base", flags)
+
+
+def run_job(config, base, s, variant, method, *flags, folder="base", needs=()):
+    """Describe run number s of a variant on a base policy."""
+    flags = ("--method", method, "--seed", str(10 * base + s), "--steps", str(config.steps), *flags)
+    folder = f"{folder}-{base}"
+    return Job(f"{folder}/{variant}-{s}", "run", flags, (folder, *needs))
+
+
+def tuning_jobs(config):
+    """List the runs that choose the coefficient of the entropy gradient: number 9 of base policy 0,
+    which no table reports."""
+    return [
+        run_job(config, 0, 9, f"tune-{c}-{method}", method, "--entropy-coef", c)
+        for method in TUNED
+        for c in COEFFICIENTS
     ]
-    main = runs(MAIN, config.seeds)
-    recorded = [Job(f"records-{name}", None) for name in ("base-no-plan", "base")]
-    recorded += [Job(f"records-{job.name}", None) for job in main]
-    recorded += [Job("records-pictures", None)]
-    changed = {
-        f"{regime}-{method}": ["--method", method, *flags]
-        for regime, flags in regimes(config).items()
-        for method in MAIN
-    }
-    dear = {name: changed.pop(name) for name in list(changed) if name.startswith("long")}
-    return (
-        main
-        + recorded
-        + [
-            job
-            for variants in (ABLATIONS, changed, SWEEPS, dear)
-            for job in runs(variants, config.other_seeds)
+
+
+def plan(config):
+    """List all jobs in the order in which they start."""
+    usual = eggrpo.Config(**eggrpo.PRESETS[config.preset])
+    bases, tuning = range(config.bases), tuning_jobs(config)
+    high, low = (("--lr", f"{usual.lr * factor:.3g}") for factor in (10 / 3, 1 / 3))
+    beta, noise = ("--beta", "0"), ("--reward-noise", str(NOISE))
+    long = ("--steps", str(5 * config.steps))
+    waits = {method: tuple(job.name for job in tuning) for method in TUNED}
+
+    def runs(methods, s, *flags, prefix="", on=bases, folder="base"):
+        return [
+            run_job(config, b, s, prefix + m, m, *flags, folder=folder, needs=waits.get(m, ()))
+            for b in on
+            for m in methods
         ]
-    )
+
+    records = [
+        Job(f"base-{b}/records/{name}", "records", (), (f"base-{b}", *needs))
+        for b in bases
+        for name, *needs in (
+            ("base-no-plan",), ("base",),
+            ("grpo-0", f"base-{b}/grpo-0"), ("eggrpo-0", f"base-{b}/eggrpo-0"),
+        )
+    ]  # fmt: skip
+    rarer = [base_job(f"rarer-{b}", "--rare-fraction", str(RARER)) for b in bases[:3]]
+    pair, two = MAIN[:2], max(config.seeds // 2, 1)
+    jobs = [base_job(f"base-{b}") for b in bases]
+    jobs += runs(MAIN, 0) + records
+    jobs += [job for s in range(1, two) for job in runs(MAIN, s)]
+    jobs += runs(MAIN, 0, *high, prefix="lr-high-")
+    for part, tuned in ((bases[:3], tuning), (bases[3:], [])):
+        jobs += runs(pair, 0, *noise, prefix="noisy-", on=part)
+        jobs += runs(pair, 0, *beta, prefix="no-kl-", on=part)
+        jobs += tuned + runs(RIVALS, 0, on=part)
+    jobs += runs(MAIN, 0, *low, prefix="lr-low-")
+    jobs += rarer + runs(pair, 0, prefix="rarer-", on=bases[:3], folder="rarer")
+    jobs += runs(MAIN, 0, *long, prefix="long-", on=bases[:3])
+    jobs += [job for s in range(two, config.seeds) for job in runs(pair, s)]
+    jobs += runs(MAIN, 1, *high, prefix="lr-high-") + runs(MAIN, 1, *low, prefix="lr-low-")
+    return jobs
 
 
 # --- one job --------------------------------------------------------------------------------------
 
 
-def open_policy(config, name, device):
-    """Load a policy by name: base-no-plan, base or a run. Returns it and how it is drawn from."""
-    if name.startswith("base"):
-        return load_base(config.preset, config.out, device), dict(no_plan=name == "base-no-plan")
-    path, command = f"{config.out}/{config.preset}/{name}/policy.pt", "python -m lab.study"
-    policy, trained = load_policy(path, "policy", config.preset, command, device)
-    return policy, dict(guidance=trained["guidance"])
+def do_base(config, job, flags):
+    """Train the tokenizer and the base policy of a seed."""
+    seed = ["--seed", job.name.rpartition("-")[2]]
+    tiny_vq.train.main([*flags, *seed])
+    pretrain.main([*flags, *seed, *job.flags])
 
 
-def score_policy(config, env, name):
-    """Score a policy on held-out and rare prompts and write its summaries."""
-    policy, how = open_policy(config, name, env.device)
-    scored = {
-        split: evaluate.summarize(evaluate.evaluate(env, policy, split, n, seed=config.seed, **how))
-        for split, n in (("eval", config.prompts), ("rare", max(config.prompts // 5, 1)))
+def chosen_coefficient(config, method):
+    """Return the coefficient of the entropy gradient whose tuning run has the best mean reward."""
+    folder = Path(config.out) / "base-0" / config.preset
+    scores = {
+        c: json.loads((folder / f"tune-{c}-{method}-9" / "scores.json").read_text())
+        for c in COEFFICIENTS
     }
-    path = Path(config.out) / config.preset / name / "scores.json"
-    common.write(path, json.dumps(common.to_jsonable(scored), indent=1).encode())
+    return max(scores, key=lambda c: scores[c]["eval"]["reward"])
+
+
+def do_run(config, job, flags):
+    """Train a policy and score it on held-out and rare prompts."""
+    name, method = Path(job.name).name, job.flags[1]
+    more = []
+    if method in TUNED and "--entropy-coef" not in job.flags:
+        more = ["--entropy-coef", chosen_coefficient(config, method)]
+    every = ["--eval-every", str(max(config.steps // 4, 1))]
+    eggrpo.main([*flags, *job.flags, *more, *every, "--name", name])
+    device, out = common.pick_device(config.device), flags[flags.index("--out") + 1]
+    env, path = load_env(config.preset, out, device), Path(out) / config.preset / name
+    policy, trained = load_policy(path / "policy.pt", "policy", config.preset, device=device)
+    # tuning runs answer other prompts than those that are reported
+    options = dict(seed=config.seed + name.startswith("tune"), guidance=trained["guidance"])
+    scored = {
+        split: evaluate.summarize(evaluate.evaluate(env, policy, split, n, **options))
+        for split, n in (("eval", config.prompts), ("rare", max(config.prompts // 3, 1)))
+    }
+    content = json.dumps(common.to_jsonable(scored), indent=1)
+    common.write(path / "scores.json", content.encode())
 
 
 @torch.no_grad()
-def record_rows(config, env, policy, scene, number, **how):
-    """Draw a prompt's plans and pictures. Returns a list of dicts, one a picture.
+def record_rows(config, env, policy, scene, number, **options):
+    """Draw a prompt's plans and images. Returns a list of dicts, one per image.
 
     Entropies are those of the distributions that were sampled from, as fractions of log V, over
-    valid plan tokens and over image tokens; nll in nats a token; distance is the mean distance to
-    the prompt's other pictures, as root mean square of the pixels' difference, 0 to 1. The last
-    five say which tokens draw objects, and how sure the policy is of those and of the ground.
+    valid plan tokens and over image tokens. nll: nats per token. distance: mean root mean square
+    difference to the prompt's other images, 0 to 1. The last five say which tokens draw objects (a
+    tenth of their patch is painted), and the entropy there and on the background.
     """
-    m, n = config.pictures, config.plans * config.pictures
+    m, n = config.images, config.plans * config.images
     uniform = draw_uniform(policy, n, m, config.seed, "records", number)
     prompt = encode_scenes(env.world, [scene])[0]
-    drawn, images = sample_images(env, policy, prompt, uniform, **how)
-    target = rewards.encode_targets(env.world, [scene] * n, env.device)
-    reward, components, exact = rewards.compute_rewards(images, target, env.world)
+    sample, images = sample_images(env, policy, prompt, uniform, **options)
+    targets = rewards.encode_targets(env.world, [scene] * n, env.device)
+    reward, components, exact = rewards.compute_rewards(images, targets, env.world)
     flat = images.flatten(1)
     distance = torch.cdist(flat, flat).sum(1) / (max(n - 1, 1) * flat.shape[1] ** 0.5)
     columns = dict(reward=reward, exact=exact, **components, distance=distance)
     for part, slots in (("plan", slice(None, policy.C)), ("image", slice(policy.C, None))):
-        valid = drawn.valid[:, slots]
-        mean, std = entropy_moments(drawn.entropy[:, slots], valid)
-        nll, _ = entropy_moments(-drawn.logp[:, slots], valid)
+        valid = sample.valid[:, slots]
+        mean, std = entropy_moments(sample.entropy[:, slots], valid)
+        nll, _ = entropy_moments(-sample.logp[:, slots], valid)
         columns |= {f"{part}_entropy": mean, f"{part}_entropy_std": std, f"{part}_nll": nll}
-    # which tokens draw objects: a tenth of their patch is paint
-    h, valid = drawn.entropy[:, policy.C :], drawn.valid[:, policy.C :]
-    paint = (
-        F.avg_pool2d(rewards.paint_coverage(images).sum(1, keepdim=True), env.world.patch).flatten(
-            1
-        )
-        > 0.1
-    )
+    h, valid = sample.entropy[:, policy.C :], sample.valid[:, policy.C :]
+    paint = rewards.paint_coverage(images).sum(1, keepdim=True)  # (n, 1, h, w)
+    painted = F.avg_pool2d(paint, env.world.patch).flatten(1) > 0.1  # (n, L)
     low, high = eggrpo.entropy_masks(h, valid)
     share = lambda of, among: (of & among).sum(1) / among.sum(1).clamp(min=1)
-    columns |= dict(
-        objects_share=share(paint, valid),
-        low_on_objects=share(paint, low),
-        high_on_objects=share(paint, high),
-        object_entropy=(h * paint).sum(1) / paint.sum(1).clamp(min=1),
-        ground_entropy=(h * ~paint).sum(1) / (~paint).sum(1).clamp(min=1),
-    )
+    mean_over = lambda tokens: (h * tokens).sum(1) / tokens.sum(1).clamp(min=1)
+    columns |= dict(objects_share=share(painted, valid), low_on_objects=share(painted, low),
+                    high_on_objects=share(painted, high), object_entropy=mean_over(painted),
+                    background_entropy=mean_over(~painted))  # fmt: skip
     columns = {name: values.tolist() for name, values in columns.items()}
-    return [
-        common.to_jsonable(
-            dict(
-                prompt=scene.prompt,
-                number=number,
-                category=scene.category,
-                plan=decode_words(drawn.plan[i]),
-                plan_index=i // m,
-                **{name: values[i] for name, values in columns.items()},
-            )
-        )
-        for i in range(n)
-    ]
-
-
-def record_policy(config, env, name):
-    """Write a policy's records: one JSON line a picture."""
-    policy, how = open_policy(config, name, env.device)
     rows = []
+    for i in range(n):
+        head = dict(prompt=scene.prompt, number=number, category=scene.category,
+                    plan=decode_words(sample.plan[i]), plan_index=i // m)  # fmt: skip
+        rows.append(common.to_jsonable(head | {name: v[i] for name, v in columns.items()}))
+    return rows
+
+
+def do_records(config, job, flags):
+    """Write the records of a policy: one JSON line per image."""
+    name, out = Path(job.name).name, flags[flags.index("--out") + 1]
+    device, options = common.pick_device(config.device), {}
+    env = load_env(config.preset, out, device)
+    if name.startswith("base"):
+        policy, options = load_base(config.preset, out, device), dict(no_plan="no-plan" in name)
+    else:
+        path = Path(out) / config.preset / name / "policy.pt"
+        policy, _ = load_policy(path, "policy", config.preset, device=device)
+    rows, base = [], int(job.name.partition("/")[0].rpartition("-")[2])
     for category in tqdm(env.world.categories, name, leave=False):
         for i in range(config.per_category):
-            scene = make_scene(env.world, "eval", 5000 + config.seed, i, category)
-            rows += record_rows(config, env, policy, scene, f"{category} {i}", **how)
-    path = Path(config.out) / config.preset / "records" / f"{name}.jsonl"
-    write_lines(path, rows)
+            # each base policy is recorded on prompts of its own
+            scene = make_scene(env.world, "eval", 5000 + 100 * config.seed + base, i, category)
+            number = f"base {base}, {category} {i}"
+            rows += record_rows(config, env, policy, scene, number, **options)
+    write_lines(result_path(config, job), rows)
 
 
-@torch.no_grad()
-def record_pictures(config, env):
-    """Draw the same prompts with the same noise by each setting (before-after.png), and write the
-    entropy of every token of a few pictures, with the masks over them (pictures.jsonl)."""
-    folder, scenes = Path(config.out) / config.preset, evaluate.gallery_scenes(env.world)
-    settings, rows, marks = ("base-no-plan", "base", "grpo-0", "eggrpo-0"), [], []
-    for name in settings:
-        policy, how = open_policy(config, name, env.device)
-        images, exact = evaluate.gallery_row(env, policy, **how)
-        rows.append(images), marks.append(exact)
-    titles = ("base", "base + plan", "GRPO", "EG-GRPO")
-    sheet = evaluate.gallery(rows, [s.prompt for s in scenes], titles, marks, size=108)
-    evaluate.save_image(sheet, folder / "before-after.png")
-
-    drawn, images = sample_scenes(env, policy, scenes, "gallery", **how)
-    maps, image = [], slice(policy.C, None)
-    low, high = eggrpo.entropy_masks(drawn.entropy[:, image], drawn.valid[:, image])
-    for i in range(0, len(scenes), 2):
-        words = drawn.valid[i, : policy.C]
-        maps.append(
-            dict(
-                prompt=scenes[i].prompt,
-                plan=decode_words(drawn.plan[i]),
-                plan_entropy=drawn.entropy[i, : policy.C][words].tolist(),
-                image_entropy=drawn.entropy[i, image].tolist(),
-                image_low=low[i].tolist(),
-                image_high=high[i].tolist(),
-                picture=(images[i] * 255).round().byte().permute(1, 2, 0).tolist(),
-            )
-        )
-    write_lines(folder / "records" / "pictures.jsonl", maps)
+def result_path(config, job):
+    """Return the file that a job writes last."""
+    folder, _, name = job.name.partition("/")
+    path = Path(config.out) / folder / config.preset / name
+    if job.kind == "base":
+        return path / "base.done"
+    return path / "scores.json" if job.kind == "run" else path.with_name(path.name + ".jsonl")
 
 
-def is_done(config, job):
-    folder, name = Path(config.out) / config.preset, job.name.removeprefix("records-")
-    return (
-        (folder / "records" / f"{name}.jsonl")
-        if job.flags is None
-        else (folder / name / "scores.json")
-    ).exists()
-
-
-def run_job(config, job):
-    """Do one job, in this process."""
-    flags = ["--preset", config.preset, "--out", config.out, "--device", config.device]
-    if job.flags is not None:
-        eggrpo.main([*flags, "--steps", str(config.steps), *job.flags, "--name", job.name])
-    device = common.pick_device(config.device)
-    env = load_env(config.preset, config.out, device)
-    if job.flags is not None:
-        return score_policy(config, env, job.name)
-    name = job.name.removeprefix("records-")
-    if name == "pictures":
-        return record_pictures(config, env)
-    record_policy(config, env, name)
-    if name.startswith("base"):
-        score_policy(config, env, name)
+def do(config, job):
+    """Do one job in this process."""
+    out = str(Path(config.out) / job.name.partition("/")[0])
+    flags = ["--preset", config.preset, "--out", out, "--device", config.device]
+    dict(base=do_base, run=do_run, records=do_records)[job.kind](config, job, flags)
+    if job.kind == "base":
+        common.write(result_path(config, job), b"")
 
 
 # --- all jobs -------------------------------------------------------------------------------------
 
 
-def stages(config):
-    """Make the tokenizer and the base policy, which all runs share."""
-    flags = ["--preset", config.preset, "--out", config.out, "--device", config.device]
-    for command in (["-m", "tiny_vq.train"], ["pretrain.py"]):
-        done = subprocess.run([sys.executable, *command, *flags], cwd=ROOT)
-        if done.returncode:
-            sys.exit(done.returncode)
-
-
-def launch(config, job, argv):
-    """Do one job in a process of its own, its output in a file. Returns the exit status."""
-    log = Path(config.out) / config.preset / "logs" / f"{job.name}.txt"
+def launch(config, job, argv, running):
+    """Do one job in a process of its own after those it needs. Returns the exit status."""
+    if any(running[name].result() for name in job.needs if name in running):
+        return 1  # what it needs has failed
+    log = Path(config.out) / config.preset / "logs" / f"{job.name.replace('/', '-')}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ if on_cuda(config) else {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "lab.study", *argv, "--out", config.out, "--only", job.name]
     with open(log, "w") as file:
-        return subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
-        ).returncode
+        options = dict(cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        return subprocess.run(command, **options).returncode
 
 
 def on_cuda(config):
@@ -339,34 +309,56 @@ def read_lines(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+def collect(config, jobs):
+    """Write runs.jsonl: of every finished run its variant, base policy, number, scores and curve."""
+    rows = []
+    for job in jobs:
+        path = result_path(config, job)
+        if job.kind != "run" or not path.exists():
+            continue
+        head, *log = read_lines(path.with_name("log.jsonl"))
+        folder, _, name = job.name.partition("/")
+        variant, _, s = name.rpartition("-")
+        evaluated = ("eval_reward", "eval_exact", "rare_reward", "rare_exact")
+        curve = [[r["step"] + 1, *(r[k] for k in evaluated)] for r in log if "eval_exact" in r]
+        trained = ("reward", "exact", "kl", "plan_entropy", "image_entropy", "reward_std")
+        steps = [r for r in log if r["step"] >= 0]
+        blocks = [steps[i : i + 10] for i in range(0, len(steps), 10)]
+        train = [[sum(r[k] for r in block) / len(block) for k in trained] for block in blocks]
+        rows.append(dict(variant=variant, base=int(folder.rpartition("-")[2]), number=int(s),
+                         commit=head["commit"], flags=" ".join(job.flags),
+                         entropy_coef=head["config"]["entropy_coef"],
+                         scores=json.loads(path.read_text()), curve=curve, train=train))  # fmt: skip
+    rows = json.loads(json.dumps(rows), parse_float=lambda x: round(float(x), 5))
+    write_lines(Path(config.out) / config.preset / "runs.jsonl", rows)
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     config, command = common.parse("-m lab.study", Config, PRESETS, __doc__, argv)
     # the processes of the jobs run in the project's root, this one perhaps elsewhere
     config = replace(config, out=str(Path(config.out).resolve()))
-    todo = all_jobs(config)
+    jobs = plan(config)
     if config.only:
-        chosen = [job for job in todo if job.name == config.only]
+        chosen = [job for job in jobs if job.name == config.only]
         common.check(chosen, f"no job {config.only!r}")
-        return run_job(config, chosen[0])
-    stages(config)
-    left, started = [job for job in todo if not is_done(config, job)], time.time()
+        return do(config, chosen[0])
+    left, started = [job for job in jobs if not result_path(config, job).exists()], time.time()
     number = config.jobs or (1 if on_cuda(config) else os.cpu_count())
-    print(f"study: {len(todo)} jobs, {len(left)} to do, {number} at a time")
-    pool = ThreadPoolExecutor(number)
+    print(f"study: {len(jobs)} jobs, {len(left)} to do, {number} at a time")
+    pool, running = ThreadPoolExecutor(number), {}
     try:
-        statuses = list(
-            tqdm(pool.map(lambda job: launch(config, job, argv), left), "study", len(left))
-        )
+        for job in left:
+            running[job.name] = pool.submit(launch, config, job, argv, running)
+        failed = [job.name for job in tqdm(left, "study") if running[job.name].result()]
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C the jobs to come do not start
-    failed = [job.name for job, status in zip(left, statuses) if status]
-    common.check(
-        not failed,
-        f"{len(failed)} jobs failed ({', '.join(failed[:5])}): see "
-        f"{config.out}/{config.preset}/logs, then go on with `{command}`",
-    )
-    print(f"study: done in {time.time() - started:.0f} s; draw it with `python -m lab.analyze`")
+        collect(config, jobs)
+    logs = f"{config.out}/{config.preset}/logs"
+    some = ", ".join(failed[:5])
+    problem = f"{len(failed)} jobs failed ({some}): see {logs}, then go on with `{command}`"
+    common.check(not failed, problem)
+    print(f"study: done in {time.time() - started:.0f} s; tables: `python -m lab.analyze`")
 
 
 if __name__ == "__main__":
