@@ -123,8 +123,8 @@ def detect(images, world):
     paint = F.pad(paint_coverage(images), (before, after, before, after))
     paint = paint.reshape(b * c, 1, h + n - 1, w + n - 1)
     overlap = F.conv2d(paint, templates[:, None])  # (B*C, t*s, h, w)
-    # sums over squares, as products with two banded matrices of ones; without the templates' margin,
-    # where a neighbour of the same colour may be
+    # sums over squares, as products with two banded matrices of ones; without the margin of the
+    # templates, where a neighbour of the same colour may be
     band = lambda size: torch.ones(size, size + n - 1, device=images.device).triu(1).tril(n - 2)
     energy = band(h) @ paint**2 @ band(w).t()  # (B*C, 1, h, w)
     # in place: these are the largest tensors here, and allocating costs more than the arithmetic
