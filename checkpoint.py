@@ -44,41 +44,26 @@ def _header(data):
     return MAGIC + hashlib.sha256(data).hexdigest().encode() + b"\n"
 
 
-def reject(path, problem, command, advice="remove it and run"):
-    """Raise UserError for a file. command: what makes it, or None for a file that the user named,
-    which no message advises to remove."""
+def require(condition, path, problem, command, advice="remove it and run"):
+    """Raise UserError for a file unless the condition holds. command: what makes it, or None for a
+    file that the user named, which no message advises to remove."""
     hint = f"{advice} `{command}`" if command else "name another file"
-    raise UserError(f"{path} {problem}: {hint}")
+    check(condition, f"{path} {problem}: {hint}")
 
 
 def load(path, command=None, keys=KEYS):
     """Read a checkpoint. Raises UserError if it is missing, damaged or of another version."""
-    path = Path(path)
-    if not path.exists():
-        reject(path, "is not there", command, "make it with")
-    if not path.is_file():
-        reject(path, "is not a file", command)
+    path, record = Path(path), None
+    require(path.exists(), path, "is not there", command, "make it with")
+    require(path.is_file(), path, "is not a file", command)
     content = path.read_bytes()
     data = content[len(_header(b"")) :]
-    if not content.startswith(MAGIC):
-        reject(path, "is not a checkpoint of this version", command)
-    if content != _header(data) + data:
-        reject(path, "is truncated or damaged", command)
+    require(content.startswith(MAGIC), path, "is not a checkpoint of this version", command)
+    require(content == _header(data) + data, path, "is truncated or damaged", command)
     with contextlib.suppress(pickle.UnpicklingError, RuntimeError, EOFError):
         record = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        if isinstance(record, dict) and record.keys() >= keys:
-            return record
-    reject(path, "does not hold what this version writes", command)
-
-
-def load_finished(path, kind, preset, command=None):
-    """Read the checkpoint of a finished stage. Raises UserError if it is another or unfinished."""
-    record = load(path, command)
-    found, step, steps = record["config"]["preset"], record["step"], record["steps"]
-    if (record["kind"], found) != (kind, preset):
-        reject(path, f"is a {found} {record['kind']}, not a {preset} {kind}", command)
-    if step < steps:
-        reject(path, f"is unfinished (step {step} of {steps})", command, "go on with")
+    right = isinstance(record, dict) and record.keys() >= keys
+    require(right, path, "does not hold what this version writes", command)
     return record
 
 
@@ -86,9 +71,22 @@ def load_weights(model, record, path, command=None):
     """Load a checkpoint's weights into a model. Raises UserError if they do not fit."""
     try:
         model.load_state_dict(record["model"])
-        return model
     except (RuntimeError, TypeError):
-        reject(path, "holds weights of another version", command)
+        require(False, path, "holds weights of another version", command)
+
+
+def load_model(model_class, path, kind, preset, command=None, device="cpu"):
+    """Read the model of a finished stage. Returns it, frozen, and the config it was trained with.
+    Raises UserError if the checkpoint is of another stage or unfinished."""
+    record = load(path, command)
+    found, other = (record["kind"], record["config"]["preset"]), f"not a {preset} {kind}"
+    require(found == (kind, preset), path, f"is a {found[1]} {found[0]}, {other}", command)
+    progress = f"step {record['step']} of {record['steps']}"
+    finished = record["step"] == record["steps"]
+    require(finished, path, f"is unfinished ({progress})", command, "go on with")
+    model = model_class(**record["model_config"])
+    load_weights(model, record, path, command)
+    return model.to(device).requires_grad_(False), record["config"]
 
 
 def lock_file(path):
@@ -113,8 +111,7 @@ def result_config(config):
 class Run:
     """Checkpoint, log and signals of a training run, which an earlier process may have begun.
 
-    Within `with run:` a SIGINT or SIGTERM lets the step in progress end, save and exit; a second
-    one ends the process at once. Raises UserError if the earlier process used another config.
+    Raises UserError if another process is at it, or if the earlier one used another config.
     """
 
     def __init__(self, kind, path, log_path, config, command):
@@ -124,37 +121,54 @@ class Run:
         self.record = load(path, command) if self.path.exists() else None
         self.first_step = self.record["step"] if self.record else 0
         self.finished = self.first_step == config.steps
-        old, new = self.record and self.record["config"], result_config(config)
-        changed = [k for k in new if old and old.get(k) != new[k]]
-        words = "; ".join(f"{k} {old.get(k)!r}, now {new[k]!r}" for k in changed)
+        new = result_config(config)
+        old = self.record["config"] if self.record else new
+        changed = [f"{k} {old.get(k)!r}, now {new[k]!r}" for k in new if old.get(k) != new[k]]
         remedy = "use the old values, another --out, or remove it"
-        check(not changed, f"{path} was made with {words}: {remedy}")
+        check(not changed, f"{path} was made with {'; '.join(changed)}: {remedy}")
 
     def start(self, device, model, optimizer):
-        """Load the weights and the optimizer of the earlier process. Begin the log by a line that
-        says what runs where, or drop the lines of steps that will be run again."""
-        command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-        commit = ""
-        with contextlib.suppress(OSError):  # no git; outside a repository it prints nothing
-            commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        versions = dict(torch=torch.__version__, python=platform.python_version())
-        head = dict(
-            commit=commit or "unknown", device=str(device), config=result_config(self.config)
-        )
-        lines = [json.dumps(head | versions)]
+        """Begin the log by a line that says what runs where; or load the weights and the optimizer
+        of the earlier process, and drop the lines of steps that will be run again."""
         if self.record:
             load_weights(model, self.record, self.path, self.command)
             optimizer.load_state_dict(self.record["optimizer"])
             exists = self.log_path.is_file()
             check(exists, f"{self.log_path} is missing: remove {self.path} too, to start over")
-            lines = self.log_path.read_text().splitlines()
-        kept = [line for line in lines if _step_of(line) < max(self.first_step, 1)]
-        write(self.log_path, "".join(line + "\n" for line in kept).encode())
+            lines = self.log_path.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]  # a kill may cut off the last
+            lines = [x for x in whole if json.loads(x).get("step", -1) < self.first_step]
+        else:
+            lines = [json.dumps(self._header(device)) + "\n"]
+        write(self.log_path, "".join(lines).encode())
 
-    def steps(self, title):
-        """Return a progress bar over the steps that are left."""
-        steps = range(self.first_step, self.config.steps)
-        return tqdm(steps, title, self.config.steps, initial=self.first_step)
+    def _header(self, device):
+        command, commit = ["git", "-C", Path(__file__).parent, "describe", "--always"], ""
+        with contextlib.suppress(OSError):  # no git; outside a repository it prints nothing
+            done = subprocess.run([*command, "--dirty"], capture_output=True, text=True)
+            commit = done.stdout.strip()
+        return dict(commit=commit or "unknown", device=str(device),
+                    config=result_config(self.config), torch=torch.__version__,
+                    python=platform.python_version())  # fmt: skip
+
+    @contextlib.contextmanager
+    def progress(self, title):
+        """Show a progress bar over the steps that are left. Meanwhile a SIGINT or SIGTERM lets the
+        step end, and `save` saves and exits; a second one ends the process at once."""
+
+        def note(number, frame):
+            if self.signal:
+                os._exit(128 + number)
+            self.signal = number
+
+        numbers, steps = (signal.SIGINT, signal.SIGTERM), range(self.first_step, self.config.steps)
+        handlers = [signal.signal(number, note) for number in numbers]
+        try:
+            with tqdm(steps, title, self.config.steps, initial=self.first_step) as self.bar:
+                yield self.bar
+        finally:
+            for number, handler in zip(numbers, handlers):
+                signal.signal(number, handler)
 
     def log(self, **values):
         """Append a line to the log."""
@@ -171,54 +185,28 @@ class Run:
                 explain()
             dump = self.path.with_name("bad-batch.pt")
             save(dump, dict(kind="bad batch", step=step, reason=str(error), batch=batch))
-            advice = f"lower --lr, or look at the batch in {dump}. {self._last_checkpoint()}"
-            message = f"step {step}: {error}; that update was not made: {advice}"
-            raise TrainingDiverged(message) from None
+            advice = f"that update was not made: lower --lr, or look at the batch in {dump}"
+            self._stop(f"step {step}: {error}; {advice}")
+
+    def _stop(self, problem):
+        last = self.path if self.path.exists() else "none yet"
+        raise TrainingDiverged(f"{problem}. Last good checkpoint: {last}") from None
 
     def save(self, step, model, optimizer, **more):
         """Write the checkpoint if it is due: after the first step, every save_every steps, after
         the last step, and after a signal, which then ends the process."""
-        done, config = step + 1, self.config
-        if not (self.signal or done in (1, config.steps) or done % config.save_every == 0):
+        done, last = step + 1, self.config.steps
+        if not (self.signal or done in (1, last) or done % self.config.save_every == 0):
             return
-        finite = all(value.isfinite().all() for value in model.state_dict().values())
-        if not finite:
-            problem = (
-                f"step {step} made weights that are not finite: they are not saved; lower --lr"
-            )
-            raise TrainingDiverged(f"{problem}. {self._last_checkpoint()}")
-        state = optimizer.state_dict() if done < config.steps else {}  # a finished run needs none
-        record = dict(kind=self.kind, config=result_config(config), step=done, steps=config.steps)
-        weights = dict(model_config=model.config, model=model.state_dict(), optimizer=state)
-        save(self.path, record | weights | more)
+        weights = model.state_dict()
+        if not all(value.isfinite().all() for value in weights.values()):
+            self._stop(f"step {step} made weights that are not finite, not saved: lower --lr")
+        state = optimizer.state_dict() if done < last else {}  # a finished run needs none
+        record = dict(kind=self.kind, config=result_config(self.config), step=done, steps=last,
+                      model_config=model.config, model=weights, optimizer=state)  # fmt: skip
+        save(self.path, record | more)
         if self.signal:
-            print(
-                f"\ninterrupted; saved in {self.path}; go on with `{self.command}`", file=sys.stderr
-            )
+            self.bar.close()  # ends its line
+            hint = f"saved in {self.path}; go on with `{self.command}`"
+            print(f"interrupted; {hint}", file=sys.stderr)
             sys.exit(128 + self.signal)
-
-    def _last_checkpoint(self):
-        return f"Last good checkpoint: {self.path if self.path.exists() else 'none yet'}"
-
-    def __enter__(self):
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self.handlers = {number: signal.signal(number, self._note) for number in numbers}
-        return self
-
-    def __exit__(self, kind, *_):
-        if kind not in (None, SystemExit):
-            print(file=sys.stderr)  # ends the line of the progress bar
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, frame):
-        if self.signal:
-            os._exit(128 + number)
-        self.signal = number
-
-
-def _step_of(line):
-    try:
-        return json.loads(line).get("step", -1)
-    except json.JSONDecodeError:  # a line cut off by a kill; its step is run again
-        return float("inf")

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+LARGEST = 2**31 - 1  # number that a flag may have
+
 
 class UserError(ValueError):
     """An error that the user can correct; run() prints it as one line and exits with status 2."""
@@ -31,13 +33,6 @@ def check(condition, message):
     """Raise UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
-
-
-def check_at_least(minimum, config, *names):
-    """Raise UserError unless each of these fields of a config is finite and at least `minimum`."""
-    for name in names:
-        value, flag = getattr(config, name), name.replace("_", "-")
-        check(minimum <= value < math.inf, f"--{flag} {value}: must be at least {minimum}, finite")
 
 
 def run(main):
@@ -70,7 +65,39 @@ def _interrupt(number, frame):
     raise KeyboardInterrupt(128 + number)
 
 
-# --- command line, device, random streams ---------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
+
+
+def _flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def check_at_least(minimum, config, *names, maximum=LARGEST):
+    """Raise UserError unless each of these fields of a config lies in [minimum, maximum]."""
+    for name in names:
+        value, bounds = getattr(config, name), f"at least {minimum} and at most {maximum}"
+        check(minimum <= value <= maximum, f"{_flag(name)} {value}: must be {bounds}")  # or NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseConfig:
+    """The flags of every command. Integers start at 1 and other numbers at 0, unless RANGES says
+    otherwise: {field: (minimum, maximum)}."""
+
+    preset: str = ""  # smoke, cpu or gpu
+    device: str = "auto"
+    out: str = "out"
+    seed: int = 0
+
+    RANGES = {}
+
+    def check(self):
+        """Raise UserError if a number is out of its range."""
+        for field in dataclasses.fields(self):
+            if type(field.default) in (int, float):
+                least = 1 if type(field.default) is int and field.name != "seed" else 0
+                minimum, maximum = self.RANGES.get(field.name, (least, LARGEST))
+                check_at_least(minimum, self, field.name, maximum=maximum)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,22 +115,20 @@ def parse(script, config_class, presets, description, argv=None, methods=None):
     for name, method in (methods or {}).items():
         description += f"\n  --method {name:16} {method.about}"
     style = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(description=description, formatter_class=style, allow_abbrev=False)
+    parser = _Parser(description=description, formatter_class=style, allow_abbrev=False,
+                     argument_default=argparse.SUPPRESS)  # fmt: skip
     choices = dict(preset=list(presets), method=list(methods or ()))
     for field in dataclasses.fields(config_class):
         kind, allowed = type(field.default), choices.get(field.name) or typing.get_args(field.type)
         options = dict(type=kind, choices=allowed or None, metavar=kind.__name__)
         options = dict(action=argparse.BooleanOptionalAction) if kind is bool else options
-        shown = {p: values[field.name] for p, values in presets.items() if field.name in values}
-        values = [f"default {field.default!r}", *(f"{p} {v}" for p, v in shown.items())]
+        values = [f"{p} {v[field.name]}" for p, v in presets.items() if field.name in v]
         values += [f"one of {', '.join(allowed)}"] if allowed else []
-        options["help"] = ", ".join(values)
-        parser.add_argument("--" + field.name.replace("_", "-"), default=None, **options)
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+        options["help"] = ", ".join([f"default {field.default!r}", *values])
+        parser.add_argument(_flag(field.name), **options)
+    given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        valid = value != "" if isinstance(value, str) else abs(value) < 2**31  # False for NaN
-        flag = f"--{name.replace('_', '-')} {value!r}"
-        check(valid, f"{flag}: must be less than 2 ** 31, not empty, not NaN")
+        check(value != "", f"{_flag(name)} '': must be given a value")
     given.setdefault("preset", default_preset(given.get("device", "auto")))
     method = methods[given.get("method", config_class.method)].values if methods else {}
     config = config_class(**{**presets[given["preset"]], **method, **given})
@@ -115,6 +140,15 @@ def default_preset(device="auto"):
     """gpu on CUDA, cpu on any other device."""
     cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     return "gpu" if cuda else "cpu"
+
+
+def command_for(script, preset, out):
+    """Return the command that makes a stage, for messages."""
+    folder = "" if out == "out" else f" --out {shlex.quote(out)}"
+    return f"python {script} --preset {preset}{folder}"
+
+
+# --- device and random streams --------------------------------------------------------------------
 
 
 def pick_device(name="auto"):
@@ -152,12 +186,9 @@ def set_up_cuda(device):
 
 
 def network_dtype(device):
-    """The type of the policy's matrix products and key-value cache: bfloat16 or float32.
-
-    bfloat16 on CUDA from compute capability 8 (Ampere). Older GPUs (V100, T4) emulate it, more
-    slowly than they compute in float32; torch.cuda.is_bf16_supported() is True there. All other
-    devices use float32.
-    """
+    """The type of the policy's matrix products and key-value cache: bfloat16 on CUDA from compute
+    capability 8 (Ampere), else float32. Older GPUs emulate bfloat16, more slowly than they compute
+    in float32, though torch.cuda.is_bf16_supported() is True there."""
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.bfloat16 if native else torch.float32
 
@@ -168,12 +199,6 @@ def generator(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def set_lr(optimizer, lr):
-    """Set the learning rate of every parameter group."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
 def check_finite(terms):
     """Raise TrainingDiverged unless all terms are finite. terms: {name: float}."""
     wrong = [f"{name} is {value}" for name, value in terms.items() if not math.isfinite(value)]
@@ -181,31 +206,23 @@ def check_finite(terms):
         raise TrainingDiverged(", ".join(wrong))
 
 
-# --- files ----------------------------------------------------------------------------------------
-
-
 def write(path, data, append=False):
     """Write bytes to a temporary name and rename it, or append. Raises UserError if that fails."""
     path = Path(path)
-    target = path if append else path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(target, "ab" if append else "wb") as file:
+        with open(path if append else temporary, "ab" if append else "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # a checkpoint must not reach the disk before its log
-        os.replace(target, path)
+        if not append:
+            os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            path.with_name(path.name + ".tmp").unlink()
+            temporary.unlink()
         message = f"cannot write {path}: {error.strerror}; correct that and run the same command"
         raise UserError(f"{message} again: what was saved is kept") from None
-
-
-def command_for(script, preset, out):
-    """Return the command that makes a stage, for messages."""
-    folder = "" if out == "out" else f" --out {shlex.quote(out)}"
-    return f"python {script} --preset {preset}{folder}"
 
 
 def to_jsonable(value):

@@ -3,9 +3,8 @@
     python eggrpo.py --preset cpu                           -> out/cpu/eggrpo-0/
     python eggrpo.py --preset cpu --method grpo --seed 1    -> out/cpu/grpo-1/
 
-Writes policy.pt, log.jsonl, gallery-*.png and training.gif. The file reads in the order of the
-data: Config, the mathematics (plain tensors in and out, usable in another trainer), one step, the
-loop. EG-GRPO is GRPO and one function, shape_advantages.
+The file reads in the order of the data: Config, the mathematics (plain tensors in and out, usable
+in another trainer), one step, the loop. EG-GRPO is GRPO and one function, shape_advantages.
 
 Differences from the paper and its released code:
 - Masks go by rank, so that counts are exact if entropies tie; the released code compares strictly
@@ -44,11 +43,7 @@ from rollout import split_modalities, training_scenes
 
 
 @dataclass(frozen=True)
-class Config:
-    preset: str = ""  # smoke, cpu or gpu
-    device: str = "auto"
-    out: str = "out"
-    seed: int = 0
+class Config(common.BaseConfig):
     method: str = "eggrpo"  # a key of METHODS, which sets some of the fields below
     name: str = ""  # of the run's folder; default: <method>-<seed>
     steps: int = 300  # batches of rollouts (paper: 1600)
@@ -62,7 +57,6 @@ class Config:
     bonus_coef: float = 0.3  # bonus per unit of entropy (paper: .3)
     bonus_cap: float = 0.3  # largest bonus as a fraction of |A| (paper: .3)
     modality: Literal["both", "plan", "image"] = "both"  # which is shaped (paper: both)
-    mask_rule: Literal["rank", "released"] = "rank"  # released: strict thresholds (paper)
     keep_corrections: bool = False  # low tokens lose positive advantages only (paper: all)
     entropy_coef: float = 0.0  # weight of an entropy gradient on high tokens (paper: none)
     scale_rewards: bool = True  # divide advantages by the std (paper: yes)
@@ -72,9 +66,7 @@ class Config:
     clip_high: float = 0.2  # (paper: .2)
     reward: Literal["mean", "exact"] = "mean"  # mean of rewards.REWARDS, or 1 if all is right
     reward_noise: float = 0.0  # fraction of rewards that are replaced by random ones in training
-    text_weight: float = 1.0  # weight of a plan token in the loss; image tokens have 1 (paper: 1)
     guidance: float = 1.0  # of the policy, sampled and scored (paper: 5, sampled only)
-    score_guidance: float = 0.0  # in scoring alone, for study; 0: as sampled (paper: 1)
     inner_epochs: int = 1  # passes over a batch of rollouts (paper: 1)
     minibatches: int = 1  # updates per pass (paper: 1)
     micro_batch: int = 16  # sequences per forward pass: changes memory, not results
@@ -87,19 +79,16 @@ class Config:
         """B = P * G."""
         return self.prompts * self.plans_per_prompt * self.images_per_plan
 
+    RANGES = dict(
+        plans_per_prompt=(2, common.LARGEST),  # rollouts are compared
+        low_frac=(0, 1), high_frac=(0, 1), reward_noise=(0, 1),
+        bonus_cap=(0, 1),  # above 1 a bonus would flip signs
+    )  # fmt: skip
+
     def check(self):
-        common.check_at_least(2, self, "plans_per_prompt")  # rollouts are compared
-        ones = "steps prompts images_per_plan inner_epochs minibatches micro_batch eval_every"
-        common.check_at_least(1, self, *ones.split(), "eval_prompts", "save_every")
-        zeros = "seed lr beta low_frac high_frac bonus_coef bonus_cap clip_low clip_high guidance"
-        common.check_at_least(0, self, *zeros.split(), "text_weight", "entropy_coef")
-        common.check_at_least(0, self, "score_guidance", "reward_noise")
-        check(self.reward_noise <= 1, f"--reward-noise {self.reward_noise}: must be at most 1")
+        super().check()
         low, high = self.low_frac, self.high_frac
         check(low + high <= 1, f"--low-frac {low}, --high-frac {high}: must add up to at most 1")
-        check(self.bonus_cap <= 1, f"--bonus-cap {self.bonus_cap}: above 1 it would flip signs")
-        one_update = not self.score_guidance or self.inner_epochs * self.minibatches == 1
-        check(one_update, "--score-guidance allows one update per batch")
         divides = f"--minibatches {self.minibatches}: does not divide {self.sequences} sequences"
         check(self.sequences % self.minibatches == 0, divides)
         valid = re.fullmatch(r"[\w.-]*\w", self.name or "a")
@@ -109,10 +98,9 @@ class Config:
 PRESETS = {
     "smoke": dict(steps=4, prompts=2, plans_per_prompt=4, eval_every=2, eval_prompts=12),
     "cpu": dict(),
-    "gpu": dict(
-        steps=600, prompts=16, plans_per_prompt=16, lr=1e-4, micro_batch=64, eval_prompts=384
-    ),
-}
+    "gpu": dict(steps=600, prompts=16, plans_per_prompt=16, lr=1e-4, micro_batch=64,
+                eval_prompts=384),
+}  # fmt: skip
 
 
 class Method(NamedTuple):
@@ -129,8 +117,8 @@ METHODS = {  # all share one loop and one loss
                            dict(modality="image")),
     "bonus": Method("one half of the method: the bonus", dict(low_frac=0.0)),
     "exclude": Method("one half of the method: exclusion", dict(bonus_coef=0.0)),
-    "eggrpo-corrective": Method("ours: low tokens lose positive advantages only, so that errors are "
-                                "still corrected", dict(keep_corrections=True)),
+    "eggrpo-corrective": Method("ours: low tokens lose positive advantages only, so that errors "
+                                "are still corrected", dict(keep_corrections=True)),
     "eggrpo-gradient": Method("exclusion, and for the bonus a true entropy gradient on high tokens",
                               dict(bonus_coef=0.0, entropy_coef=0.01)),
     "top-entropy": Method("the 80/20 rule: reward gradient on the 20 % highest-entropy tokens only",
@@ -141,7 +129,6 @@ METHODS = {  # all share one loop and one loss
                       dict(GRPO, scale_rewards=False, constant_denominator=True)),
     "dapo": Method("DAPO: clip-higher (.2, .28), groups without variance dropped from the loss",
                    dict(GRPO, clip_high=0.28, drop_zero_std_groups=True)),
-    "released": Method("the released code's strict thresholds", dict(mask_rule="released")),
 }  # fmt: skip
 
 
@@ -168,10 +155,8 @@ def group_advantages(rewards, eps=1e-4, scale_rewards=True):
 
 
 def differentiable_entropy(logits):
-    """Entropy of the full next-token distribution as a fraction of its maximum, log V.
-
-    logits: (..., V). Returns (...) in [0, 1], in float32 or better.
-    """
+    """Entropy of the full next-token distribution as a fraction of log V, its maximum. logits:
+    (..., V). Returns (...) in [0, 1], in float32 or better."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return normalized_entropy(logits.log_softmax(-1))
 
@@ -182,13 +167,12 @@ def token_entropy(logits):
     return differentiable_entropy(logits)
 
 
-def entropy_masks(entropy, valid, low_frac=0.2, high_frac=0.5, rule="rank"):
+def entropy_masks(entropy, valid, low_frac=0.2, high_frac=0.5):
     """Find each row's low-entropy and high-entropy tokens among its n valid ones; one modality.
 
-    entropy: (B, T), valid: (B, T) bool. rule="rank": of the tokens in ascending order, earlier ones
-    first among equals, low is the first floor(low_frac * n) and high the last floor(high_frac * n).
-    rule="released": low is H < sorted[int(low_frac * n)], high is H > sorted[int((1 - high_frac) *
-    n)]. Returns low, high: (B, T) bool. Raises ValueError if the fractions overlap.
+    entropy: (B, T), valid: (B, T) bool. Of the tokens in ascending order, earlier ones first among
+    equals, low is the first floor(low_frac * n) and high the last floor(high_frac * n). Returns
+    low, high: (B, T) bool. Raises ValueError if the fractions overlap.
 
     >>> entropy = torch.tensor([[.30, .10, .80, .20, .60, .50, .70, .40]])
     >>> low, high = entropy_masks(entropy, torch.ones(1, 8, dtype=torch.bool), low_frac=0.25)
@@ -198,16 +182,13 @@ def entropy_masks(entropy, valid, low_frac=0.2, high_frac=0.5, rule="rank"):
     if not (0 <= low_frac <= 1 and 0 <= high_frac <= 1 and low_frac + high_frac <= 1):
         fractions = f"low_frac {low_frac}, high_frac {high_frac}"
         raise ValueError(f"{fractions}: must lie in [0, 1] and add up to at most 1")
-    ascending, order = entropy.masked_fill(~valid, float("inf")).sort(dim=1, stable=True)
+    order = entropy.masked_fill(~valid, float("inf")).argsort(dim=1, stable=True)
     n = valid.sum(1, keepdim=True)  # (B, 1)
 
     def count(fraction):  # in integers: in float32, 0.53 * 100 is less than 53
         exact = Fraction(fraction).limit_denominator(10**6)
         return n * exact.numerator // exact.denominator
 
-    if rule == "released":
-        threshold = lambda frac: ascending.gather(1, torch.minimum(count(frac), n - 1).clamp(min=0))
-        return valid & (entropy < threshold(low_frac)), valid & (entropy > threshold(1 - high_frac))
     rank = order.argsort(dim=1)  # (B, T); invalid tokens rank last
     return valid & (rank < count(low_frac)), valid & (rank >= n - count(high_frac))
 
@@ -232,20 +213,19 @@ def policy_loss(logp, logp_old, logp_ref, advantage, valid, beta=0.01, clip_low=
         ratio_t = exp(logp - logp_old)
         KL_t    = exp(ref - logp) - (ref - logp) - 1                   the k3 estimator
 
-    logp, logp_old, logp_ref, advantage: (B, T); valid: (B, T) bool, or weights of at least 0.
-    logp_ref may be None if beta is 0. denominator: the sum of `valid` over the whole batch, if this
-    is a micro-batch of it. Returns the loss, a scalar, and a dict of scalars without gradient: kl
-    and clipped (this micro-batch's share of the batch's mean), ratio_min, ratio_max.
+    logp, logp_old, logp_ref, advantage: (B, T); valid: (B, T) bool. logp_ref may be None if beta is
+    0. denominator: the number of valid tokens of the whole batch, if this is a micro-batch of it.
+    Returns the loss, a scalar, and a dict of scalars without gradient: kl and clipped (this
+    micro-batch's share of the batch's mean), ratio_min, ratio_max.
     """
     denominator = valid.sum() if denominator is None else denominator
-    mask = valid > 0  # padding may hold anything, NaN too
-    ratio = torch.where(mask, logp - logp_old, 0.0).exp()
-    advantage = torch.where(mask, advantage, 0.0)
+    ratio = torch.where(valid, logp - logp_old, 0.0).exp()  # padding may hold anything, NaN too
+    advantage = torch.where(valid, advantage, 0.0)
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
     surrogate = torch.minimum(ratio * advantage, clipped_ratio * advantage)
     kl = torch.zeros_like(ratio)
     if logp_ref is not None:
-        log_ratio_ref = torch.where(mask, logp_ref - logp, 0.0)
+        log_ratio_ref = torch.where(valid, logp_ref - logp, 0.0)
         kl = log_ratio_ref.exp() - log_ratio_ref - 1
     loss = -((surrogate - beta * kl) * valid).sum() / denominator
     clipped = (ratio < 1 - clip_low) & (advantage < 0) | (ratio > 1 + clip_high) & (advantage > 0)
@@ -269,38 +249,33 @@ class Batch(NamedTuple):
     advantage: Tensor  # (B, T) shaped
     low: Tensor  # (B, T) bool
     high: Tensor  # (B, T) bool
-    loss_weight: Tensor  # (B, T) weight in the loss; 0 at padding
-    denominator_weight: Tensor  # (B, T) weight in the denominator of the loss
+    in_loss: Tensor  # (B, T) bool: valid, and not of a group that is left out
 
 
 def make_batch(rollout, config):
-    """Turn rewards and entropies into an advantage and a weight per token. Returns a Batch."""
+    """Turn rewards and entropies into an advantage per token. Returns a Batch."""
     advantages = group_advantages(rollout.rewards, scale_rewards=config.scale_rewards)  # (P, G)
     a = advantages.flatten()  # (B,)                                      GRPO stops here
     low, high = modality_masks(rollout, config)  # (B, T)
     if config.keep_corrections:
         low = low & (a > 0)[:, None]
-    shaped = shape_advantages(
-        a, rollout.entropy, low, high, config.bonus_coef, config.bonus_cap
-    )  # EG
+    bonus = config.bonus_coef, config.bonus_cap
+    shaped = shape_advantages(a, rollout.entropy, low, high, *bonus)  # (B, T)     EG
 
-    weight = rollout.valid.float()
-    weight[:, : rollout.plan.shape[1]] *= config.text_weight
+    in_loss = rollout.valid
     if config.drop_zero_std_groups:
         kept = rollout.rewards.amax(1) > rollout.rewards.amin(1)  # (P,)
-        weight = weight * kept.repeat_interleave(rollout.rewards.shape[1])[:, None]
-    denominator_weight = torch.ones_like(weight) if config.constant_denominator else weight
+        in_loss = in_loss & kept.repeat_interleave(rollout.rewards.shape[1])[:, None]
     return Batch(rollout.prompt, rollout.plan, rollout.codes, rollout.logp, rollout.valid, a,
-                 shaped, low, high, weight, denominator_weight)  # fmt: skip
+                 shaped, low, high, in_loss)  # fmt: skip
 
 
 def modality_masks(rollout, config):
     """Find low and high tokens, plan and image each by itself. Returns low, high: (B, T) bool."""
     masks = []
     for name, part in split_modalities(rollout.plan.shape[1]).items():
-        valid = rollout.valid[:, part]
-        low, high = entropy_masks(rollout.entropy[:, part], valid, config.low_frac, config.high_frac,
-                                  config.mask_rule)  # fmt: skip
+        arguments = rollout.entropy[:, part], rollout.valid[:, part]
+        low, high = entropy_masks(*arguments, config.low_frac, config.high_frac)
         shaped = config.modality in ("both", name)
         masks.append((low & shaped, high & shaped))
     return [torch.cat(mask, 1) for mask in zip(*masks)]
@@ -308,21 +283,19 @@ def modality_masks(rollout, config):
 
 def micro_batch_loss(policy, reference, part, denominator, config):
     """Compute the loss of some rows of a Batch. Returns it and a dict of scalars to log."""
-    tokens, guidance = part[:3], config.score_guidance or config.guidance
-    logits = forward_logits(policy, *tokens, guidance)  # words (B, C, V), codes (B, L, V)
+    tokens = part[:3]  # prompt, plan, codes
+    logits = forward_logits(policy, *tokens, config.guidance)  # words (B, C, V), codes (B, L, V)
     logp, logp_ref = token_logp(*logits, part.plan, part.codes), None  # (B, T)
     if config.beta:
         with torch.no_grad():
-            ref_logits = forward_logits(reference, *tokens, guidance)
+            ref_logits = forward_logits(reference, *tokens, config.guidance)
             logp_ref = token_logp(*ref_logits, part.plan, part.codes)
-    # with the released mismatch the ratio is 1 by construction, and hides it
-    logp_old = logp.detach() if config.score_guidance else part.logp
-    loss, stats = policy_loss(logp, logp_old, logp_ref, part.advantage, part.loss_weight,
-                              config.beta, config.clip_low, config.clip_high,
-                              denominator)  # fmt: skip
+    arguments = logp, part.logp, logp_ref, part.advantage, part.in_loss
+    clip = config.clip_low, config.clip_high
+    loss, stats = policy_loss(*arguments, config.beta, *clip, denominator)
     if config.entropy_coef:
         entropy = torch.cat([differentiable_entropy(x) for x in logits], 1)  # (B, T)
-        high_entropy = torch.where(part.high, entropy, 0.0) * part.loss_weight
+        high_entropy = torch.where(part.high, entropy, 0.0) * part.in_loss
         loss = loss - config.entropy_coef * (high_entropy.sum() / denominator)
     difference = (logp.detach() - part.logp).abs() * part.valid  # (B, T)
     stats["loss"], stats["logp_diff_mean"] = loss.detach(), difference.sum() / part.valid.sum()
@@ -346,13 +319,14 @@ def update(policy, reference, optimizer, batch, config, step, extra_stats=None):
     """Update the policy on a batch. Returns floats to log, averaged over the step's updates.
 
     extra_stats: other scalars to log. All scalars come to the host in one transfer per update,
-    before the weights change: in an update, the host waits for the device only there. Raises
-    TrainingDiverged.
+    before the weights change; the host waits for the device only there. Raises TrainingDiverged.
     """
     logged, updates = [], minibatch_indices(batch, config, step)
     for rows in updates:
         # of the whole update, so that the size of micro-batches changes nothing
-        denominator, parts = batch.denominator_weight[rows].sum().clamp(min=1), []
+        in_loss, parts = batch.in_loss[rows], []
+        slots = torch.ones_like(in_loss) if config.constant_denominator else in_loss
+        denominator = slots.sum().clamp(min=1)
         for idx in rows.split(config.micro_batch):
             part = Batch(*(x[idx] for x in batch))
             loss, stats = micro_batch_loss(policy, reference, part, denominator, config)
@@ -383,21 +357,22 @@ def main(argv=None):
     env = load_env(config.preset, config.out, device)
     reference = load_base(config.preset, config.out, device)
     policy = load_base(config.preset, config.out, device).requires_grad_(True)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(0.9, 0.95),
-                                  weight_decay=0.0, fused=device.type == "cuda")  # fmt: skip
+    optimizer = torch.optim.AdamW(policy.parameters(), config.lr, (0.9, 0.95), weight_decay=0.0,
+                                  fused=device.type == "cuda")  # fmt: skip
     run.start(device, policy, optimizer)
     held_out = lambda step: evaluate.evaluate_and_save_gallery(env, policy, config, folder, step)
     if not run.first_step:
         run.log(step=-1, **held_out(0))
 
     scenes = training_scenes(env.world, config, run.first_step)
-    with run:
-        for step in (bar := run.steps(config.method)):
+    with run.progress(config.method) as bar:
+        for step in bar:
             step_started = time.time()
             rollout = make_rollout(policy, env, scenes, config, step)
             scenes = training_scenes(env.world, config, step + 1)  # while the device is sampling
             batch = make_batch(rollout, config)
-            common.set_lr(optimizer, config.lr * min((step + 1) / 10, 1 - step / config.steps))
+            lr = config.lr * min((step + 1) / 10, 1 - step / config.steps)
+            optimizer.param_groups[0]["lr"] = lr
             explain = lambda: rewards.check_finite(rollout.rewards, rollout.components)
             with run.guard(step, batch._asdict(), explain):
                 extra = rollout_stats(rollout, batch)
@@ -408,8 +383,7 @@ def main(argv=None):
                 stats |= held_out(step + 1)
             run.log(step=step, **stats)
             run.save(step, policy, optimizer)
-    seconds = time.time() - started
-    print(f"{config.method}: {config.steps} steps, {seconds:.0f} s; images in {folder}")
+    print(f"{config.method}: {config.steps} steps, {time.time() - started:.0f} s; see {folder}")
 
 
 if __name__ == "__main__":

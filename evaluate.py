@@ -4,15 +4,16 @@
 
     -> out/cpu/results.json, results.md (the printed table), before-after.png
 
-`eval` and `rare` prompts never occur in training, not even as paraphrases. Every `rare` prompt has
-a colour-shape pair that is in 1 % of the pretraining corpus and in a third of the prompts of
-reinforcement learning. All policies answer the same prompts with the same noise.
+`eval` and `rare` prompts never occur in training, not even as paraphrases; every `rare` prompt has
+a rare colour-shape pair (scenes.py). All policies answer the same prompts with the same noise.
 """
 
 import io
 import json
+import textwrap
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,17 +31,9 @@ from scenes import make_scene, rare_pairs
 
 
 @dataclass(frozen=True)
-class Config:
-    preset: str = ""  # smoke, cpu or gpu
-    device: str = "auto"
-    out: str = "out"
-    seed: int = 0
+class Config(common.BaseConfig):
     prompts: int = 1200  # evaluation prompts; a third as many of rare pairs
     batch: int = 128  # prompts per forward pass
-
-    def check(self):
-        common.check_at_least(1, self, "prompts", "batch")
-        common.check_at_least(0, self, "seed")
 
 
 PRESETS = {"smoke": dict(prompts=24, batch=24), "cpu": dict(), "gpu": dict(prompts=2304, batch=256)}
@@ -56,15 +49,21 @@ class Scores(NamedTuple):
     exact: Tensor  # (n,) 0 or 1
 
 
+def sample_and_score(env, policy, scenes, *key, **options):
+    """Draw one image for each scene's prompt. key: of the noise; options: as for model.generate.
+    Returns images (n, 3, h, w), and rewards, components and exact as rewards.compute_rewards."""
+    _, images = sample_scenes(env, policy, scenes, *key, **options)
+    targets = rewards.encode_targets(env.world, scenes, env.device)
+    return images, *rewards.compute_rewards(images, targets, env.world)
+
+
 def evaluate(env, policy, split, prompts, batch=128, seed=0, title=None, **options):
     """Score one image for each of the first `prompts` scenes of a split. Returns Scores."""
     scenes = [make_scene(env.world, split, seed, i) for i in range(prompts)]
     scored = []
     for start in tqdm(range(0, prompts, batch), title, disable=title is None, leave=False):
         part, key = scenes[start : start + batch], (seed, "evaluate", split, start)
-        _, images = sample_scenes(env, policy, part, *key, **options)
-        targets = rewards.encode_targets(env.world, part, env.device)
-        scored.append(rewards.compute_rewards(images, targets, env.world))
+        scored.append(sample_and_score(env, policy, part, *key, **options)[1:])
     reward, components, exact = zip(*scored)
     reward, exact = torch.cat(reward).cpu(), torch.cat(exact).cpu()
     components = {k: torch.cat([c[k] for c in components]).cpu() for k in components[0]}
@@ -80,12 +79,12 @@ def mean_and_half_width(values):
 
 def summarize(scores):
     """Reduce Scores to numbers: reward and exact with intervals, components, categories."""
-    reward, reward_half = mean_and_half_width(scores.rewards)
-    exact, exact_half = mean_and_half_width(scores.exact)
+    values = scores.rewards, scores.exact
+    (reward, reward_half), (exact, exact_half) = map(mean_and_half_width, values)
     categories = {}
     for c in dict.fromkeys(scores.categories):
         rows = torch.tensor([category == c for category in scores.categories])
-        means = (x[rows].mean().item() for x in (scores.rewards, scores.exact))
+        means = (x[rows].mean().item() for x in values)
         categories[c] = dict(zip(("n", "reward", "exact"), (int(rows.sum()), *means)))
     summary = dict(n=len(scores.rewards), reward=reward, reward_half=reward_half, exact=exact)
     components = {name: values.nanmean().item() for name, values in scores.components.items()}
@@ -115,31 +114,23 @@ def results_table(results):
 # --- images ---------------------------------------------------------------------------------------
 
 
-def _wrap(text, width):
-    lines, line = [], ""
-    for word in text.split():
-        if line and len(line) + 1 + len(word) > width:
-            lines, line = [*lines, line], ""
-        line = f"{line} {word}".strip()
-    return [*lines, line]
-
-
 def gallery(rows, prompts, titles=None, exact=None, size=144):
     """Arrange images in a grid, a prompt above each column. Returns a PIL image.
 
     rows: list of (n, 3, h, w) in [0, 1]; titles: a name for each row; exact: list of (n,), a green
     frame if 1, red if 0; size: of an image, in pixels.
     """
+    wrap = partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
     pad, head, side = 6, 62, 96 if titles else 0
     width, height = side + len(prompts) * (size + pad) + pad, head + len(rows) * (size + pad)
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     for column, prompt in enumerate(prompts):
-        for i, line in enumerate(_wrap(prompt, 24)[:4]):
+        for i, line in enumerate(wrap(prompt, 24)[:4]):
             pen.text((side + pad + column * (size + pad), 4 + 14 * i), line, fill="black")
     for row, images in enumerate(rows):
         top = head + row * (size + pad)
-        for i, line in enumerate(_wrap(titles[row], 14) if titles else []):
+        for i, line in enumerate(wrap(titles[row], 14) if titles else []):
             pen.text((pad, top + size // 2 - 8 + 14 * i), line, fill="black")
         pixels = (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         for column, image in enumerate(pixels):
@@ -152,8 +143,7 @@ def gallery(rows, prompts, titles=None, exact=None, size=144):
 
 
 def gallery_scenes(world, number=8):
-    """The fixed prompts of every gallery: usual pairs, then as many rare ones, of a seed kept for
-    this."""
+    """The fixed prompts of every gallery: usual pairs, then as many rare ones."""
     splits = ("eval", "rare")
     return [make_scene(world, split, 777, i) for split in splits for i in range(number // 2)]
 
@@ -163,12 +153,9 @@ def gallery_titles(world):
 
 
 def gallery_row(env, policy, **options):
-    """Draw the gallery's prompts with the gallery's noise. Returns images (n, 3, h, w) and exact
-    (n,)."""
-    scenes = gallery_scenes(env.world)
-    _, images = sample_scenes(env, policy, scenes, "gallery", **options)
-    targets = rewards.encode_targets(env.world, scenes, env.device)
-    return images, rewards.compute_rewards(images, targets, env.world)[2].cpu()
+    """Draw the gallery, always with the same noise. Returns images (n, 3, h, w) and exact (n,)."""
+    scored = sample_and_score(env, policy, gallery_scenes(env.world), "gallery", **options)
+    return scored[0], scored[-1].cpu()
 
 
 def save_image(image, path, **options):
@@ -184,28 +171,22 @@ def evaluate_and_save_gallery(env, policy, config, folder, step):
     if step == 0:
         for old in folder.glob("gallery-*.png"):
             old.unlink()
-    options, n = dict(guidance=config.guidance), config.eval_prompts
-    usual, rare = (
-        summarize(evaluate(env, policy, split, n, **options)) for split in ("eval", "rare")
-    )
-    images, exact = gallery_row(env, policy, **options)
+    draw = dict(guidance=config.guidance)
+    scores = [evaluate(env, policy, s, config.eval_prompts, **draw) for s in ("eval", "rare")]
+    usual, rare = map(summarize, scores)
+    images, exact = gallery_row(env, policy, **draw)
     sheet = gallery([images], gallery_titles(env.world), [f"step {step}"], [exact])
     save_image(sheet, folder / f"gallery-{step:05d}.png")
     if step == config.steps:
         paths = sorted(folder.glob("gallery-*.png"))
         frames = [Image.open(p).convert("P", palette=Image.ADAPTIVE) for p in paths]
         duration = [700] * (len(frames) - 1) + [3000]  # milliseconds
-        options = dict(save_all=True, append_images=frames[1:], duration=duration, loop=0)
-        save_image(frames[0], folder / "training.gif", **options)
-    numbers = usual["reward"], usual["exact"], rare["exact"]
-    tqdm.write(
-        "step {}: held-out reward {:.3f}, exact {:.3f}, rare pairs {:.3f}".format(step, *numbers)
-    )
-    return dict(eval_reward=usual["reward"], eval_exact=usual["exact"],
-                rare_reward=rare["reward"], rare_exact=rare["exact"])  # fmt: skip
-
-
-# --- command --------------------------------------------------------------------------------------
+        save_image(frames[0], folder / "training.gif", save_all=True, append_images=frames[1:],
+                   duration=duration, loop=0)  # fmt: skip
+    numbers = dict(eval_reward=usual["reward"], eval_exact=usual["exact"],
+                   rare_reward=rare["reward"], rare_exact=rare["exact"])  # fmt: skip
+    tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
+    return numbers
 
 
 def load_policies(config, device):
@@ -220,9 +201,7 @@ def load_policies(config, device):
             policy, trained = load_policy(path, "policy", config.preset, command, device)
             policies[path.parent.name] = policy, dict(guidance=trained["guidance"])
     if len(policies) == 2:
-        print(
-            f"no finished run in {folder}: only the base policy is scored (make one: `{command}`)"
-        )
+        print(f"no finished run in {folder}: only the base policy is scored; make one: `{command}`")
     return policies
 
 
@@ -233,18 +212,17 @@ def main(argv=None):
     env = load_env(config.preset, config.out, device)
     policies = load_policies(config, device)
     counts = {"eval": config.prompts, "rare": max(config.prompts // 3, 1)}
-    results, rows, exact = {}, [], []
+    results, rows = {}, []
     for name, (policy, options) in policies.items():
         results[name] = {}
         for split, n in counts.items():
             arguments = (n, config.batch, config.seed, f"{name}, {split}")
             scores = evaluate(env, policy, split, *arguments, **options)
             results[name][split] = summarize(scores)
-        images, marks = gallery_row(env, policy, **options)
-        rows.append(images)
-        exact.append(marks)
+        rows.append(gallery_row(env, policy, **options))
         policy.graphs.clear()  # each CUDA graph holds a key-value cache
-    sheet = gallery(rows, gallery_titles(env.world), list(policies), exact)
+    images, exact = zip(*rows)
+    sheet = gallery(images, gallery_titles(env.world), list(policies), exact)
     save_image(sheet, folder / "before-after.png")
     content = json.dumps(common.to_jsonable(results), indent=1)
     common.write(folder / "results.json", content.encode())

@@ -3,14 +3,9 @@
     | prompt words, padded to S | <plan> | plan words, <end>, padded to C | <image> | L codes |
 
 Every token has a fixed slot, so shapes never change; padding is masked out of attention. Words and
-codes are two modalities with a head each. In reinforcement learning, sampler and learner must be
-one policy, so each of these is defined once:
-
-    policy_logits   from the network's output to the policy: guidance, temperature, float32
-    generate        samples from it, slot by slot, with a key-value cache
-    Policy.forward  computes all slots at once; the tests compare generate with it
-
-There is no dropout and no difference between training and evaluation mode.
+codes are two modalities with a head each. Sampler and learner must be one policy: policy_logits is
+the one definition of what is sampled and scored; generate samples slot by slot with a key-value
+cache, Policy.forward computes all slots at once, and the tests compare them. There is no dropout.
 
 Dimension letters: B sequences, S prompt slots, C plan slots, L image tokens, T = C + L sampled
 slots, N = S + C + L + 1 inputs, V vocabulary of a modality, D width, H heads.
@@ -25,10 +20,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import common
-
-# the first three are placed, never sampled: word logits start at END
-from words import END, IMAGE, PAD, PLAN
-
+from words import END, IMAGE, PAD, PLAN  # all but END are placed, never sampled
 
 KERNEL_SIZE = 8  # of the convolution over words: about one phrase of a plan
 
@@ -45,11 +37,10 @@ class Block(nn.Module):
 
     def forward(self, x, mask, cache=None):
         """Process n slots at once. x: (B, n, D), mask: bool, True where a slot may attend. cache
-        (2, B * G * H, N, D/H): keys and values of slots 0 to n are written to it, G copies of
-        each sequence's."""
+        (2, B * G * H, N, D/H): each sequence's keys and values are written to it, G times."""
         b, n, d = x.shape
-        # (B, H, n, D/H) each
-        q, k, v = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, n, D/H) each
         if cache is not None:
             copies = cache.view(2, b, -1, self.heads, *cache.shape[2:])  # (2, B, G, H, N, D/H)
             copies[:, :, :, :, :n] = torch.stack([k, v])[:, :, None]
@@ -58,18 +49,14 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
     def step(self, x, bias, cache, slot):
-        """Process one slot. x: (B, D); bias: (B * H, 1, N), -inf at padding; cache:
-        (2, B * H, N, D/H).
-
-        Batched products, because scaled_dot_product_attention is slower with a single query.
-        """
+        """Process one slot. x: (B, D); bias: (B * H, 1, N), -inf at padding; cache: (2, B * H, N,
+        D/H). scaled_dot_product_attention would be slower with a single query."""
         b, d = x.shape
         qkv = self.qkv(self.norm1(x)).view(b, 3, self.heads, -1)  # (B, 3, H, D/H)
         cache.view(2, b, self.heads, *cache.shape[2:])[:, :, :, slot] = qkv[:, 1:].transpose(0, 1)
         q, (k, v) = qkv[:, 0].reshape(b * self.heads, 1, -1), cache[:, :, : slot + 1]
-        scores = torch.baddbmm(
-            bias[..., : slot + 1], q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5
-        )
+        scale = q.shape[-1] ** -0.5
+        scores = torch.baddbmm(bias[..., : slot + 1], q, k.transpose(1, 2), alpha=scale)
         x = x + self.proj(torch.bmm(scores.softmax(-1), v).view(b, d))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -92,8 +79,7 @@ class Policy(nn.Module):
         self.S, self.C, self.L = prompt_slots, plan_slots, image_tokens
         self.slots = prompt_slots + plan_slots + image_tokens + 1  # the last code is never an input
         self.word_embedding = nn.Embedding(word_vocab_size, width)
-        # (D, KERNEL_SIZE)
-        self.token_conv = nn.Parameter(torch.empty(width, KERNEL_SIZE))
+        self.token_conv = nn.Parameter(torch.empty(width, KERNEL_SIZE))  # depthwise
         self.code_embedding = nn.Embedding(codebook_size, width)
         self.register_buffer("codebook", torch.randn(codebook_size, code_dim))  # see set_codebook
         self.code_aligner = nn.Linear(code_dim, width, bias=False)
@@ -116,38 +102,32 @@ class Policy(nn.Module):
         """Embed words, (B, n) -> (B, n, D), followed by a depthwise causal convolution.
 
         The last word of a phrase such as "red circle at row 1 column 3" then carries the whole
-        phrase, and the image tokens of that cell can attend to it in one layer. Without the
-        convolution, after the same pretraining, the right attributes were drawn in the right cells
-        in the wrong pairing.
+        phrase, and image tokens can attend to it in one layer. Without the convolution, after the
+        same pretraining, the right attributes were drawn in the wrong pairing.
         """
         embedded = self.word_embedding(words) * (words != PAD)[..., None]
-        return (
-            F.pad(embedded, (0, 0, KERNEL_SIZE - 1, 0)).unfold(1, KERNEL_SIZE, 1) * self.token_conv
-        ).sum(-1)
+        windows = F.pad(embedded, (0, 0, KERNEL_SIZE - 1, 0)).unfold(1, KERNEL_SIZE, 1)
+        return (windows * self.token_conv).sum(-1)
 
     @torch.no_grad()
     def set_codebook(self, codebook):
         """Copy the tokenizer's codebook (V, code_dim), standardised per dimension.
 
-        Codes of similar patches then have similar embeddings and logits, as in Janus, whose image
-        embeddings are computed from the codebook. It lets the policy generalise to rare
-        colour-shape pairs: without it, exact on rare prompts rose a third as fast.
+        Codes of similar patches then have similar embeddings and logits, as in Janus. Without it,
+        exact on rare prompts rose a third as fast.
         """
         self.codebook.copy_((codebook - codebook.mean(0)) / codebook.std(0))
 
     def embed_codes(self, codes):
-        """Embed codes, (...) -> (..., D): a vector per code plus a projection of its codebook
-        vector."""
+        """Embed codes, (...) -> (..., D): own vectors plus projected codebook vectors."""
         return self.code_embedding(codes) + self.code_aligner(self.codebook[codes])
 
     def code_logits(self, x):
-        """Raw logits of the codes, (..., D) -> (..., V): a weight per code plus the product of a
-        query with its codebook vector."""
+        """Raw logits of codes, (..., D) -> (..., V): own weights plus queries of the codebook."""
         return self.code_head(x) + self.code_query(x) @ self.codebook.t()
 
     def position_embeddings(self):
-        """Embed the slots, (N, D): words by their index, codes by row and column of the token
-        grid."""
+        """Embed the slots, (N, D): words by index, codes by row and column of the token grid."""
         image = (self.row_embedding.weight[:, None] + self.column_embedding.weight).flatten(0, 1)
         return torch.cat([self.word_position_embedding.weight, image[:-1]])
 
@@ -157,8 +137,8 @@ class Policy(nn.Module):
         return torch.cat([prompt, PLAN * marker, plan, IMAGE * marker], 1)
 
     def forward(self, prompt, plan, codes):
-        """Compute all slots at once. Returns the raw logits of the plan words (B, C, V_words - END)
-        and of the codes (B, L, V_codes)."""
+        """Compute all slots at once. Returns raw logits of plan words from END on (B, C, V) and of
+        codes (B, L, V)."""
         words = self.concat_words(prompt, plan)
         x = torch.cat([self.embed_words(words), self.embed_codes(codes[:, :-1])], 1)
         x = x + self.position_embeddings()  # (B, N, D)
@@ -171,12 +151,8 @@ class Policy(nn.Module):
 
 
 def causal_mask(keep):
-    """Causal attention mask without padding. keep: (B, n) bool, False at padding. Returns
-    (B, n, n) bool.
-
-    A padded slot attends to itself, because an empty row of the softmax would be NaN; no other slot
-    attends to it.
-    """
+    """Causal attention mask, (B, n, n) bool. keep: (B, n) bool, False at padding, to which only
+    the padded slot itself attends: an empty row of the softmax would be NaN."""
     n = keep.shape[1]
     order = torch.ones(n, n, dtype=torch.bool, device=keep.device).tril()
     return (order & keep[:, None]) | torch.eye(n, dtype=torch.bool, device=keep.device)
@@ -202,14 +178,12 @@ def policy_logits(raw, guidance=1.0, temperature=1.0):
 
 
 def with_empty_prompts(prompt, guidance):
-    """Append the empty prompts that guidance needs: (B, S) -> (B, S), or (2B, S) if guidance is not
-    1."""
+    """Append the empty prompts that guidance other than 1 needs: (B, S) -> (B, S) or (2B, S)."""
     return prompt if guidance == 1.0 else torch.cat([prompt, torch.full_like(prompt, PAD)])
 
 
 def forward_logits(policy, prompt, plan, codes, guidance=1.0, temperature=1.0):
-    """Return the policy's logits for given tokens: words (B, C, V) and codes (B, L, V), float32,
-    with gradient."""
+    """Return the policy's logits of given words (B, C, V) and codes (B, L, V), float32."""
     prompts = with_empty_prompts(prompt, guidance)
     repeat = len(prompts) // len(prompt)
     with precision(prompt.device):
@@ -218,8 +192,7 @@ def forward_logits(policy, prompt, plan, codes, guidance=1.0, temperature=1.0):
 
 
 def token_logp(word_logits, code_logits, plan, codes):
-    """Log-probability of each sampled token, nats. (B, C, V), (B, L, V), (B, C), (B, L) -> (B, T);
-    padding gives 0."""
+    """Log-probability of each token, (B, T) in nats, 0 at padding. Logits (B, C, V), (B, L, V)."""
     valid = plan != PAD
     words = (plan - END).clamp(min=0)
     word_logp = word_logits.log_softmax(-1).gather(-1, words[..., None])[..., 0] * valid
@@ -230,8 +203,8 @@ def token_logp(word_logits, code_logits, plan, codes):
 class Sample(NamedTuple):
     plan: Tensor  # (B, C) word ids; END is the last that is not PAD, unless the plan is truncated
     codes: Tensor  # (B, L)
-    logp: Tensor  # (B, T) of the sampled tokens, nats; 0 at padding and for a given plan
-    entropy: Tensor  # (B, T) of the distributions sampled from, fraction of log V; 0 likewise
+    logp: Tensor  # (B, T) of the sampled tokens, nats; 0 at padding
+    entropy: Tensor  # (B, T) of the distributions sampled from, fraction of log V; 0 at padding
     valid: Tensor  # (B, T) bool: plan words up to and including END, and every code
 
 
@@ -270,19 +243,16 @@ class Decoder:
         size = (2, batch * heads, policy.slots, policy.config["width"] // heads)
         self.cache = [torch.empty(size, dtype=dtype, device=device) for _ in policy.blocks]
         self.bias = torch.zeros(batch, heads, policy.slots, device=device)
-        no_words = prompts.new_full((len(prompts), policy.C), PAD)
-        start = policy.concat_words(prompts, no_words)[:, : policy.S + 1]  # the prompt, <plan>
-        self.words = policy.concat_words(prompts, no_words).repeat_interleave(
-            batch // len(prompts), 0
-        )
-        n, keep = policy.S + 1, start != PAD
-        self.bias[..., :n].masked_fill_(
-            ~keep.repeat_interleave(batch // len(prompts), 0)[:, None], float("-inf")
-        )
-        x, mask = policy.embed_words(start) + self.positions[:n], causal_mask(keep)
+        repeat = lambda x: x.repeat_interleave(batch // len(prompts), 0)
+        words = policy.concat_words(prompts, prompts.new_full((len(prompts), policy.C), PAD))
+        self.words = repeat(words)
+        start = words[:, : self.slot]  # the prompt and <plan>
+        padding = repeat(start == PAD)[:, None]
+        self.bias[..., : self.slot].masked_fill_(padding, float("-inf"))
+        x, mask = policy.embed_words(start) + self.positions[: self.slot], causal_mask(start != PAD)
         for block, layer_cache in zip(policy.blocks, self.cache):
             x = block(x, mask[:, None], layer_cache)
-        self.hidden = policy.norm(x[:, -1]).repeat_interleave(batch // len(prompts), 0)
+        self.hidden = repeat(policy.norm(x[:, -1]))
 
     def _feed(self, x):
         x = x + self.positions[self.slot]
@@ -298,12 +268,11 @@ class Decoder:
         self._feed(self.policy.embed_words(window)[:, -1])
 
     def feed_code(self, code):
-        """code: (B,)."""
         self._feed(self.policy.embed_codes(code))
 
 
 @torch.no_grad()
-def sample_slots(policy, prompt, uniform, given_plan=None, guidance=1.0, temperature=1.0):
+def sample_slots(policy, prompt, uniform, no_plan=False, guidance=1.0, temperature=1.0):
     """Sample slot by slot, without a host synchronisation. Arguments and result as for generate."""
     (b, _), c = uniform.shape, policy.C
     plan, codes = prompt.new_full((b, c), PAD), prompt.new_zeros(b, policy.L)
@@ -314,14 +283,12 @@ def sample_slots(policy, prompt, uniform, given_plan=None, guidance=1.0, tempera
         copies = len(prompts) // len(prompt)
         decoder = Decoder(policy, prompts, b * copies)
         for j in range(c):
-            if given_plan is None:
+            if not no_plan:
                 logits = policy_logits(policy.word_head(decoder.hidden), guidance, temperature)
                 word, word_logp, word_entropy = sample_token(logits, uniform[:, j])
                 plan[:, j] = torch.where(running, word + END, PAD)
                 logp[:, j], entropy[:, j] = word_logp * running, word_entropy * running
                 running = running & (plan[:, j] != END)
-            else:
-                plan[:, j] = given_plan[:, j]
             decoder.feed_word(plan[:, j].repeat(copies))
         decoder.feed_word(torch.full_like(decoder.words[:, 0], IMAGE))
         for j in range(c, c + policy.L):
@@ -334,26 +301,21 @@ def sample_slots(policy, prompt, uniform, given_plan=None, guidance=1.0, tempera
     return Sample(plan, codes, logp, entropy, valid)
 
 
-def generate(policy, prompt, uniform, no_plan=False, plan=None, guidance=1.0, temperature=1.0):
+def generate(policy, prompt, uniform, no_plan=False, guidance=1.0, temperature=1.0):
     """Sample plans and codes. prompt: (P, S); uniform: (B, T) noise in [0, 1), B a multiple of P:
     each prompt is continued B / P times in a row. Returns a Sample of B sequences.
 
-    no_plan: leave the plan empty (the paper's base setting). plan: (B, C) plans to use instead of
-    sampled ones.
+    no_plan: leave the plan empty (the paper's base setting).
     """
-    if no_plan:
-        plan = prompt.new_full((len(uniform), policy.C), PAD)
-    inputs = [prompt, uniform] if plan is None else [prompt, uniform, plan]
-    options = dict(guidance=guidance, temperature=temperature)
+    options = dict(no_plan=no_plan, guidance=guidance, temperature=temperature)
     if prompt.is_cuda:
-        return sample_by_graph(policy, inputs, options)
-    return sample_slots(policy, *inputs, **options)
+        return sample_by_graph(policy, (prompt, uniform), options)
+    return sample_slots(policy, prompt, uniform, **options)
 
 
 def sample_by_graph(policy, inputs, options, max_graphs=5):
     """Call sample_slots as one CUDA graph, captured at the first call of a shape and replayed, with
-    the weights as they are, at later ones. Each graph holds a key-value cache, so only those used
-    last are kept."""
+    the weights as they are, at later ones. The last used are kept: each holds a key-value cache."""
     key = (*(tuple(x.shape) for x in inputs), *options.values())
     if key not in policy.graphs:
         while len(policy.graphs) >= max_graphs:
@@ -375,17 +337,9 @@ def sample_by_graph(policy, inputs, options, max_graphs=5):
     return Sample(*(x.clone() for x in sample))
 
 
-# --- loading --------------------------------------------------------------------------------------
-
-
 def load_policy(path, kind, preset, command=None, device="cpu"):
-    """Read a finished policy. Returns the frozen model and the config that it was trained with.
-
-    kind: base or policy; command: as for checkpoint.load, which raises UserError.
-    """
-    record = checkpoint.load_finished(path, kind, preset, command)
-    policy = checkpoint.load_weights(Policy(**record["model_config"]), record, path, command)
-    return policy.to(device).requires_grad_(False), record["config"]
+    """Read a finished policy; arguments and result as for checkpoint.load_model."""
+    return checkpoint.load_model(Policy, path, kind, preset, command, device)
 
 
 def load_base(preset, out="out", device="cpu"):

@@ -2,10 +2,8 @@
 
     python pretrain.py --preset cpu               -> out/cpu/base.pt, the base policy
 
-A fixed fraction of the corpus's captions and plans contradicts the image (scenes.corpus_item), so
-the base policy makes errors. A fraction of the sequences has no plan, so that the policy can draw
-without one (the paper's base setting); a fraction has no prompt, so that guidance has an empty
-prompt to compare with.
+Some sequences have no plan, so that the policy can draw without one (the paper's base setting);
+some have no prompt, so that guidance has an empty prompt to compare with.
 """
 
 import math
@@ -33,11 +31,7 @@ MAX_PROCESSES = 16  # that draw the corpus; each imports torch, and more would n
 
 
 @dataclass(frozen=True)
-class Config:
-    preset: str = ""  # smoke, cpu or gpu
-    device: str = "auto"
-    out: str = "out"
-    seed: int = 0
+class Config(common.BaseConfig):
     items: int = 30000  # scenes in the corpus
     steps: int = 1200
     batch: int = 32
@@ -52,39 +46,27 @@ class Config:
     drop_prompt: float = 0.10  # fraction of sequences without prompt
     save_every: int = 200  # steps
 
+    RANGES = dict(rare_fraction=(0, 1), drop_plan=(0, 1), drop_prompt=(0, 1))
+
     def check(self):
-        positive = "items steps batch micro_batch warm_up layers heads save_every"
-        common.check_at_least(1, self, *positive.split())
-        common.check_at_least(0, self, "seed", "lr", "rare_fraction", "drop_plan", "drop_prompt")
-        multiple = self.width > 0 and self.width % self.heads == 0
-        common.check(multiple, f"--width {self.width} must be a multiple of --heads {self.heads}")
-        common.check(self.rare_fraction <= 1, "--rare-fraction must be at most 1")
-        fractions = max(self.drop_plan, self.drop_prompt) < 1
-        common.check(fractions, "--drop-plan and --drop-prompt must be less than 1")
+        super().check()
+        multiple = f"--width {self.width} must be a multiple of --heads {self.heads}"
+        common.check(self.width % self.heads == 0, multiple)
 
 
 PRESETS = {
     "smoke": dict(items=300, steps=20, batch=32, width=64, layers=2),
     "cpu": dict(),
-    "gpu": dict(
-        items=200000,
-        steps=12000,
-        batch=128,
-        lr=6e-4,
-        warm_up=400,
-        width=512,
-        layers=8,
-        heads=8,
-        save_every=2000,
-    ),
-}
+    "gpu": dict(items=200000, steps=12000, batch=128, lr=6e-4, warm_up=400, width=512, layers=8,
+                heads=8, save_every=2000),
+}  # fmt: skip
 
 
 # --- the corpus -----------------------------------------------------------------------------------
 
 
 def corpus_chunk(world, seed, rare_fraction, indices):
-    """Draw some items of the corpus. Returns prompts (n, S), plans (n, C), images (n, h, w, 3), as
+    """Draw some items of the corpus. Returns prompts (n, S), plans (n, C), images (n, h, w, 3), all
     arrays, which are cheap to send from one process to another."""
     scenes = [corpus_item(world, seed, i, rare_fraction) for i in indices]
     words = (x.to(torch.int16).numpy() for x in encode_scenes(world, scenes))
@@ -94,8 +76,7 @@ def corpus_chunk(world, seed, rare_fraction, indices):
 def make_corpus(config, world, tokenizer, device):
     """Draw and encode the corpus. Returns prompts (n, S), plans (n, C), codes (n, L), int16.
 
-    A large one is drawn by one process per core, at most MAX_PROCESSES, so that the device need not
-    wait for it.
+    A large one is drawn by one process per core, at most MAX_PROCESSES.
     """
     starts = range(0, config.items, CHUNK)
     chunks = [range(start, min(start + CHUNK, config.items)) for start in starts]
@@ -139,26 +120,15 @@ def training_batch(corpus, config, step, device):
 
 def make_policy(config, world, codebook):
     """Make an untrained policy for a world and a tokenizer's codebook (V, code_dim)."""
-    policy = Policy(
-        len(WORDS),
-        *codebook.shape,
-        world.prompt_slots,
-        world.plan_slots,
-        world.image_tokens,
-        config.width,
-        config.layers,
-        config.heads,
-    )
+    policy = Policy(len(WORDS), *codebook.shape, world.prompt_slots, world.plan_slots,
+                    world.image_tokens, config.width, config.layers, config.heads)  # fmt: skip
     policy.set_codebook(codebook)
     return policy
 
 
 def update(policy, optimizer, prompt, plan, codes, micro_batch):
     """Make one step of maximum likelihood. Returns plan_nll and image_nll, nats per token, and
-    grad_norm. Raises TrainingDiverged, the weights unchanged.
-
-    micro_batch: sequences per forward pass; the gradients of all passes are added up.
-    """
+    grad_norm. Raises TrainingDiverged, the weights unchanged."""
     # of the whole batch, so that the size of micro-batches changes nothing
     plan_tokens, parts = (plan != PAD).sum().clamp(min=1), []
     for tokens in zip(*(x.split(micro_batch) for x in (prompt, plan, codes))):
@@ -195,13 +165,11 @@ def main(argv=None):
                                   weight_decay=0.05, fused=device.type == "cuda")  # fmt: skip
     run.start(device, policy, optimizer)
 
-    with run:
-        for step in (bar := run.steps("base policy")):
-            warm_up, cosine = (
-                min(1, (step + 1) / config.warm_up),
-                math.cos(math.pi * step / config.steps),
-            )
-            common.set_lr(optimizer, config.lr * warm_up * (0.55 + 0.45 * cosine))
+    with run.progress("base policy") as bar:
+        for step in bar:
+            cosine = math.cos(math.pi * step / config.steps)
+            warm_up = min(1, (step + 1) / config.warm_up)
+            optimizer.param_groups[0]["lr"] = config.lr * warm_up * (0.55 + 0.45 * cosine)
             batch = training_batch(corpus, config, step, device)
             with run.guard(step, dict(zip(("prompt", "plan", "codes"), batch))):
                 terms = update(policy, optimizer, *batch, config.micro_batch)

@@ -3,13 +3,10 @@
     targets = encode_targets(world, scenes, device)                    what the prompts ask for
     rewards, components, exact = compute_rewards(images, targets, world)
 
-Everything is batched tensor code on the device of the images. Detection is exact, not learned:
-assign each pixel to a palette colour (`paint_coverage`), match every shape and texture against each
-colour by convolution, keep the local maxima. The background is not scored.
-
-The reward is the unweighted mean of the functions in REWARDS, each (B,) in [0, 1], over those that
-apply to the prompt (NaN: does not apply; only `relation` returns it). Add your own as one more
-function:
+Detection is exact, not learned: assign each pixel to a palette colour (`paint_coverage`), match
+every shape and texture against each colour by convolution, keep the local maxima. The background is
+not scored. The reward is the mean of the functions in REWARDS, each (B,) in [0, 1], over those that
+apply to the prompt (NaN: does not apply; only `relation` returns it). Add your own as one more:
 
     rewards.REWARDS["red"] = lambda images, detections, targets: images[:, 0].mean(dim=(1, 2))
 
@@ -28,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError
+from common import UserError, check
 from scenes import BACKGROUND, shape_mask
 from words import COLOURS, RELATIONS, SHAPES
 
@@ -72,11 +69,7 @@ def encode_targets(world, scenes, device="cpu"):
         if scene.relation:
             pair[i] = kinds[:2]
     relation = [RELATIONS.index(s.relation) if s.relation else -1 for s in scenes]
-    return Targets(
-        torch.from_numpy(counts).to(device),
-        torch.tensor(relation, device=device),
-        torch.from_numpy(pair).to(device),
-    )
+    return Targets(*(torch.as_tensor(x).to(device) for x in (counts, relation, pair)))
 
 
 # --- detection ------------------------------------------------------------------------------------
@@ -84,8 +77,8 @@ def encode_targets(world, scenes, device="cpu"):
 
 @lru_cache(maxsize=8)
 def _palette(device):
-    """Background (3,) and the offsets of the palette colours from it (C, 3), copied to a device
-    once: a copy from the host would synchronise."""
+    """Background (3,) and the offsets of the palette colours from it (C, 3). Cached, because a copy
+    from the host synchronises."""
     background = torch.tensor(BACKGROUND, device=device) / 255
     return background, torch.tensor(list(COLOURS.values()), device=device) / 255 - background
 
@@ -96,8 +89,7 @@ def _saturate(contrast):
 
 
 def paint_coverage(images):
-    """Return how much of each pixel is painted in each palette colour. (B, 3, h, w) in [0, 1] ->
-    (B, C, h, w) in [0, 1].
+    """How much of each pixel is painted in each colour. (B, 3, h, w) -> (B, C, h, w), in [0, 1].
 
     A pixel is background + contrast * (colour - background); it belongs to the colour that leaves
     the smallest residual.
@@ -131,8 +123,8 @@ def detect(images, world):
     paint = F.pad(paint_coverage(images), (before, after, before, after))
     paint = paint.reshape(b * c, 1, h + n - 1, w + n - 1)
     overlap = F.conv2d(paint, templates[:, None])  # (B*C, t*s, h, w)
-    # sums over squares, as products with two banded matrices of ones; without the templates' margin,
-    # where a neighbour of the same colour may be
+    # sums over squares, as products with two banded matrices of ones; without the margin of the
+    # templates, where a neighbour of the same colour may be
     band = lambda size: torch.ones(size, size + n - 1, device=images.device).triu(1).tril(n - 2)
     energy = band(h) @ paint**2 @ band(w).t()  # (B*C, 1, h, w)
     # in place: these are the largest tensors here, and allocating costs more than the arithmetic
@@ -156,16 +148,9 @@ def detect(images, world):
     pixels = rows * (w + n - 1) + x[:, :, None, None] + side  # (B, M, n, n)
     paint = paint.view(b, -1)
     mask = torch.zeros_like(paint).scatter_add_(1, pixels.flatten(1), placed.flatten(1))
-    return Detections(
-        counts,
-        kind.masked_fill(~detected, -1),
-        y,
-        x,
-        paint.sum(1),
-        (paint * mask.clamp(max=1)).sum(1),
-        (c, t, s),
-        radius,
-    )
+    explained = (paint * mask.clamp(max=1)).sum(1)
+    return Detections(counts, kind.masked_fill(~detected, -1), y, x, paint.sum(1), explained,
+                      (c, t, s), radius)  # fmt: skip
 
 
 # --- the components of the reward -----------------------------------------------------------------
@@ -185,10 +170,8 @@ def objects(images, detections, targets):
 def attributes(images, detections, targets):
     """The same for each attribute by itself (shapes, colours, textures), averaged: partial credit
     for an object of the right colour and the wrong shape."""
-    found, wanted = (
-        x.reshape(-1, *detections.kind_dims)  # (B, colours, textures, shapes)
-        for x in (detections.counts, targets.counts)
-    )
+    shape = (-1, *detections.kind_dims)  # (B, colours, textures, shapes)
+    found, wanted = detections.counts.reshape(shape), targets.counts.reshape(shape)
     others = [(1, 2), (2, 3)]  # summed out: what is left are shapes, and colours
     if detections.kind_dims[1] > 1:
         others.append((1, 3))  # textures
@@ -217,29 +200,24 @@ def cleanliness(images, detections, targets):
     return detections.explained / detections.paint.clamp(min=1)
 
 
-REWARDS = {
-    "objects": objects,
-    "attributes": attributes,
-    "count": count,
-    "relation": relation,
-    "cleanliness": cleanliness,
-}
+REWARDS = dict(objects=objects, attributes=attributes, count=count, relation=relation,
+               cleanliness=cleanliness)  # fmt: skip
 
 
 def _call_reward(name, function, images, detections, targets):
-    """Call a reward function. Raises UserError with its name if it fails or returns the wrong
-    thing, because it may be the user's."""
+    """Call a reward function, which may be the user's. Raises UserError with its name if it fails
+    or returns the wrong thing."""
     where = f"the reward function {name!r} in rewards.REWARDS"
     try:
         value = function(images, detections, targets)
     except Exception as error:  # a user's code may raise anything
         raise UserError(f"{where} raised {type(error).__name__}: {error}") from error
-    expected = f"must return floats ({len(images)},) on {images.device}, not"
-    if not isinstance(value, Tensor):
-        raise UserError(f"{where} {expected} {type(value).__name__}")
-    right = value.device == images.device and value.is_floating_point()
-    if not right or value.shape != (len(images),):
-        raise UserError(f"{where} {expected} {value.dtype} {tuple(value.shape)} on {value.device}")
+    right, got = False, type(value).__name__
+    if isinstance(value, Tensor):
+        right = value.is_floating_point() and value.shape == (len(images),)
+        right = right and value.device == images.device
+        got = f"{value.dtype} {tuple(value.shape)} on {value.device}"
+    check(right, f"{where} must return floats ({len(images)},) on {images.device}, not {got}")
     return value
 
 
@@ -250,27 +228,20 @@ def check_finite(rewards, components):
     components: {name: same shape}.
     """
     if not rewards.isfinite().all():
-        wrong = [name for name, value in components.items() if value.isinf().any()]
-        raise UserError(
-            "the reward functions in rewards.REWARDS: "
-            + (
-                f"{wrong[0]!r} returned an infinite value"
-                if wrong
-                else "all of them returned NaN for some image, as if none applied to it"
-            )
-        )
+        infinite = [name for name, value in components.items() if value.isinf().any()]
+        problem = "all of them returned NaN for some image, as if none applied to it"
+        problem = f"{infinite[0]!r} returned an infinite value" if infinite else problem
+        raise UserError(f"the reward functions in rewards.REWARDS: {problem}")
 
 
 def compute_rewards(images, targets, world):
     """Score images (B, 3, h, w) in [0, 1]. Returns rewards (B,), components {name: (B,)} and exact
     (B,), 0 or 1."""
     detections = detect(images, world)
-    components = {
-        name: _call_reward(name, function, images, detections, targets)
-        for name, function in REWARDS.items()
-    }
+    arguments = images, detections, targets
+    components = {name: _call_reward(name, f, *arguments) for name, f in REWARDS.items()}
     rewards = torch.stack(list(components.values())).nanmean(0)
-    related = relation(images, detections, targets).nan_to_num(1.0) == 1
-    clean = cleanliness(images, detections, targets) >= CLEAN_THRESHOLD
+    related = relation(*arguments).nan_to_num(1.0) == 1
+    clean = cleanliness(*arguments) >= CLEAN_THRESHOLD
     exact = (detections.counts == targets.counts).all(1) & related & clean
     return rewards, components, exact.float()

@@ -1,7 +1,6 @@
 """One batch of rollouts: sample plans and images, compute rewards, statistics for the log.
 
-Used by eggrpo.py; sample_images is also used by evaluate.py and sample.py. Dimension letters as in
-eggrpo.py: P prompts, G rollouts per prompt, B = P * G, S, C, L slots, T = C + L.
+Dimension letters as in eggrpo.py: P prompts, G rollouts per prompt, B = P * G, T = C + L.
 """
 
 from typing import NamedTuple
@@ -12,15 +11,15 @@ from torch import Tensor
 import common
 import rewards
 from common import TrainingDiverged, network_dtype
-from model import forward_logits, generate, normalized_entropy
+from model import generate
 from scenes import WORLDS, World, encode_scenes, make_scene
 from words import END
 from tiny_vq import load_tokenizer
 
 
 def draw_uniform(policy, count, images_per_plan, *key):
-    """Draw the noise of `count` sequences, (count, T) in [0, 1). Each `images_per_plan` in a row
-    share the noise of the plan, hence the plan. key: as for common.generator."""
+    """Draw noise, (count, T) in [0, 1). Each `images_per_plan` sequences in a row share the noise
+    of the plan, hence the plan. key: as for common.generator."""
     uniform = torch.rand(count, policy.C + policy.L, generator=common.generator(*key))
     plans = uniform[::images_per_plan, : policy.C]
     uniform[:, : policy.C] = plans.repeat_interleave(images_per_plan, 0)
@@ -80,9 +79,8 @@ def make_rollout(policy, env, scenes, config, step):
     """Sample plans and images for each scene's prompt and score the images. Returns a Rollout."""
     g = config.plans_per_prompt * config.images_per_plan
     prompt = encode_scenes(env.world, scenes)[0].to(env.device)  # (P, S)
-    uniform = draw_uniform(
-        policy, len(scenes) * g, config.images_per_plan, config.seed, "rollout", step
-    )
+    key = config.seed, "rollout", step
+    uniform = draw_uniform(policy, len(scenes) * g, config.images_per_plan, *key)
     targets = rewards.encode_targets(env.world, [s for s in scenes for _ in range(g)], env.device)
     # prompt, noise and targets are the five tensors that a rollout copies to the device, at its
     # start; after that the host does not wait for the device
@@ -91,19 +89,15 @@ def make_rollout(policy, env, scenes, config, step):
     reward = exact if config.reward == "exact" else reward
     if config.reward_noise:
         reward = add_reward_noise(reward, config, step)
-    prompt, entropy = prompt.repeat_interleave(g, 0), sample.entropy
-    if config.score_guidance:  # the released mismatch: entropy too is that of scoring
-        logits = forward_logits(policy, prompt, sample.plan, sample.codes, config.score_guidance)
-        entropy = torch.cat([normalized_entropy(x.log_softmax(-1)) for x in logits], 1)
+    prompt = prompt.repeat_interleave(g, 0)  # (B, S)
     grouped = lambda x: x.view(len(scenes), g)  # (B,) -> (P, G)
     components = {name: grouped(value) for name, value in components.items()}
-    return Rollout(prompt, sample.plan, sample.codes, sample.logp, entropy, sample.valid, images,
-                   grouped(reward), components, grouped(exact))  # fmt: skip
+    return Rollout(prompt, *sample, images, grouped(reward), components, grouped(exact))
 
 
 def add_reward_noise(reward, config, step):
-    """Replace a fraction config.reward_noise of rewards (B,) by uniform ones in [0, 1), as a stand-in
-    for a learned reward model that errs. Evaluations use the true reward."""
+    """Replace a fraction config.reward_noise of rewards (B,) by uniform ones in [0, 1), as a
+    learned reward model would err. Evaluations use the true reward."""
     generator = common.generator(config.seed, "reward noise", step)
     chosen, value = torch.rand(2, len(reward), generator=generator).to(reward.device)
     return torch.where(chosen < config.reward_noise, value, reward)
@@ -151,12 +145,10 @@ def rollout_stats(rollout, batch):
 
 def reduce_stats(stats, reduce):
     """Reduce a list of dicts of scalars key by key: extremes by min or max, others by `reduce`."""
-    extremes = dict(ratio_min=torch.amin, ratio_max=torch.amax, logp_diff_mean=torch.amax,
-                    logp_diff_max=torch.amax)  # fmt: skip
+    extremes = dict(ratio_min=torch.amin)
+    extremes |= dict.fromkeys(("ratio_max", "logp_diff_mean", "logp_diff_max"), torch.amax)
     return {k: extremes.get(k, reduce)(torch.stack([s[k] for s in stats]), 0) for k in stats[0]}
 
-
-# --- checks ---------------------------------------------------------------------------------------
 
 # nats, and a fraction of 1 + |logp|; docs/reproducibility.md has the measurements behind them
 LOGP_DIFF_BOUNDS = {  # by common.network_dtype
@@ -169,18 +161,14 @@ def check_stats(stats, config, device, update="update 1 of 1"):
     """Raise TrainingDiverged if a value is not finite or sampler and learner are not one policy.
 
     Before the first update of a step the rollout's log-probs equal the re-scored ones up to
-    rounding. The bounds are wider if the network computes in bf16, which rounds a whole sequence
-    differently from a single slot, and grow with guidance g, which multiplies the error of logits
-    by |g| + |1 - g|. A component that no prompt of the batch asks for is NaN.
+    rounding. In bf16 a whole sequence is rounded differently from a single slot; guidance g
+    multiplies errors by |g| + |1 - g|. A component that no prompt of the batch asks for is NaN.
     """
     for name, value in stats.items():
         if not (value.isfinite() or name in rewards.REWARDS):
             raise TrainingDiverged(f"{name} is {value.item()} in {update}")
     amplified = abs(config.guidance) + abs(1 - config.guidance)
     for name, bound in LOGP_DIFF_BOUNDS[network_dtype(device)].items():
-        bound = bound * amplified
-        if stats[name] > bound and not config.score_guidance:
-            raise TrainingDiverged(
-                f"{name} is {stats[name]:.1e} in {update}, more than {bound:.0e}: "
-                "sampler and learner are not the same policy"
-            )
+        if stats[name] > bound * amplified:
+            excess = f"{name} is {stats[name]:.1e} in {update}, more than {bound * amplified:.0e}"
+            raise TrainingDiverged(f"{excess}: sampler and learner are not the same policy")

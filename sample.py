@@ -22,22 +22,17 @@ from words import decode_words, encode_words
 
 
 @dataclass(frozen=True)
-class Config:
-    preset: str = ""  # smoke, cpu or gpu
-    device: str = "auto"
-    out: str = "out"
-    seed: int = 0
+class Config(common.BaseConfig):
     policy: str = ""  # a policy.pt, or "base"; default: <out>/<preset>/eggrpo-0/policy.pt
     number: int = 4  # plans and images
-    guidance: float = -1.0  # classifier-free guidance weight; below 0: as the policy was trained
+    guidance: float = -1.0  # classifier-free guidance weight; -1: as the policy was trained
     temperature: float = 1.0
     plan: bool = True  # write a plan first
 
-    def check(self):
-        common.check_at_least(0, self, "seed")
-        common.check(1 <= self.number <= 64, "--number must lie between 1 and 64")
-        # colder, and logits leave the range of float32
-        common.check(0.01 <= self.temperature <= 100, "--temperature must lie in [0.01, 100]")
+    RANGES = dict(
+        number=(1, 64), guidance=(-1, common.LARGEST),
+        temperature=(0.01, 100),  # colder, and logits leave the range of float32
+    )  # fmt: skip
 
 
 def file_name(prompt):
@@ -50,8 +45,8 @@ def load_named(config, device):
     if config.policy == "base":
         return load_base(config.preset, config.out, device), 1.0
     path = config.policy or f"{config.out}/{config.preset}/eggrpo-0/policy.pt"
-    command = common.command_for("eggrpo.py", config.preset, config.out)
-    command = None if config.policy else command
+    made_by = common.command_for("eggrpo.py", config.preset, config.out)
+    command = None if config.policy else made_by
     policy, trained = load_policy(path, "policy", config.preset, command, device)
     return policy, trained["guidance"]
 

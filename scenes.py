@@ -2,7 +2,6 @@
 
 A `Scene` holds a few coloured shapes on a grid of cells, the prompt that asks for them, the plan
 (the chain of thought) that spells them out, and the seed of everything the prompt leaves open.
-Rewards, tokenizer and policy take their ground truth from this file; it imports none of them.
 
     scene = make_scene(WORLDS["cpu"], "train", seed=0, index=3)      deterministic
     scene.prompt    "a green triangle left of a blue circle"
@@ -19,18 +18,16 @@ Prompt categories follow the paper's benchmarks (T2I-CompBench and WISE):
     complex    a red circle above a blue square and a green cross
     knowledge  a shape with three sides in the colour of grass
 
-The background is one plain colour. Objects vary in what the prompt leaves open: place within the
-cell, brightness, fine noise. Image tokens are therefore uncertain where there is something to
-decide, as in natural images, and certain on the background.
+The background is one plain colour; objects vary in place within the cell, brightness and fine
+noise. Image tokens are therefore uncertain where there is something to decide, as in natural
+images, and certain on the background.
 
-Splits. `train` and `eval` share no canonical form: a hash of what a scene asks for decides, so a
-paraphrase of a training prompt is never an evaluation prompt. The three colour-shape pairs of
-RARE_PAIRS occur in neither; `rare-train` and `rare` hold scenes with at least one of them, split by
-the same hash.
+Splits: a hash of what a scene asks for decides, so that no paraphrase of a `train` prompt is in
+`eval`. The colour-shape pairs of RARE_PAIRS occur in neither; scenes with at least one of them are
+split into `rare-train` and `rare` in the same way.
 
-The pretraining corpus is noisy, like captions from the web. A fixed fraction of its captions and
-plans contradicts the image, and only RARE_FRACTION of its scenes has a rare pair. A policy that
-imitates it makes errors, which reinforcement learning can correct.
+The pretraining corpus is noisy, like captions from the web: a policy that imitates it makes errors,
+which reinforcement learning can correct.
 """
 
 import zlib
@@ -42,17 +39,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from words import (
-    COLOUR_DESCRIPTIONS,
-    COLOURS,
-    NUMBERS,
-    OPPOSITE,
-    RELATIONS,
-    SHAPE_DESCRIPTIONS,
-    SHAPES,
-    encode_words,
-    plural,
-)
+from words import COLOUR_DESCRIPTIONS, COLOURS, NUMBERS, OPPOSITE, RELATIONS
+from words import SHAPE_DESCRIPTIONS, SHAPES, encode_words, plural
 
 CATEGORIES = ("colour", "shape", "texture", "numeracy", "spatial", "complex", "knowledge")
 BACKGROUND = (40, 44, 50)  # 0 to 255
@@ -94,17 +82,9 @@ class World:
 WORLDS = {
     "smoke": World(),
     "cpu": World(),
-    "gpu": World(
-        image_size=64,
-        patch=4,
-        grid=4,
-        object_size=14,
-        max_objects=4,
-        prompt_slots=20,
-        plan_slots=36,
-        textures=("solid", "striped", "hollow"),
-    ),
-}
+    "gpu": World(image_size=64, patch=4, grid=4, object_size=14, max_objects=4, prompt_slots=20,
+                 plan_slots=36, textures=("solid", "striped", "hollow")),
+}  # fmt: skip
 
 
 class Object(NamedTuple):
@@ -153,9 +133,7 @@ def plan_text(objects):
 
 def _rng(*key):
     """Return a generator for a key. RandomState, because NumPy never changes its stream."""
-    return np.random.RandomState(
-        [zlib.crc32(str(k).encode()) if isinstance(k, str) else int(k) for k in key]
-    )
+    return np.random.RandomState([zlib.crc32(k.encode()) if isinstance(k, str) else k for k in key])
 
 
 def _pick(rng, options):
@@ -164,12 +142,8 @@ def _pick(rng, options):
 
 def relation_holds(relation, a, b):
     """Return whether `a relation b` is true of two objects."""
-    return {
-        "left of": a.column < b.column,
-        "right of": a.column > b.column,
-        "above": a.row < b.row,
-        "below": a.row > b.row,
-    }[relation]
+    return {"left of": a.column < b.column, "right of": a.column > b.column,
+            "above": a.row < b.row, "below": a.row > b.row}[relation]  # fmt: skip
 
 
 def _sample_kinds(world, category, rng):
@@ -248,8 +222,7 @@ def split_of(objects, relation):
 
 
 def make_scene(world, split, seed, index, category=None):
-    """Make scene number `index` of a split. Deterministic. Categories alternate unless one is
-    given."""
+    """Make scene number `index` of a split. Categories alternate unless one is given."""
     rng = _rng("scene", split, seed, index)
     category = category or world.categories[index % len(world.categories)]
     while True:
@@ -260,59 +233,44 @@ def make_scene(world, split, seed, index, category=None):
             objects = tuple(sorted(objects, key=lambda o: (o.row, o.column)))
         possible = not relation or relation_holds(relation, *objects[:2])
         if possible and split_of(objects, relation) == split:
-            return Scene(
-                category,
-                objects,
-                relation,
-                _prompt(category, objects, relation, rng),
-                plan_text(objects),
-                rng.randint(2**31),
-            )
+            prompt = _prompt(category, objects, relation, rng)
+            plan, noise_seed = plan_text(objects), rng.randint(2**31)
+            return Scene(category, objects, relation, prompt, plan, noise_seed)
 
 
 def random_scene(world, seed, index):
     """Make a crowded scene of any colour-shape pairs, without prompt, to train the tokenizer on."""
-    rng = _rng("random", seed, index)
-    kinds = [
-        (_pick(rng, tuple(COLOURS)), _pick(rng, SHAPES), _pick(rng, world.textures))
-        for _ in range(rng.randint(1, 2 * world.grid + 1))
-    ]
+    rng, choices = _rng("random", seed, index), (tuple(COLOURS), SHAPES, world.textures)
+    number = rng.randint(1, 2 * world.grid + 1)
+    kinds = [[_pick(rng, options) for options in choices] for _ in range(number)]
     return Scene("random", _place(world, kinds, rng), "", "", "", rng.randint(2**31))
 
 
 def _contradict(world, scene, rng):
     """Return the scene with a wrong attribute, a missing object or two exchanged objects. Never
     adds a rare pair, which would change the frequency of rare pairs in the corpus."""
+    place = lambda o: dict(row=o.row, column=o.column, shift=o.shift)
+    attributes = dict(colour=tuple(COLOURS), shape=SHAPES, texture=world.textures)
     while True:
         objects = list(scene.objects)
         i = rng.randint(len(objects))
         fault = _pick(rng, ("colour", "shape", "texture", "missing", "exchanged"))
-        if fault == "colour":
-            objects[i] = objects[i]._replace(colour=_pick(rng, tuple(COLOURS)))
-        elif fault == "shape":
-            objects[i] = objects[i]._replace(shape=_pick(rng, SHAPES))
-        elif fault == "texture":
-            objects[i] = objects[i]._replace(texture=_pick(rng, world.textures))
+        if fault in attributes:
+            objects[i] = objects[i]._replace(**{fault: _pick(rng, attributes[fault])})
         elif fault == "missing" and len(objects) > 1:
             del objects[i]
         elif fault == "exchanged" and scene.relation:
-            a, b = objects[:2]
-            objects[:2] = (
-                a._replace(row=b.row, column=b.column, shift=b.shift),
-                b._replace(row=a.row, column=a.column, shift=a.shift),
-            )
+            a, b = objects[:2]  # each in the other's place
+            objects[:2] = a._replace(**place(b)), b._replace(**place(a))
         wrong = tuple(objects)
         if wrong != scene.objects and rare_pairs(wrong) <= rare_pairs(scene.objects):
             return scene._replace(objects=wrong, plan=plan_text(wrong))
 
 
 def corpus_item(world, seed, index, rare_fraction=RARE_FRACTION):
-    """Make one item of the noisy pretraining corpus: a Scene whose prompt or plan may contradict
-    its image.
-
-    `rare_fraction` of the items have a rare pair. In CAPTION_FAULTS of them image and plan contradict
-    the prompt; in PLAN_FAULTS of the rest the plan contradicts prompt and image.
-    """
+    """Make one item of the noisy pretraining corpus, a Scene. `rare_fraction` of the items have a
+    rare pair. In CAPTION_FAULTS of all, image and plan contradict the prompt; in PLAN_FAULTS of the
+    rest, the plan contradicts prompt and image."""
     rng = _rng("corpus", seed, index)
     split = "rare-train" if rng.rand() < rare_fraction else "train"
     scene = make_scene(world, split, seed, index)

@@ -90,10 +90,9 @@ def sampling(watch, world=SHORT):
 
 
 def graph_keys(watch):
-    """One capture per shape, guidance and temperature; a key that was seen before replays."""
+    """One capture per shape and option; a key that was seen before replays."""
     policy = make_policy(TINY, layers=1, heads=2, width=16)
-    plan = torch.zeros(4, 2, dtype=torch.long).to(CUDA)
-    calls = [(2, 4, {}), (4, 4, {}), (4, 8, {}), (4, 4, dict(plan=plan))]  # prompts, sequences
+    calls = [(2, 4, {}), (4, 4, {}), (4, 8, {}), (4, 4, dict(no_plan=True))]  # prompts, sequences
     calls += [(4, 4, dict(guidance=2.0)), (4, 4, dict(temperature=0.5))]
     for captures, (prompts, sequences, options) in enumerate(calls, 1):
         inputs = make_inputs(policy, prompts, sequences)

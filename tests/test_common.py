@@ -9,7 +9,7 @@ import torch
 
 import checkpoint
 import common
-from checkpoint import Run, load, load_finished, save
+from checkpoint import Run, load, load_model, save
 from common import UserError, generator, parse
 
 
@@ -126,11 +126,11 @@ def test_unfinished_and_wrong_stages_are_refused(tmp_path):
     path = tmp_path / "a.pt"
     save(path, record(step=1))
     with pytest.raises(UserError, match="unfinished .step 1 of 2."):
-        load_finished(path, "base", "cpu", "make it")
+        load_model(None, path, "base", "cpu", "make it")
     save(path, record())
     for kind, preset in (("policy", "cpu"), ("base", "gpu")):
         with pytest.raises(UserError, match=f"is a cpu base, not a {preset} {kind}"):
-            load_finished(path, kind, preset, "make it")
+            load_model(None, path, kind, preset, "make it")
 
 
 def begin(path, config):
@@ -161,7 +161,7 @@ def test_nobody_is_told_to_remove_a_file_of_their_own(tmp_path):
     for change in (dict(step=1), dict(kind="policy")):
         save(path, record(**change))
         with pytest.raises(UserError, match=": name another file$"):
-            load_finished(path, "base", "cpu")
+            load_model(None, path, "base", "cpu")
 
 
 def test_streams_depend_on_their_key_alone():

@@ -126,7 +126,7 @@ def test_any_flags_are_a_config_or_one_line(script, module, methods, capsys):
         (["--lr", "nan"], "--lr nan: must be"),
         (["--lr", "inf"], "--lr inf: must be"),
         (["--out", ""], "--out '': must be"),
-        (["--width", "0"], "--width 0 must be"),
+        (["--width", "0"], "--width 0: must be"),
     ],
 )
 def test_numbers_out_of_range_are_named(argv, words):

@@ -100,13 +100,16 @@ def test_a_second_signal_ends_at_once(tmp_path):
         "import os, signal, checkpoint, common\n"
         "config = type('Config', (), dict(steps=9, out='out'))\n"
         "checkpoint.result_config = lambda config: {}\n"
-        f"with checkpoint.Run('base', '{tmp_path}/a.pt', 'a.jsonl', config, '') as stop:\n"
+        f"stop = checkpoint.Run('base', '{tmp_path}/a.pt', 'a.jsonl', config, '')\n"
+        "with stop.progress('steps'):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print('noted', stop.signal, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('still there', flush=True)\n"
     )
-    assert run_python(tmp_path / "printed.txt", tmp_path / "code.py", status=143) == "noted 2\n"
+    printed = run_python(tmp_path / "printed.txt", tmp_path / "code.py", status=143)
+    assert "noted 2\n" in printed  # beside the progress bar
+    assert "still there" not in printed and "Trace" not in printed
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,4 @@ def load_tokenizer(preset, out="out", device="cpu"):
     """Read the finished tokenizer of a preset. Returns the frozen model."""
     command = common.command_for("-m tiny_vq.train", preset, out)
     path = f"{out}/{preset}/tokenizer.pt"
-    record = checkpoint.load_finished(path, "tokenizer", preset, command)
-    model = checkpoint.load_weights(VQVAE(**record["model_config"]), record, path, command)
-    return model.to(device).requires_grad_(False)
+    return checkpoint.load_model(VQVAE, path, "tokenizer", preset, command, device)[0]

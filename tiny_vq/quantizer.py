@@ -7,8 +7,7 @@ from torch import nn
 
 
 class Quantizer(nn.Module):
-    """Replace each vector by the nearest of V codebook entries; train the entries by moving
-    averages.
+    """Replace each vector by the nearest of V codebook entries.
 
     Entry i is the mean of the vectors assigned to it, with decay m, counts n_i and sums s_i:
         n_i <- m n_i + (1 - m) |assigned|
@@ -32,11 +31,8 @@ class Quantizer(nn.Module):
         return (self.codebook.square().sum(1) - 2 * z @ self.codebook.t()).argmin(1)
 
     def forward(self, z):
-        """Quantize z: (n, dim). Returns straight-through vectors (n, dim), codes (n,) and the
-        commitment loss.
-
-        Straight-through: the value is the entry's; the gradient passes to z unchanged.
-        """
+        """Quantize z: (n, dim). Returns straight-through vectors (n, dim), whose value is the
+        entry's and whose gradient passes to z unchanged, codes (n,) and the commitment loss."""
         codes = self.nearest(z)
         entries = self.codebook[codes]
         commitment = F.mse_loss(z, entries)
@@ -69,7 +65,6 @@ class Quantizer(nn.Module):
 
 
 def perplexity(codes, codebook_size):
-    """exp of the entropy of code frequencies: codebook_size if all are equally frequent, 1 if only
-    one occurs. codes: any shape."""
+    """exp of the entropy of code frequencies: from 1 to codebook_size. codes: any shape."""
     p = torch.bincount(codes.flatten(), minlength=codebook_size).float() / codes.numel()
     return torch.special.entr(p).sum().exp().item()

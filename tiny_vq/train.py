@@ -2,22 +2,16 @@
 
     python -m tiny_vq.train --preset cpu          -> out/cpu/tokenizer.pt
 
-It is trained on images of crowded scenes with every colour-shape pair. The ceiling is the mean
-reward of true evaluation scenes after encoding and decoding: no policy that draws with these codes
-can exceed it.
+The images are crowded scenes with every colour-shape pair. The ceiling is the mean reward of true
+evaluation scenes after encoding and decoding: no policy that draws with these codes can exceed it.
 """
 
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-
-if not __package__:  # called as `python tiny_vq/train.py`: the project's root is not on the path
-    sys.path[0] = str(Path(__file__).parent.parent)
 
 import common
 import rewards
@@ -29,11 +23,7 @@ from tiny_vq.vqvae import VQVAE
 
 
 @dataclass(frozen=True)
-class Config:
-    preset: str = ""  # smoke, cpu or gpu
-    device: str = "auto"
-    out: str = "out"
-    seed: int = 0
+class Config(common.BaseConfig):
     images: int = 12000  # rendered once, seen several times
     steps: int = 500
     batch: int = 64
@@ -47,16 +37,11 @@ class Config:
     scored: int = 420  # true scenes that the ceiling is the mean of
     save_every: int = 200
 
+    RANGES = dict(blocks=(0, common.LARGEST), codebook_size=(1, 2**15))  # pretrain.py has int16
+
     def check(self):
-        positive = "images steps batch codebook_size dim scored save_every"
-        common.check_at_least(1, self, *positive.split())
-        common.check_at_least(0, self, "seed", "lr", "blocks", "paint_weight", "commitment")
-        common.check(
-            self.codebook_size <= 2**15,
-            f"--codebook-size {self.codebook_size}: at most {2**15}, to fit int16",
-        )
-        multiple = self.width > 0 and self.width % 8 == 0
-        common.check(multiple, f"--width {self.width} must be a multiple of 8")
+        super().check()
+        common.check(self.width % 8 == 0, f"--width {self.width} must be a multiple of 8")
 
 
 PRESETS = {
@@ -67,8 +52,7 @@ PRESETS = {
 
 
 def loss_terms(model, images, paint_weight):
-    """Weighted squared error and commitment, scalars, features (n, dim) and codes (n,). images: (B,
-    3, h, w) in [0, 1]."""
+    """Return weighted squared error and commitment, features (n, dim), codes (n,)."""
     restored, features, codes, commitment = model(images)
     painted = (rewards.paint_coverage(images).sum(1, keepdim=True) > 0).float()
     weight = 1 + paint_weight * F.max_pool2d(painted, 3, stride=1, padding=1)  # edges are paint too
@@ -78,8 +62,7 @@ def loss_terms(model, images, paint_weight):
 
 @torch.no_grad()
 def ceiling(model, world, device, number, seed=0):
-    """Score true evaluation scenes after encoding and decoding. Returns reward, exact, codes in
-    use, perplexity."""
+    """Score true evaluation scenes after encoding and decoding. Returns what is logged."""
     scenes = [make_scene(world, "eval", seed, i) for i in range(number)]
     images = stack_images([render(world, s) for s in scenes]).to(device) / 255
     codes = torch.cat([model.encode(batch) for batch in images.split(64)])
@@ -87,17 +70,14 @@ def ceiling(model, world, device, number, seed=0):
     targets = rewards.encode_targets(world, scenes, device)
     reward, components, exact = rewards.compute_rewards(restored, targets, world)
     rewards.check_finite(reward, components)
-    return dict(
-        ceiling=reward.mean().item(),
-        ceiling_exact=exact.mean().item(),
-        codes_in_use=len(codes.unique()),
-        perplexity=perplexity(codes, model.codebook_size),
-    )
+    return dict(ceiling=reward.mean().item(), ceiling_exact=exact.mean().item(),
+                codes_in_use=len(codes.unique()),
+                perplexity=perplexity(codes, model.codebook_size))  # fmt: skip
 
 
 def update(model, optimizer, images, config, step, generator):
-    """Make one step on images (B, 3, h, w) in [0, 1]. Returns the terms of the loss and statistics
-    of the codes. Raises TrainingDiverged, the weights unchanged."""
+    """Make one step on images (B, 3, h, w) in [0, 1]. Returns terms to log, codes and the number of
+    restarted entries. Raises TrainingDiverged, the weights unchanged."""
     error, commitment, features, codes = loss_terms(model, images, config.paint_weight)
     # 20 brings an error of squared [0, 1] pixels to the commitment's size
     (20 * error + config.commitment * commitment).backward()
@@ -125,37 +105,30 @@ def main(argv=None):
     indices = tqdm(range(config.images), "render", leave=False)
     images = stack_images([render(world, random_scene(world, config.seed, i)) for i in indices])
     torch.manual_seed(config.seed)
-    model = VQVAE(world.patch, config.width, config.blocks, config.codebook_size, config.dim).to(
-        device
-    )
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01
-    )
+    model = VQVAE(world.patch, config.width, config.blocks, config.codebook_size, config.dim)
+    model = model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.99), weight_decay=0.01)
     run.start(device, model, optimizer)
 
-    with run:
-        for step in run.steps("tokenizer"):
+    with run.progress("tokenizer") as bar:
+        for step in bar:
             generator = common.generator(config.seed, "tokenizer", step)
             rows = torch.randint(len(images), (config.batch,), generator=generator)
             batch = images[rows].to(device) / 255
-            common.set_lr(optimizer, config.lr * min((step + 1) / 50, 1 - step / config.steps))
+            lr = config.lr * min((step + 1) / 50, 1 - step / config.steps)
+            optimizer.param_groups[0]["lr"] = lr
             with run.guard(step, dict(images=batch)):
                 terms, codes, restarted = update(model, optimizer, batch, config, step, generator)
             last = step + 1 == config.steps
             if step % 20 == 0 or last:
-                used = dict(codes_in_use=len(codes.unique()), restarted=restarted)
-                run.log(
-                    step=step, **terms, **used, perplexity=perplexity(codes, config.codebook_size)
-                )
+                run.log(step=step, **terms, codes_in_use=len(codes.unique()), restarted=restarted,
+                        perplexity=perplexity(codes, config.codebook_size))  # fmt: skip
             if last:
                 results = ceiling(model, world, device, config.scored)
                 run.log(step=config.steps, **results, seconds=time.time() - started)
             run.save(step, model, optimizer, results=results)
     used = f"{results['codes_in_use']} of {config.codebook_size} codes in use"
-    print(
-        f"tokenizer: ceiling {results['ceiling']:.3f} (exact {results['ceiling_exact']:.3f}), "
-        f"{used}, perplexity {results['perplexity']:.0f}, {time.time() - started:.0f} s"
-    )
+    print(f"tokenizer: ceiling {results['ceiling']:.3f}, {used}, {time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -33,18 +33,15 @@ class VQVAE(nn.Module):
 
     def __init__(self, patch=4, width=96, blocks=2, codebook_size=512, dim=16):
         super().__init__()
-        self.config = dict(
-            patch=patch, width=width, blocks=blocks, codebook_size=codebook_size, dim=dim
-        )
+        self.config = dict(patch=patch, width=width, blocks=blocks, codebook_size=codebook_size,
+                           dim=dim)  # fmt: skip
         channels = 3 * patch * patch
         self.patch, self.codebook_size = patch, codebook_size
         self.encoder = nn.Sequential(
-            nn.Conv2d(channels, 4 * width, 1),
-            nn.GELU(),
-            nn.Conv2d(4 * width, width, 1),
-            nn.GELU(),
+            nn.Conv2d(channels, 4 * width, 1), nn.GELU(),
+            nn.Conv2d(4 * width, width, 1), nn.GELU(),
             nn.Conv2d(width, dim, 1),
-        )
+        )  # fmt: skip
         self.quantizer = Quantizer(codebook_size, dim)
         self.decoder = nn.Sequential(
             nn.Conv2d(dim, width, 3, padding=1),
@@ -78,6 +75,5 @@ class VQVAE(nn.Module):
     def decode(self, codes):
         """codes (B, L) -> (B, 3, h, w) in [0, 1]."""
         side = int(codes.shape[1] ** 0.5)
-        return self.pixels(self.quantizer.codebook[codes].view(len(codes), side, side, -1)).clamp(
-            0, 1
-        )
+        features = self.quantizer.codebook[codes].view(len(codes), side, side, -1)
+        return self.pixels(features).clamp(0, 1)
