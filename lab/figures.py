@@ -184,8 +184,8 @@ def draw_differences(path, study):
                 axis.errorbar([x["mean"]], [y], xerr=half, color="k", capsize=2, elinewidth=1)
         axis.axvline(0, color="0.5", linewidth=0.8, linestyle="--")
         ends = sorted(abs(x["mean"]) + (x["half"] or 0) for x in found)
-        limit = 1.15 * max(ends[int(0.85 * (len(ends) - 1))], *(abs(x["mean"]) for x in found))
-        axis.set_xlim(-limit, limit)  # the widest intervals leave the frame
+        limit = max(ends[int(0.85 * (len(ends) - 1))], *(abs(x["mean"]) for x in found), 0.001)
+        axis.set_xlim(-1.15 * limit, 1.15 * limit)  # the widest intervals leave the frame
         axis.set_xlabel(f"{score.replace('rare exact', 'exact on rare pairs')} minus GRPO's")
         for y in range(1, len(rows)):
             if rows[y][0] != rows[y - 1][0]:
