@@ -1,12 +1,15 @@
-"""What entropy has to do with it: tables and figures of a study, from its logs and records alone.
+"""Tables and figures of a study, from its runs and records alone.
 
-    python -m lab.analyze --preset cpu     reads out/study/cpu/, as lab.study left it
+    python -m lab.analyze --preset cpu     reads what lab.study left in out/study
 
-    -> out/study/cpu/study.json (every number), study.md (the tables), figures/*.png and *.csv
+    -> out/study/cpu/study.json (every number), study.md (the tables), figures/*.png
 
-Intervals are 95 %: Student's t over runs where runs are compared (each with its own seed, paired
-where methods are compared), bootstrap over prompts where pictures are. Runs of a method share the
-base policy, so that no interval here tells what another base policy would have given.
+A study that was stopped early is analysed as far as it went. Intervals are 95 %: `mean ± half` by
+Student's t over runs; `value [low, high]` by bootstrap over prompts. A difference is paired: both
+methods have the base policy, the training prompts and the noise of the rollouts in common. Pairs of
+one base policy are not independent of it; the interval "over base policies" is Student's t over the
+mean difference of each base policy. Prompts are resampled as if they were independent, although
+each base policy is recorded on a fifth of them.
 """
 
 import json
@@ -16,15 +19,15 @@ from pathlib import Path
 import numpy as np
 
 import common
-from evaluate import markdown_table
 from lab import figures
-from lab.study import ABLATIONS, MAIN, REGIMES, SWEEPS, read_lines
+from lab.stats import bootstrap_mean, compare_spread, correlate, mean_t_ci, paired_difference
+from lab.stats import ranked, within
+from lab.study import MAIN, RIVALS, read_lines
+from lab.tables import FELL, GROUPS, SCORES, report, split_variant
 from scenes import WORLDS
 
-# two-sided 95 % quantiles of Student's t, by degrees of freedom
-T95 = (np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-SETTINGS = {"base": "base-no-plan", "base + plan": "base", "GRPO": "grpo", "EG-GRPO": "eggrpo"}
-ENTROPIES = ("image_entropy", "image_entropy_std", "plan_entropy")
+SETTINGS = {"base, no plan": "base-no-plan", "base + plan": "base",
+            "GRPO": "grpo-0", "EG-GRPO": "eggrpo-0"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Config:
     preset: str = ""  # smoke, cpu or gpu
     device: str = "cpu"
     out: str = "out/study"
-    seed: int = 0  # of the bootstrap
+    seed: int = 0  # of bootstrap and permutations
     resamples: int = 1000
 
     def check(self):
@@ -40,161 +43,90 @@ class Config:
         common.check_at_least(0, self, "seed")
 
 
-# --- statistics -----------------------------------------------------------------------------------
+# --- runs ------------------------------------------------------------------------------------------
 
 
-def mean_t_ci(values):
-    """Mean and half-width of its 95 % interval by Student's t. values: one a run."""
-    n = len(values)
-    half = T95[min(n - 1, 10)] * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
-    return dict(mean=float(np.mean(values)), half=float(half), n=n)
+def area(run):
+    """Mean of exact on rare pairs over training: the area under its curve, as a fraction."""
+    steps, values = np.array(run["curve"])[:, [0, 4]].T
+    return float((np.diff(steps) * (values[1:] + values[:-1]) / 2).sum() / (steps[-1] - steps[0]))
 
 
-def ranks(values):
-    """Rank values from 0, ties by their mean rank."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
+MEASURES = {  # of a run
+    "reward": lambda run: run["scores"]["eval"]["reward"],
+    "exact": lambda run: run["scores"]["eval"]["exact"],
+    "rare exact": lambda run: run["scores"]["rare"]["exact"],
+    "rare exact over training": area,
+    "plan entropy": lambda run: run["train"][-1][3],  # of the last 10 steps or fewer
+    "image entropy": lambda run: run["train"][-1][4],
+}
 
 
-def bootstrap(sums, statistic, config):
-    """A statistic of prompts and its 95 % interval over resampled prompts (percentiles).
-
-    sums: (prompts, k), what each prompt adds to k sums; statistic: (..., k) sums -> (...).
-    """
-    n = len(sums)
-    picks = np.random.RandomState(config.seed).randint(n, size=(config.resamples, n))
-    values = statistic(sums[picks].sum(1))
-    values = values[~np.isnan(values)]
-    low, high = np.percentile(values, (2.5, 97.5)) if len(values) else (np.nan, np.nan)
-    value = float(statistic(sums.sum(0)))
-    return dict(value=value, low=float(low), high=float(high), n=n)
+def values(runs, variant, measure):
+    """Measure a variant's runs. Returns {(base, number): value}; empty without runs."""
+    return {key: measure(run) for key, run in runs.get(variant, {}).items()}
 
 
-def bootstrap_mean(groups, config):
-    """Mean of everything, with its bootstrap interval. groups: a list of (n,), one a prompt."""
-    sums = np.array([(len(g), np.sum(g)) for g in groups], float)
-    return bootstrap(sums, lambda s: s[..., 1] / s[..., 0], config)
+def describe_variant(runs, variant):
+    """Reduce a variant's runs to numbers; differences are to `grpo` and `eggrpo` of its group."""
+    own, prefix, found = runs[variant], split_variant(variant)[0], {}
+    for name, measure in MEASURES.items():
+        measured = values(runs, variant, measure)
+        found[name] = mean_t_ci([*measured.values()])
+        for other in ("grpo", "eggrpo"):
+            others = values(runs, prefix + other, measure) if prefix + other != variant else {}
+            found[f"{name} - {other}"] = paired_difference(measured, others)
+    curves = [{step: row for step, *row in run["curve"]} for run in own.values()]
+    steps = sorted({step for curve in curves for step in curve})
+    for column, name in ((1, "exact"), (3, "rare exact")):
+        points = {step: [c[step][column] for c in curves if step in c] for step in steps}
+        found[f"{name} by step"] = {step: mean_t_ci(p) for step, p in points.items()}
+    exact = [[row[1] for row in curve.values()] for curve in curves]
+    falls = [max(e) - e[-1] for e in exact]
+    found["worst reward"] = min(values(runs, variant, MEASURES["reward"]).values())
+    found["fell"], found["largest fall"] = sum(fall > FELL for fall in falls), max(falls)
+    return dict(runs=len(own), bases=len({base for base, _ in own}), **found)
 
 
-def correlation_of(groups, config):
-    """Pearson's correlation of everything, likewise. groups: a list of (n, 2), one a prompt."""
-    centre = np.concatenate(groups).mean(0)  # for precision
-
-    def add(group):
-        x, y = (group - centre).T
-        return len(x), x.sum(), y.sum(), x @ x, y @ y, x @ y
-
-    return bootstrap(np.array([add(g) for g in groups], float), correlation, config)
+def describe_before(runs):
+    """Scores of the base policies, from the evaluation before the first step of GRPO."""
+    start = {base: run["curve"][0] for (base, _), run in runs.get("grpo", {}).items()}
+    columns = dict(zip(SCORES, (1, 2, 4)))
+    return {m: mean_t_ci([row[i] for row in start.values()]) for m, i in columns.items() if start}
 
 
-def correlation(sums):
-    """Pearson's correlation from the sums of 1, x, y, x x, y y, x y; NaN where one does not vary.
-    (..., 6) -> (...)."""
-    n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
-    square = (xx - x * x / n) * (yy - y * y / n)
-    return np.where(square > 1e-12, (xy - x * y / n) / np.sqrt(np.maximum(square, 1e-12)), np.nan)
-
-
-def within(groups):
-    """Take each prompt's mean off: what is left, the prompt's difficulty cannot explain."""
-    return [g - g.mean(0) for g in groups]
-
-
-# --- reading --------------------------------------------------------------------------------------
-
-
-def read_runs(folder):
-    """Read every finished run. Returns {variant: {seed: dict(log=[...], scores={...})}}."""
-    runs = {}
-    for path in sorted(folder.glob("*/scores.json")):
-        variant, _, seed = path.parent.name.rpartition("-")
-        if not seed.isdigit():  # the base policies
-            variant, seed = path.parent.name, "0"
-        log, scores = path.with_name("log.jsonl"), json.loads(path.read_text())
-        lines = read_lines(log)[1:] if log.exists() else []
-        runs.setdefault(variant, {})[int(seed)] = dict(log=lines, scores=scores)
-    return runs
-
-
-def read_records(folder):
-    """Read the records of each setting. Returns {setting: list of rows, each with its run}."""
+def describe_between_runs(runs, config):
+    """Compare the spread between runs of each main method with that of GRPO, by permutation."""
     found = {}
-    for setting, name in SETTINGS.items():
-        paths = [
-            p
-            for p in sorted(folder.glob("records/*.jsonl"))
-            if p.stem == name or p.stem.rpartition("-")[0] == name and name in MAIN
-        ]
-        found[setting] = [row | dict(run=p.stem) for p in paths for row in read_lines(p)]
-    return {setting: rows for setting, rows in found.items() if rows}
-
-
-# --- numbers --------------------------------------------------------------------------------------
-
-
-def last(run, key, steps=10):
-    """Mean of a logged key over the last steps of a run."""
-    values = [r[key] for r in run["log"] if r["step"] >= 0 and r.get(key) is not None]
-    return float(np.mean(values[-steps:]))
-
-
-def by_category(runs, name, key):
-    """{category: mean and interval over runs} of a method, and `all` and `rare`."""
-    scores = [run["scores"] for run in runs[name].values()]
-    table = {
-        c: mean_t_ci([s["eval"]["categories"][c][key] for s in scores])
-        for c in scores[0]["eval"]["categories"]
-    }
-    return {
-        "all": mean_t_ci([s["eval"][key] for s in scores]),
-        **table,
-        "rare": mean_t_ci([s["rare"][key] for s in scores]),
-    }
-
-
-def difference(runs, one, other, get):
-    """Paired difference of two variants, over the seeds that both have."""
-    seeds = sorted(runs.get(one, {}).keys() & runs.get(other, {}).keys())
-    return mean_t_ci([get(runs[one][s]) - get(runs[other][s]) for s in seeds]) if seeds else None
-
-
-def compare(runs, one, other):
-    """What two variants differ in at the end, paired."""
-    score = lambda key: lambda run: run["scores"]["eval"][key]
-    found = {key: difference(runs, one, other, score(key)) for key in ("reward", "exact")}
-    for key in ("image_entropy", "plan_entropy"):
-        found[key] = difference(runs, one, other, lambda run: last(run, key))
+    for variant in runs:
+        prefix, method = split_variant(variant)
+        if method in MAIN[1:]:
+            test = lambda f: compare_spread(
+                values(runs, variant, f), values(runs, prefix + "grpo", f), config.seed
+            )
+            found[variant] = {name: test(MEASURES[name]) for name in SCORES}
     return found
 
 
-def describe(runs, name):
-    """What a variant ends with, over its runs."""
-    score = lambda key: [run["scores"]["eval"][key] for run in runs[name].values()]
-    end = lambda key: [last(run, key) for run in runs[name].values()]
-    return dict(
-        reward=mean_t_ci(score("reward")),
-        exact=mean_t_ci(score("exact")),
-        image_entropy=mean_t_ci(end("image_entropy")),
-        plan_entropy=mean_t_ci(end("plan_entropy")),
-    )
+def describe_categories(runs, records, config):
+    """Exact by category: of base policies over recorded prompts, after training over runs."""
+    found = {}
+    for setting in ("base, no plan", "base + plan"):
+        rows = records.get(setting, [])
+        for c in dict.fromkeys(row["category"] for row in rows):
+            groups = by_prompt([row for row in rows if row["category"] == c], "exact")
+            found.setdefault(setting, {})[c] = bootstrap_mean(groups, config)
+    if "grpo" in runs and "eggrpo" in runs:
+        for c in next(iter(runs["grpo"].values()))["scores"]["eval"]["categories"]:
+            of = lambda run: run["scores"]["eval"]["categories"][c]["exact"]
+            grpo, eggrpo = values(runs, "grpo", of), values(runs, "eggrpo", of)
+            found.setdefault("GRPO", {})[c] = mean_t_ci([*grpo.values()])
+            found.setdefault("EG-GRPO", {})[c] = mean_t_ci([*eggrpo.values()])
+            found.setdefault("EG-GRPO - GRPO", {})[c] = paired_difference(eggrpo, grpo)
+    return found
 
 
-def stability(runs, name):
-    """The worst run, and the share of runs that fell by more than .05 from their best: training
-    reward, mean of 10 steps."""
-    falls = []
-    for run in runs[name].values():
-        rewards = np.array([r["reward"] for r in run["log"] if r["step"] >= 0])
-        smooth = figures.running_mean(rewards)
-        falls.append(float(smooth.max() - smooth[-1]))
-    finals = [run["scores"]["eval"]["reward"] for run in runs[name].values()]
-    return dict(
-        n=len(finals),
-        worst=min(finals),
-        fell=float(np.mean(np.array(falls) > 0.05)),
-        largest_fall=max(falls),
-        **describe(runs, name),
-    )
+# --- records --------------------------------------------------------------------------------------
 
 
 def by_prompt(rows, *keys):
@@ -205,281 +137,125 @@ def by_prompt(rows, *keys):
     return [np.array(group, float) for group in groups.values()]
 
 
-def correlations(rows, config):
-    """Correlate reward with each entropy. Over pictures; for the plan's entropy over plans, each
-    with the mean reward of its pictures."""
-    found = {}
-    for key in ENTROPIES:
-        groups = by_prompt(plans(rows) if key == "plan_entropy" else rows, key, "reward")
-        together = np.concatenate(groups)
-        ranked = np.stack([ranks(column) for column in together.T], 1)
-        ranked = np.split(ranked, np.cumsum([len(g) for g in groups])[:-1])
+def average_plans(rows):
+    """Average the images of each plan. Returns a list of dicts, one per plan."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["number"], row["plan_index"]), []).append(row)
+    keys = ("reward", "plan_entropy", "image_entropy", "image_entropy_std")
+    mean = lambda group, key: float(np.mean([row[key] for row in group]))
+    return [dict(number=k[0], **{key: mean(g, key) for key in keys}) for k, g in groups.items()]
+
+
+def describe_correlations(rows, config):
+    """Correlate reward with image entropy over images, and with plan entropy over plans.
+
+    Pooled over prompts and within prompts, Pearson and rank. For plan entropy also within prompts
+    and thirds of the std of image entropy, and given the mean image entropy (partial).
+    """
+    found, plans = {}, average_plans(rows)
+    for key in ("image_entropy", "image_entropy_std", "plan_entropy"):
+        groups = by_prompt(plans if key == "plan_entropy" else rows, key, "reward")
         name = key.replace("_", " ")
-        found[name] = correlation_of(groups, config)
-        found[f"{name}, ranks"] = correlation_of(ranked, config)
-        found[f"{name}, within prompts"] = correlation_of(within(groups), config)
-        found[f"{name}, within prompts, ranks"] = correlation_of(within(ranked), config)
+        found[name] = correlate(groups, config)
+        found[f"{name}, ranks"] = correlate(ranked(groups), config)
+        found[f"{name}, within prompts"] = correlate(within(groups), config)
+        found[f"{name}, within prompts, ranks"] = correlate(within(ranked(groups)), config)
+    stds = np.array([p["image_entropy_std"] for p in plans])
+    thirds = np.searchsorted(np.quantile(stds, (1 / 3, 2 / 3)), stds)
+    for third, label in enumerate(("lowest", "middle", "highest")):
+        inside = [p for p, t in zip(plans, thirds) if t == third]
+        groups = within(by_prompt(inside, "plan_entropy", "reward"))
+        found[f"plan entropy, within prompts, {label} third of image entropy std"] = correlate(
+            groups, config
+        )
+    groups = within(by_prompt(plans, "plan_entropy", "reward", "image_entropy"))
+    found["plan entropy, within prompts, given image entropy"] = correlate(groups, config)
     return found
 
 
-def plans(rows):
-    """Average the pictures of each plan."""
-    by = {}
-    for row in rows:
-        by.setdefault((row["run"], row["number"], row["plan_index"]), []).append(row)
-    keys = ("reward", "plan_entropy", "image_entropy_std")
-    return [
-        dict(number=k[1], **{key: float(np.mean([r[key] for r in group])) for key in keys})
-        for k, group in by.items()
-    ]
-
-
-def spread(rows, config):
-    """How widely a policy explores a prompt: std of reward, distance of pictures, plans."""
-    by = {}
-    for row in rows:
-        by.setdefault(row["number"], {}).setdefault(row["run"], []).append(row)
+def describe_spread(records, config):
+    """Spread of what each policy draws for a prompt, and differences paired by prompt."""
     measures = {
-        "std of reward": lambda rs: np.std([r["reward"] for r in rs], ddof=1),
-        "distance of pictures": lambda rs: np.mean([r["distance"] for r in rs]),
-        "distinct plans": lambda rs: len({r["plan"] for r in rs}),
+        "std of reward": lambda rows: np.std([r["reward"] for r in rows], ddof=1),
+        "distance of images": lambda rows: np.mean([r["distance"] for r in rows]),
+        "distinct plans": lambda rows: len({r["plan"] for r in rows}),
     }
-    return {
-        name: bootstrap_mean([[f(rs) for rs in runs.values()] for runs in by.values()], config)
-        for name, f in measures.items()
-    }
+    found = {}
+    for name, measure in measures.items():
+        spread = {}  # {setting: {prompt: value}}
+        for setting, rows in records.items():
+            prompts = {}
+            for row in rows:
+                prompts.setdefault(row["number"], []).append(row)
+            spread[setting] = {number: measure(group) for number, group in prompts.items()}
+        for before, after in [*zip(records, list(records)[1:])]:
+            both = spread[after].keys() & spread[before].keys()
+            change = {number: spread[after][number] - spread[before][number] for number in both}
+            spread |= {f"{after} - {before}": change} if both else {}
+        for setting, numbers in spread.items():
+            groups = [[numbers[number]] for number in sorted(numbers)]
+            found.setdefault(setting, {})[name] = bootstrap_mean(groups, config)
+    return found
 
 
-def tokens(rows, config):
+def describe_tokens(rows, config):
     """Average what is recorded of the tokens that draw objects, with intervals over prompts."""
-    keys = (
-        "objects_share",
-        "low_on_objects",
-        "high_on_objects",
-        "object_entropy",
-        "ground_entropy",
-        "image_entropy",
-        "plan_entropy",
-    )
-    return {
-        key.replace("_", " "): bootstrap_mean([g[:, 0] for g in by_prompt(rows, key)], config)
-        for key in keys
-    }
+    keys = "objects_share low_on_objects high_on_objects object_entropy background_entropy"
+    keys += " image_entropy image_entropy_std plan_entropy"
+    mean = lambda key: bootstrap_mean(by_prompt(rows, key), config)
+    return {key.replace("_", " "): mean(key) for key in keys.split()}
+
+
+# --- the study ------------------------------------------------------------------------------------
+
+
+def read(folder, config):
+    """Read runs.jsonl and the records. Returns {variant: {(base, number): run}}, tuning runs left
+    out, and {setting: rows}."""
+    runs, records = {}, {}
+    path = folder / config.preset / "runs.jsonl"
+    for run in read_lines(path) if path.exists() else []:
+        if not run["variant"].startswith("tune-"):
+            runs.setdefault(run["variant"], {})[run["base"], run["number"]] = run
+    order = [prefix + method for prefix in GROUPS for method in (*MAIN, *RIVALS)]
+    for setting, name in SETTINGS.items():
+        paths = sorted(folder.glob(f"base-*/{config.preset}/records/{name}.jsonl"))
+        rows = [row for path in paths for row in read_lines(path)]
+        records |= {setting: rows} if rows else {}
+    return {v: runs[v] for v in order if v in runs}, records
 
 
 def analyze(runs, records, config):
-    """Reduce a study to its numbers: what study.json holds."""
-    has = lambda *names: all(name in runs for name in names)
-    study = {
-        "A": {},
-        "B": {},
-        "C": {},
-        "D": {},
-        "regimes": {},
-        "correlations": {},
-        "spread": {},
-        "tokens": {},
-    }
-    for setting, name in SETTINGS.items():
-        if has(name):
-            study["A"][setting] = {key: by_category(runs, name, key) for key in ("reward", "exact")}
-    if has("grpo", "eggrpo"):
-        categories = runs["grpo"][0]["scores"]["eval"]["categories"]
-        get = lambda split, key: lambda run: run["scores"][split][key]
-        of = lambda c, key: lambda run: run["scores"]["eval"]["categories"][c][key]
-        pair = lambda f: difference(runs, "eggrpo", "grpo", f)
-        study["A"]["EG-GRPO - GRPO"] = {
-            key: {
-                "all": pair(get("eval", key)),
-                **{c: pair(of(c, key)) for c in categories},
-                "rare": pair(get("rare", key)),
-            }
-            for key in ("reward", "exact")
-        }
-    methods = [name for name in (*MAIN, *ABLATIONS) if has(name)]
-    for name in methods:
-        study["B"][name] = dict(
-            describe(runs, name),
-            minus_grpo=compare(runs, name, "grpo"),
-            minus_eggrpo=compare(runs, name, "eggrpo"),
-        )
-        study["D"][name] = stability(runs, name)
-    # values that methods of table B stand for
-    named = {
-        "low-frac-0": "bonus",
-        "low-frac-0.2": "eggrpo",
-        "high-frac-0.5": "eggrpo",
-        "bonus-coef-0": "exclude",
-        "bonus-coef-0.3": "eggrpo",
-    }
-    swept = {name: name for name in runs if name in SWEEPS}
-    for label, name in sorted((named | swept).items()):
-        if has(name):
-            study["C"][label] = dict(describe(runs, name), minus_grpo=compare(runs, name, "grpo"))
-    for regime in REGIMES:
-        names = f"{regime}-eggrpo", f"{regime}-grpo"
-        if has(*names):
-            study["regimes"][regime] = dict(
-                grpo=describe(runs, names[1]),
-                eggrpo=describe(runs, names[0]),
-                difference=compare(runs, *names),
-            )
-    for setting, rows in records.items():
-        study["correlations"][setting] = correlations(rows, config)
-        study["spread"][setting] = spread(rows, config)
-        study["tokens"][setting] = tokens(rows, config)
-    return study
-
-
-# --- tables ---------------------------------------------------------------------------------------
-
-
-def format_ci(x, digits=3, sign=False):
-    """Print a mean and its half-width, or a value and its interval."""
-    if x is None:
-        return "-"
-    f = lambda v: "-" if v is None or np.isnan(v) else f"{v:{'+' if sign else ''}.{digits}f}"
-    if "low" in x:
-        return f"{f(x['value'])} [{f(x['low'])}, {f(x['high'])}]"
-    return f(x["mean"]) + ("" if x["n"] == 1 else f" ± {x['half']:.{digits}f}")
-
-
-def tables(study):
-    """Lay a study out. Returns {name: Markdown}, the text of study.md and of docs/results.md."""
-    found = {}
-    for key in ("reward", "exact"):
-        settings = study["A"].items()
-        head = ["runs", *next(iter(study["A"].values()))[key]]
-        found[f"A, {key}"] = markdown_table(
-            [key, *head],
-            [
-                [s, t[key]["all"]["n"], *(format_ci(x, 3, " - " in s) for x in t[key].values())]
-                for s, t in settings
-            ],
-        )
-    ends = ("reward", "exact", "image_entropy", "plan_entropy")
-    heads = [
-        "reward",
-        "exact",
-        "image entropy",
-        "plan entropy",
-        "reward - GRPO's",
-        "exact - GRPO's",
-    ]
-    line = lambda name, t: [
-        name,
-        t["reward"]["n"],
-        *(format_ci(t[k]) for k in ends),
-        *(format_ci(t["minus_grpo"][k], 3, True) for k in ("reward", "exact")),
-    ]
-    found["B"] = markdown_table(
-        ["method", "runs", *heads, "reward - EG-GRPO's"],
-        [
-            [*line(f"`{n}`", t), format_ci(t["minus_eggrpo"]["reward"], 3, True)]
-            for n, t in study["B"].items()
-        ],
+    """Reduce a study to its numbers: the content of study.json."""
+    return dict(
+        variants={variant: describe_variant(runs, variant) for variant in runs},
+        before=describe_before(runs),
+        between_runs=describe_between_runs(runs, config),
+        categories=describe_categories(runs, records, config),
+        correlations={s: describe_correlations(rows, config) for s, rows in records.items()},
+        spread=describe_spread(records, config),
+        tokens={s: describe_tokens(rows, config) for s, rows in records.items()},
     )
-    found["C"] = markdown_table(
-        ["value", "runs", *heads], [line(f"`{n}`", t) for n, t in study["C"].items()]
-    )
-    found["D"] = markdown_table(
-        [
-            "method",
-            "runs",
-            "worst reward",
-            "runs that fell by .05",
-            "largest fall",
-            "image entropy at the end",
-            "plan entropy at the end",
-        ],
-        [
-            [
-                f"`{n}`",
-                t["n"],
-                f"{t['worst']:.3f}",
-                f"{t['fell']:.0%}",
-                f"{t['largest_fall']:.3f}",
-                format_ci(t["image_entropy"]),
-                format_ci(t["plan_entropy"]),
-            ]
-            for n, t in study["D"].items()
-        ],
-    )
-    found["regimes"] = markdown_table(
-        [
-            "regime",
-            "runs",
-            "reward, GRPO",
-            "reward, EG-GRPO",
-            "difference",
-            "exact: difference",
-            "image entropy: difference",
-        ],
-        [
-            [
-                n,
-                t["difference"]["reward"]["n"],
-                format_ci(t["grpo"]["reward"]),
-                format_ci(t["eggrpo"]["reward"]),
-                *(
-                    format_ci(t["difference"][k], 3, True)
-                    for k in ("reward", "exact", "image_entropy")
-                ),
-            ]
-            for n, t in study["regimes"].items()
-        ],
-    )
-    for name, title, digits, sign in (
-        ("correlations", "reward against", 2, True),
-        ("spread", "within a prompt", 3, False),
-        ("tokens", "mean over pictures", 3, False),
-    ):
-        columns = study[name]
-        found[name] = markdown_table(
-            [title, *columns],
-            [
-                [k, *(format_ci(t[k], digits, sign) for t in columns.values())]
-                for k in next(iter(columns.values()), {})
-            ],
-        )
-    return found
 
 
-TITLES = {
-    "A, reward": "Held-out reward by category",
-    "A, exact": "Held-out `exact` by category",
-    "B": "Methods and ablations",
-    "C": "Sweeps of the three knobs, against the same GRPO runs",
-    "D": "Stability: falls of training reward, mean of 10 steps, from its best to its last",
-    "regimes": "Where might it matter? One change, made to GRPO and to EG-GRPO",
-    "correlations": "Reward against entropy, over pictures (plan entropy: over plans)",
-    "spread": "How widely a policy explores a prompt: 64 pictures of 8 plans",
-    "tokens": "What the tokens draw: share on objects of all, of low, of high ones; entropies",
-}
-
-
-def report(study):
-    """Lay all tables out, as study.md."""
-    found = tables(study)
-    return "\n".join(f"## {title}\n\n{found[name]}\n" for name, title in TITLES.items())
+# --- command --------------------------------------------------------------------------------------
 
 
 def main(argv=None):
     presets = {name: {} for name in WORLDS}
     config, _ = common.parse("-m lab.analyze", Config, presets, __doc__, argv)
     folder = Path(config.out) / config.preset
-    runs, records = read_runs(folder), read_records(folder)
-    common.check(
-        runs and records,
-        f"no study in {folder}: make it with `python -m lab.study --preset {config.preset}`",
-    )
+    runs, records = read(Path(config.out), config)
+    problem = f"no study in {folder}: make it with `python -m lab.study --preset {config.preset}`"
+    common.check(runs or records, problem)
     study = json.loads(json.dumps(common.to_jsonable(analyze(runs, records, config))))
     common.write(folder / "study.json", (json.dumps(study, indent=1) + "\n").encode())
     common.write(folder / "study.md", report(study).encode())
     print(report(study))
-    planned = {s: plans(rows) for s, rows in records.items() if s != "base"}
-    figures.draw_all(folder, runs, records, planned, study)
-    print(f"\nfigures: {folder / 'figures'}")
+    plans = {s: average_plans(rows) for s, rows in records.items() if rows[0]["plan"]}
+    figures.draw_all(folder / "figures", study, records, plans)
+    print(f"figures: {folder / 'figures'}")
 
 
 if __name__ == "__main__":

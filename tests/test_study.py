@@ -1,5 +1,5 @@
-"""The study: its statistics by hand, its records against what was drawn, its figures from files
-alone, and the README's numbers."""
+"""The study: its jobs, its statistics by hand, its records against what was drawn, tables and
+figures from files alone, and the page about one step."""
 
 import json
 import os
@@ -16,43 +16,94 @@ import torch
 
 from common import UserError
 from conftest import tiny_policy
-from lab import analyze, study
+from lab import analyze, one_step, stats, study, tables
 from scenes import make_scene
 
 ROOT = Path(__file__).parent.parent
-
-
-def test_an_interval_over_runs_is_students():
-    """Three runs: mean 2, std 1, t = 4.303."""
-    x = analyze.mean_t_ci([1.0, 2.0, 3.0])
-    assert x["mean"] == 2 and x["n"] == 3 and abs(x["half"] - 4.303 / 3**0.5) < 1e-9
-
-
 CONFIG = analyze.Config(resamples=300)
 
 
+# --- statistics -----------------------------------------------------------------------------------
+
+
+def test_an_interval_over_runs_is_students():
+    """Three runs: mean 2, std 1, t = 4.303. Beyond 31 runs the quantile stays that of 31."""
+    x = stats.mean_t_ci([1.0, 2.0, 3.0])
+    assert x["mean"] == 2 and x["n"] == 3 and abs(x["half"] - 4.303 / 3**0.5) < 1e-9
+    many = [0.0, 1.0] * 50
+    assert abs(stats.mean_t_ci(many)["half"] - 2.042 * np.std(many, ddof=1) / 10) < 1e-9
+    assert np.isnan(stats.mean_t_ci([1.0])["half"])
+
+
+def test_a_paired_difference_cancels_what_a_pair_shares():
+    """Base 0: differences 1 and 3, base 1: difference -4 (its other run has no partner)."""
+    one = {(0, 0): 11.0, (0, 1): 23.0, (1, 0): 26.0, (1, 1): 0.0}
+    other = {(0, 0): 10.0, (0, 1): 20.0, (1, 0): 30.0, (2, 0): 0.0}
+    x = stats.paired_difference(one, other)
+    assert x["mean"] == 0 and x["n"] == 3 and x["positive"] == 2
+    assert abs(x["half"] - 4.303 * 13**0.5 / 3**0.5) < 1e-9  # std of (1, 3, -4) is 13 ** .5
+    # over base policies: 2 and -4
+    assert x["bases"]["mean"] == -1 and x["bases"]["n"] == 2
+    assert abs(x["bases"]["half"] - 12.706 * 18**0.5 / 2**0.5) < 1e-9
+    assert stats.paired_difference(one, {}) is None
+
+
+def test_the_permutation_test_of_spread_on_two_pairs():
+    """(1, -1) against (2, -2): std 2 ** .5 and 8 ** .5. Of the four swaps none and both give the log
+    ratio 1/2 or 2, a single one gives (2, -1) and (1, -2): ratio 1. So p = 2 of 4."""
+    one, other = {(0, 0): 1.0, (0, 1): -1.0}, {(0, 0): 2.0, (0, 1): -2.0}
+    x = stats.compare_spread(one, other)
+    assert abs(x["std"] - 2**0.5) < 1e-9 and abs(x["std_other"] - 8**0.5) < 1e-9
+    assert x["n"] == 2 and x["p"] == 0.5
+    shifted = {key: value + 7 for key, value in other.items()}  # a difference of means is no spread
+    assert stats.compare_spread(one, shifted) == x
+    assert stats.compare_spread({(0, 0): 1.0, (1, 0): 1.0}, {(0, 0): 1.0, (1, 0): 2.0}) is None
+
+
+def test_the_permutation_test_sees_a_real_difference_and_no_false_one():
+    """20 pairs of five base policies, whose means differ by far more than the runs."""
+    draw = np.random.RandomState(0).randn
+    runs = lambda scale: {(b, s): 100.0 * b + scale * draw() for b in range(5) for s in range(4)}
+    assert stats.compare_spread(runs(5.0), runs(1.0))["p"] < 0.01
+    assert stats.compare_spread(runs(1.0), runs(1.0))["p"] > 0.05
+
+
 def test_ranks_share_ties_and_correlations_are_numpys():
-    assert analyze.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [2.5, 0, 2.5, 1]
+    assert stats.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [2.5, 0, 2.5, 1]
     points = np.random.RandomState(0).randn(50, 2)
-    found = analyze.correlation_of(np.split(points, 10), CONFIG)
+    found = stats.correlate(np.split(points, 10), CONFIG)
     assert abs(found["value"] - np.corrcoef(points.T)[0, 1]) < 1e-12 and found["n"] == 10
-    assert np.isnan(analyze.correlation_of([np.ones((5, 2))] * 3, CONFIG)["value"])
+    assert found["low"] < found["value"] < found["high"]
+    assert np.isnan(stats.correlate([np.ones((5, 2))] * 3, CONFIG)["value"])
+    assert stats.ranked([np.array([[5.0], [1.0]]), np.array([[3.0]])])[0].tolist() == [[2], [0]]
+
+
+def test_a_partial_correlation_is_that_of_the_residuals():
+    """x and y are both z and noise: correlated, but not given z."""
+    draw = np.random.RandomState(0).randn
+    z = draw(300)
+    points = np.stack([z + 0.3 * draw(300), z + 0.3 * draw(300), z], 1)
+    residual = lambda v: v - np.polyval(np.polyfit(z, v, 1), z)
+    expected = np.corrcoef(residual(points[:, 0]), residual(points[:, 1]))[0, 1]
+    found = stats.correlate(np.split(points, 30), CONFIG)
+    assert abs(found["value"] - expected) < 1e-9 and abs(expected) < 0.2
+    assert stats.correlate([g[:, :2] for g in np.split(points, 30)], CONFIG)["value"] > 0.8
 
 
 def test_correlation_within_prompts_does_not_see_what_is_between_them():
     """Prompts with high x have high y; within each, y falls with x."""
     x = np.arange(5.0)
     groups = [np.stack([x + 10 * i, 30 * i - x], 1) for i in range(4)]
-    assert analyze.correlation_of(groups, CONFIG)["value"] > 0.9
-    assert abs(analyze.correlation_of(analyze.within(groups), CONFIG)["value"] + 1) < 1e-12
+    assert stats.correlate(groups, CONFIG)["value"] > 0.9
+    assert abs(stats.correlate(stats.within(groups), CONFIG)["value"] + 1) < 1e-12
 
 
 def test_a_bootstrap_interval_holds_the_truth_and_narrows_with_prompts():
-    """Prompts are resampled, not pictures: ten copies of each picture narrow nothing."""
+    """Prompts are resampled, not images: ten copies of each image narrow nothing."""
     draw = np.random.RandomState(1).randn
     prompts = [draw(1) for _ in range(500)]
     few, copied, many = (
-        analyze.bootstrap_mean(groups, CONFIG)
+        stats.bootstrap_mean(groups, CONFIG)
         for groups in (prompts[:20], [np.repeat(g, 10) for g in prompts[:20]], prompts)
     )
     width = lambda x: x["high"] - x["low"]
@@ -60,78 +111,120 @@ def test_a_bootstrap_interval_holds_the_truth_and_narrows_with_prompts():
     assert abs(width(copied) - width(few)) < 1e-9
 
 
-def test_a_paired_difference_cancels_what_a_seed_shares():
-    run = lambda x: dict(scores=x)
-    runs = {
-        "a": {s: run(10.0 * s + 1) for s in range(4)},
-        "b": {s: run(10.0 * s) for s in (0, 2, 3)},
-    }
-    d = analyze.difference(runs, "a", "b", lambda r: r["scores"])
-    assert d == dict(mean=1.0, half=0.0, n=3)
-    assert analyze.difference(runs, "a", "c", lambda r: r["scores"]) is None
+# --- jobs and records -----------------------------------------------------------------------------
 
 
-def test_every_job_has_a_name_of_its_own_and_what_matters_most_comes_first():
-    names = [job.name for job in study.all_jobs(study.Config(preset="cpu"))]
+def test_every_job_has_a_name_of_its_own_and_comes_after_what_it_needs():
+    jobs = study.plan(study.Config(preset="cpu"))
+    names = [job.name for job in jobs]
     assert len(names) == len(set(names))
-    assert names[:4] == ["grpo-0", "eggrpo-0", "grpo-1", "eggrpo-1"]
-    assert sum(re.fullmatch(r"eggrpo-\d", name) is not None for name in names) == 5
+    for i, job in enumerate(jobs):
+        assert set(job.needs) <= set(names[:i]), job.name
+    first = [job.name for job in jobs if job.kind == "run"][:3]
+    assert first == ["base-0/grpo-0", "base-0/eggrpo-0", "base-0/eggrpo-corrective-0"]
+    variants = {job.name.split("/")[1].rpartition("-")[0] for job in jobs if job.kind == "run"}
+    methods = {analyze.split_variant(v)[1] for v in variants if not v.startswith("tune-")}
+    assert methods == {*study.MAIN, *study.RIVALS}
 
 
-def test_records_tell_of_the_pictures_that_were_drawn(env, world):
-    """Pictures of a plan share it; entropies lie in [0, 1]; distances are those of the pixels."""
-    policy, config = tiny_policy(world, codes=32), study.Config(plans=3, pictures=2)
+def test_records_tell_of_the_images_that_were_drawn(env, world):
+    """Images of a plan share it; entropies lie in [0, 1]; distances are those of the pixels."""
+    policy, config = tiny_policy(world, codes=32), study.Config(plans=3, images=2)
     scene = make_scene(world, "eval", 0, 4)
-    rows = study.record_rows(config, env, policy, scene, 0)
+    rows = study.record_rows(config, env, policy, scene, "base 0, colour 0")
     assert [r["plan_index"] for r in rows] == [0, 0, 1, 1, 2, 2]
     assert rows[0]["plan"] == rows[1]["plan"] != rows[2]["plan"]
     assert rows[0]["plan_entropy"] == rows[1]["plan_entropy"] != rows[2]["plan_entropy"]
     assert all(0 < r[k] < 1 for r in rows for k in ("plan_entropy", "image_entropy", "distance"))
-    again = study.record_rows(config, env, policy, scene, 0)
-    direct = study.record_rows(config, env, policy, scene, 0, no_plan=True)
+    again = study.record_rows(config, env, policy, scene, "base 0, colour 0")
+    direct = study.record_rows(config, env, policy, scene, "base 0, colour 0", no_plan=True)
     assert again == rows and {r["plan"] for r in direct} == {""}
+
+
+# --- tables, figures, page ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def small(out, tmp_path_factory):
-    """Half a dozen jobs of the smoke study, and its analysis."""
-    made, out = out[0] / "smoke", str(tmp_path_factory.mktemp("study"))
-    (Path(out) / "smoke").mkdir()
-    for name in ("tokenizer.pt", "base.pt"):
-        (Path(out) / "smoke" / name).write_bytes((made / name).read_bytes())
-    common, threads = ["--preset", "smoke", "--out", out], torch.get_num_threads()
+    """The first jobs of the smoke study on the pipeline's base policy, and their analysis."""
+    made, folder = out[0] / "smoke", tmp_path_factory.mktemp("study")
+    base = folder / "base-0" / "smoke"
+    base.mkdir(parents=True)
+    for name in ("tokenizer.pt", "base.pt", "base.jsonl"):
+        (base / name).write_bytes((made / name).read_bytes())
+    (base / "base.done").write_bytes(b"")
+    arguments, threads = ["--preset", "smoke", "--out", str(folder)], torch.get_num_threads()
     torch.set_num_threads(1)
-    for job in (
-        "grpo-0",
-        "eggrpo-0",
-        "records-base-no-plan",
-        "records-base",
-        "records-grpo-0",
-        "records-eggrpo-0",
-        "records-pictures",
-    ):
-        study.main([*common, "--only", job])
+    records = [f"base-0/records/{name}" for name in analyze.SETTINGS.values()]
+    for job in ("base-0/grpo-0", "base-0/eggrpo-0", *records):
+        study.main([*arguments, "--only", job])
     torch.set_num_threads(threads)
-    analyze.main([*common, "--resamples", "20"])
-    return Path(out) / "smoke"
+    config = study.Config(out=str(folder), **dict(study.PRESETS["smoke"], preset="smoke"))
+    study.collect(config, study.plan(config))
+    analyze.main([*arguments, "--resamples", "20"])
+    return folder
 
 
-def test_a_study_leaves_tables_figures_and_their_data(small):
-    for name in ("entropy-mean", "entropy-std", "plan-entropy", "spread", "curves"):
-        assert (small / "figures" / f"{name}.png").stat().st_size < 2e5
-        assert len((small / "figures" / f"{name}.csv").read_text().splitlines()) > 1
-    for name in (
-        "study.json",
-        "study.md",
-        "figures/maps.png",
-        "figures/before-after.png",
-        "figures/training.gif",
-    ):
-        assert (small / name).exists(), name
-    numbers = json.loads((small / "study.json").read_text())
-    assert set(numbers["A"]) == {"base", "base + plan", "GRPO", "EG-GRPO", "EG-GRPO - GRPO"}
-    rows = [json.loads(x) for x in (small / "records" / "base.jsonl").read_text().splitlines()]
-    assert len(rows) == 6 * 2 * 2  # categories, plans, pictures
+def test_a_study_that_was_stopped_early_leaves_tables_and_figures(small):
+    figures = {path.name: path.stat().st_size for path in (small / "smoke/figures").iterdir()}
+    assert set(figures) == {f"{name}.png" for name in (
+        "entropy-mean", "entropy-std", "spread", "plan-entropy", "curves", "differences")}  # fmt: skip
+    assert max(figures.values()) < 150_000
+    numbers = json.loads((small / "smoke/study.json").read_text())
+    assert list(numbers["variants"]) == ["grpo", "eggrpo"]
+    assert set(numbers["tokens"]) == set(analyze.SETTINGS)
+    page = (small / "smoke/study.md").read_text()
+    assert page == tables.report(numbers) and "| EG-GRPO - GRPO |" in page
+    rows = study.read_lines(small / "base-0/smoke/records/base.jsonl")
+    assert len(rows) == 6 * 2 * 2  # categories, plans, images
+
+
+def synthetic_runs():
+    """Runs of two base policies and two numbers, EG-GRPO .01 below GRPO; one run of each rival."""
+    runs = {}
+    for variant, effect in (("grpo", 0.0), ("eggrpo", -0.01), ("lr-high-grpo", 0.0),
+                            ("lr-high-eggrpo", -0.04), ("dapo", 0.02), ("noisy-grpo", 0.0),
+                            ("noisy-eggrpo", 0.0)):  # fmt: skip
+        for base, number in ((0, 0), (0, 1), (1, 0), (1, 1))[: 1 if variant == "dapo" else 4]:
+            reward = 0.8 + 0.1 * base + 0.02 * number + effect
+            scores = dict(
+                reward=reward, exact=reward - 0.2, categories={"colour": {"exact": reward}}
+            )
+            curve = [
+                [0, 0.6, 0.4, 0.5, 0.0],
+                [30, reward, 0.7, 0.5, 0.1],
+                [60, reward, 0.6, 0.5, 0.4],
+            ]
+            runs.setdefault(variant, {})[base, number] = dict(
+                scores={"eval": scores, "rare": scores},
+                curve=curve,
+                train=[[0, 0, 0, 0.1, 0.05, 0]],
+            )
+    return runs
+
+
+def test_tables_of_runs_by_hand():
+    """Pairs are of one learning rate or regime; a variant with one run has no interval."""
+    found = analyze.analyze(synthetic_runs(), {}, CONFIG)
+    eggrpo = found["variants"]["eggrpo"]
+    assert (
+        eggrpo["runs"] == 4 and eggrpo["bases"] == 2 and abs(eggrpo["reward"]["mean"] - 0.85) < 1e-9
+    )
+    difference = eggrpo["reward - grpo"]
+    assert abs(difference["mean"] + 0.01) < 1e-9 and difference["positive"] == 0
+    high = found["variants"]["lr-high-eggrpo"]["reward - grpo"]
+    assert abs(high["mean"] + 0.04) < 1e-9
+    assert found["variants"]["dapo"]["reward - eggrpo"]["n"] == 1
+    # area: (0 + .1) / 2 over the first half, (.1 + .4) / 2 over the second
+    assert abs(eggrpo["rare exact over training"]["mean"] - (0.05 + 0.25) / 2) < 1e-9
+    assert eggrpo["fell"] == 4 and abs(eggrpo["largest fall"] - 0.1) < 1e-9  # from .7 to .6
+    laid = tables.tables(json.loads(json.dumps(found)))
+    assert (
+        "| preset's learning rate | EG-GRPO | reward | -0.010 ± 0.000 | 0 of 4 | 2 |"
+        in laid["differences"]
+    )
+    assert "| `dapo` | 1 | 0.820 | 0.620 |" in laid["ablations"]
+    assert "| noisy rewards | EG-GRPO | 4 |" in laid["regimes"] and "spread" not in laid
 
 
 def test_a_study_that_is_not_there_is_named():
@@ -139,10 +232,23 @@ def test_a_study_that_is_not_there_is_named():
         analyze.main(["--preset", "cpu", "--out", "nowhere"])
 
 
-def test_ctrl_c_ends_the_runs_in_hand_and_starts_no_others(small, tmp_path):
-    (tmp_path / "smoke").mkdir()
-    for name in ("tokenizer.pt", "base.pt"):
-        (tmp_path / "smoke" / name).write_bytes((small / name).read_bytes())
+def test_the_page_about_one_step_is_that_of_its_numbers(small):
+    """The committed page; and figure, numbers and page of the smoke preset."""
+    numbers = json.loads((ROOT / "assets/one-step.json").read_text())
+    assert (ROOT / "docs/one-step.md").read_text() == one_step.page(numbers)
+    one_step.main(["--preset", "smoke", "--out", str(small / "base-0"), "--run", "eggrpo-0"])
+    folder = small / "base-0/smoke"
+    numbers = json.loads((folder / "one-step.json").read_text())
+    assert (folder / "one-step.md").read_text() == one_step.page(numbers)
+    assert (folder / "one-step.png").stat().st_size < 300_000
+    tokens = numbers["tokens"]["good"]
+    assert sum(tokens["image"]["low"]) == 7 and sum(tokens["image"]["high"]) == 18  # of 36
+
+
+# --- stopping and going on ------------------------------------------------------------------------
+
+
+def test_ctrl_c_ends_the_runs_in_hand_and_starts_no_others(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "lab.study", "--preset", "smoke", "--out", tmp_path, "--jobs", "1"],
         cwd=ROOT,
@@ -158,7 +264,7 @@ def test_ctrl_c_ends_the_runs_in_hand_and_starts_no_others(small, tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on" in printed, printed
-    assert [log.name for log in logs.iterdir()] == ["grpo-0.txt"]
+    assert [log.name for log in logs.iterdir()] == ["base-0.txt"]
 
 
 @pytest.mark.slow

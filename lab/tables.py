@@ -1,0 +1,162 @@
+"""Tables of a study: the numbers of study.json as Markdown, and the names of what they compare.
+
+Used by lab.analyze, and by the tests to compare README.md and docs/results.md with assets/study.json.
+"""
+
+import numpy as np
+
+from evaluate import markdown_table
+from lab.study import MAIN
+
+SCORES = ("reward", "exact", "rare exact")
+FELL = 0.05  # of held-out exact, from its best evaluation in training to its last
+NAMES = {"grpo": "GRPO", "eggrpo": "EG-GRPO", "eggrpo-corrective": "EG-GRPO, corrective"}
+GROUPS = {  # prefix of the variants: what was changed
+    "": "preset's learning rate",
+    "lr-high-": "learning rate x 10/3",
+    "lr-low-": "learning rate x 1/3",
+    "long-": "five times the steps",
+    "noisy-": "noisy rewards",
+    "no-kl-": "no KL term",
+    "rarer-": "rarer pairs",
+}
+
+
+def split_variant(variant):
+    """Split the name of a variant into a prefix of GROUPS and a method."""
+    prefix = next((p for p in GROUPS if p and variant.startswith(p)), "")
+    return prefix, variant[len(prefix) :]
+
+
+def format_ci(x, digits=3, sign=False):
+    """Format a mean and its half-width, or a value and its interval; "-" for what is missing."""
+    show = lambda v: "-" if v is None or np.isnan(v) else f"{v:{'+' if sign else ''}.{digits}f}"
+    if x is None or x.get("value", 0.0) is None:
+        return "-"
+    if "low" in x:
+        return f"{show(x['value'])} [{show(x['low'])}, {show(x['high'])}]"
+    return show(x["mean"]) + ("" if x["n"] == 1 else f" ± {x['half']:.{digits}f}")
+
+
+def label(variant):
+    """Name a variant in tables and figures."""
+    method = split_variant(variant)[1]
+    return NAMES.get(method, f"`{method}`")
+
+
+def grouped(study, groups, methods=None):
+    """List (what was changed, variant, numbers) of the variants in some groups."""
+    rows = []
+    for variant, numbers in study["variants"].items():
+        prefix, method = split_variant(variant)
+        if prefix in groups and (methods is None or method in methods):
+            rows.append((GROUPS[prefix], variant, numbers))
+    return rows
+
+
+def comparison_tables(study):
+    """Tables of the main comparison: scores, differences, spread between runs."""
+    comparisons = grouped(study, ("", "lr-high-", "lr-low-", "long-"), MAIN)
+    scores = [[group, label(v), x["runs"], x["bases"], *(format_ci(x[m]) for m in SCORES)]
+              for group, v, x in comparisons]  # fmt: skip
+    if study["before"]:
+        before = study["before"].values()
+        n = study["before"]["exact"]["n"]
+        scores.insert(0, ["before training", "base + plan", "-", n, *map(format_ci, before)])
+    differences, spread = [], []
+    for group, v, x in comparisons:
+        for m in SCORES:
+            d, s = x[f"{m} - grpo"], study["between_runs"].get(v, {}).get(m)
+            if d:
+                positive, bases = f"{d['positive']} of {d['n']}", d["bases"]
+                differences.append([group, label(v), m, format_ci(d, 3, True), positive,
+                                    bases["n"], format_ci(bases, 3, True)])  # fmt: skip
+            if s:
+                spread.append([group, label(v), m, s["n"], f"{s['std']:.4f}",
+                               f"{s['std_other']:.4f}", f"{s['p']:.3f}"])  # fmt: skip
+    return {
+        "comparison": (["", "method", "runs", "base policies", *SCORES], scores),
+        "differences": (["", "method", "score", "minus GRPO", "pairs positive", "base policies",
+                         "over base policies"], differences),
+        "between runs": (["", "method", "score", "pairs", "std", "std of GRPO", "p"], spread),
+    }  # fmt: skip
+
+
+def variant_tables(study):
+    """Tables of ablations, regimes, exploration and stability."""
+    everything, preset = grouped(study, GROUPS), grouped(study, ("",))
+    minus = lambda x, name: format_ci(x[name], 3, True)
+    ablations = [
+        [label(v), x["runs"], *(format_ci(x[m]) for m in SCORES),
+         *(minus(x, f"{m} - {other}") for other in ("grpo", "eggrpo") for m in SCORES),
+         *(format_ci(x[m]) for m in ("plan entropy", "image entropy"))]
+        for _, v, x in preset
+    ]  # fmt: skip
+    regimes = [
+        [group, label(v), x["runs"], *(format_ci(x[m]) for m in SCORES),
+         *(minus(x, f"{m} - grpo") if not v.endswith("-grpo") else "" for m in SCORES)]
+        for group, v, x in grouped(study, ("noisy-", "no-kl-", "rarer-"))
+    ]  # fmt: skip
+    steps = [*dict.fromkeys(step for _, _, x in preset for step in x["rare exact by step"])]
+    area = "rare exact over training"
+    exploration = [
+        [label(v), x["runs"], *(format_ci(x["rare exact by step"].get(s)) for s in steps),
+         format_ci(x[area]), minus(x, f"{area} - grpo")]
+        for _, v, x in preset
+    ]  # fmt: skip
+    stability = [
+        [group, label(v), x["runs"], f"{x['worst reward']:.3f}", x["fell"],
+         f"{x['largest fall']:.3f}"]
+        for group, v, x in everything
+    ]  # fmt: skip
+    to = [f"{m} - {other}" for other in ("GRPO", "EG-GRPO") for m in SCORES]
+    fell = f"exact fell by more than {FELL}"
+    return {
+        "ablations": (["method", "runs", *SCORES, *to, "plan entropy", "image entropy"], ablations),
+        "regimes": (["", "method", "runs", *SCORES, *to[:3]], regimes),
+        "exploration": (["method", "runs", *(f"step {s}" for s in steps), "mean over training",
+                         "minus GRPO"], exploration),
+        "stability": (["", "method", "runs", "worst reward", fell, "largest fall"], stability),
+    }  # fmt: skip
+
+
+TITLES = {
+    "comparison": "Main comparison, by learning rate and horizon: means over runs",
+    "differences": "Differences to GRPO, paired; over pairs and over base policies",
+    "between runs": "Spread between runs of one base policy; p of a paired permutation test",
+    "ablations": "Ablations and rivals at the preset's learning rate; entropies at the end of training",
+    "regimes": "Regimes: one change, made to GRPO and to EG-GRPO; scores by the true reward",
+    "categories": "Exact by category: base policies on recorded prompts, GRPO and EG-GRPO over runs",
+    "correlations": "Reward against entropy: over images; plan entropy: over plans",
+    "spread": "Spread of what is drawn for a prompt",
+    "tokens": "Where entropy lies: means over images",
+    "exploration": "Exact on rare pairs during training",
+    "stability": "Stability: worst run, and falls of held-out exact from its best to its last",
+}
+
+
+def tables(study):
+    """Lay a study out. Returns {name: Markdown} of the tables of TITLES that have rows."""
+    found = comparison_tables(study) | variant_tables(study)
+    columns = study["categories"]
+    names = [*dict.fromkeys(c for x in columns.values() for c in x)]
+    row = lambda setting, x: [setting, *(format_ci(x.get(c), 3, " - " in setting) for c in names)]
+    found["categories"] = ["exact", *names], [row(*item) for item in columns.items()]
+    for name, head, digits in (
+        ("correlations", "reward against", 2),
+        ("spread", "within a prompt", 3),
+        ("tokens", "mean", 3),
+    ):
+        columns = study[name]
+        rows = [*dict.fromkeys(key for x in columns.values() for key in x)]
+        cell = lambda s, key: format_ci(
+            columns[s].get(key), digits, name == "correlations" or " - " in s
+        )
+        found[name] = [head, *columns], [[key, *(cell(s, key) for s in columns)] for key in rows]
+    return {name: markdown_table(*found[name]) for name in TITLES if found[name][1]}
+
+
+def report(study):
+    """Lay all tables out, as study.md."""
+    found = tables(study)
+    return "\n".join(f"## {TITLES[name]}\n\n{table}\n" for name, table in found.items())
