@@ -253,13 +253,9 @@ def test_the_gpu_preset_runs_two_steps_of_every_stage_on_the_cpu(tmp_path, layer
 def test_the_gpu_preset_is_of_the_size_it_claims():
     from scenes import WORLDS
 
+    entries = tiny_vq_train.Config(**tiny_vq_train.PRESETS["gpu"]).codebook_size
     config = pretrain.Config(**pretrain.PRESETS["gpu"])
-    policy = pretrain.make_policy(
-        config, WORLDS["gpu"], torch.randn(tiny_vq_train.PRESETS["gpu"]["codebook_size"], 16)
-    )
+    policy = pretrain.make_policy(config, WORLDS["gpu"], torch.randn(entries, 16))
     assert 20e6 < sum(p.numel() for p in policy.parameters()) < 60e6
-    assert (
-        WORLDS["gpu"].image_tokens == 256
-        and WORLDS["gpu"].image_size == 64
-        and tiny_vq_train.PRESETS["gpu"]["codebook_size"] >= 512
-    )
+    world = WORLDS["gpu"]
+    assert world.image_tokens == 256 and world.image_size == 64 and entries >= 512
