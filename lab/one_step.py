@@ -3,7 +3,7 @@
     python -m lab.one_step --preset cpu                     of the base policy: the first step
     python -m lab.one_step --preset cpu --run eggrpo-0      of the policy of a finished run
 
-    -> out/cpu/one-step.png (the figure), one-step.json (its numbers), one-step.md (docs/one-step.md)
+    -> out/cpu/one-step.png (figure), one-step.json (its numbers), one-step.md (docs/one-step.md)
 
 Everything is computed by rollout.make_rollout, eggrpo.make_batch and eggrpo.update, on the prompts
 and with the noise of that training step. The update is made twice, by GRPO and by EG-GRPO, to
@@ -144,9 +144,10 @@ def page(data):
                    f"{m}_high": sum(x["high"]), f"{m}_top": max(x["entropy"])}  # fmt: skip
     low = lambda x: [h for h, low in zip(x["entropy"], x["low"]) if low]
     low_top = max(low(good["plan"]) + low(good["image"]), default=0.0)
-    fields |= dict(good_reward=max(data["rewards"]), good_bonus=fields["good_token"] - fields["good"],
-                   low_top=low_top,
-                   word=good["words"][good["plan"]["entropy"].index(fields["plan_top"])])  # fmt: skip
+    fields |= dict(good_reward=max(data["rewards"]),
+                   good_bonus=fields["good_token"] - fields["good"], low_top=low_top,
+                   word=good["words"][good["plan"]["entropy"].index(fields["plan_top"])],
+                   )  # fmt: skip
     change = data["update"]
     rows = [[f"{name} rollout, {part} tokens", *(f"{change[m][name][part]:+.4f}" for m in change)]
             for name in ("good", "bad") for part in ("all", "low", "high")]  # fmt: skip

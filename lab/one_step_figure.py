@@ -33,7 +33,8 @@ def draw_cells(axis, values, largest, plain=None, low=None, high=None):
             text = f"{value:.2f}" if low is not None else f"{value:+.2f}"
             text = "0" if abs(value) < 0.005 else text.replace("0.", ".")
             bold = plain is not None and abs(value - plain) >= 0.005
-            axis.text(c + 0.5, r + 0.53, text, ha="center", va="center", fontsize=8.5 if rows == 1 else 7.5,
+            axis.text(c + 0.5, r + 0.53, text, ha="center", va="center",
+                      fontsize=8.5 if rows == 1 else 7.5,
                       color="white" if colour @ (0.3, 0.6, 0.1) < 0.55 else "black",
                       weight="bold" if bold else "normal")  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Statistics of the study: intervals, paired differences, permutation test, bootstrap.
 
 Used by lab.analyze. Intervals are 95 %: `mean` and `half`, the half-width, by Student's t; `value`,
-`low` and `high` by bootstrap over prompts. Values of runs are {(base policy, number): value}; groups
-are lists of (n, columns), one array per prompt.
+`low` and `high` by bootstrap over prompts. Values of runs are {(base policy, number): value};
+groups are lists of (n, columns), one array per prompt.
 """
 
 import itertools

@@ -1,6 +1,6 @@
 """Run the study: methods over base policies and seeds, then records of what each policy draws.
 
-    bash train.sh study --preset cpu      runs everything, then lab.analyze (many hours on two cores)
+    bash train.sh study --preset cpu      runs everything, then lab.analyze (hours on two cores)
     bash train.sh study --preset smoke    the same in minutes; nothing is learned
 
     -> out/study/base-<b>/cpu/         tokenizer, base policy, a folder per run, records/*.jsonl
@@ -310,7 +310,7 @@ def read_lines(path):
 
 
 def collect(config, jobs):
-    """Write runs.jsonl: of every finished run its variant, base policy, number, scores and curve."""
+    """Write runs.jsonl: of every finished run its variant, base policy, number, scores, curve."""
     rows = []
     for job in jobs:
         path = result_path(config, job)
@@ -328,7 +328,8 @@ def collect(config, jobs):
         rows.append(dict(variant=variant, base=int(folder.rpartition("-")[2]), number=int(s),
                          commit=head["commit"], flags=" ".join(job.flags),
                          entropy_coef=head["config"]["entropy_coef"],
-                         scores=json.loads(path.read_text()), curve=curve, train=train))  # fmt: skip
+                         scores=json.loads(path.read_text()), curve=curve,
+                         train=train))  # fmt: skip
     rows = json.loads(json.dumps(rows), parse_float=lambda x: round(float(x), 5))
     write_lines(Path(config.out) / config.preset / "runs.jsonl", rows)
 

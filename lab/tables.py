@@ -1,6 +1,7 @@
 """Tables of a study: the numbers of study.json as Markdown, and the names of what they compare.
 
-Used by lab.analyze, and by the tests to compare README.md and docs/results.md with assets/study.json.
+Used by lab.analyze, and by the tests to compare README.md and docs/results.md with the numbers of
+assets/study.json.
 """
 
 import numpy as np
@@ -124,9 +125,9 @@ TITLES = {
     "comparison": "Main comparison, by learning rate and horizon: means over runs",
     "differences": "Differences to GRPO, paired; over pairs and over base policies",
     "between runs": "Spread between runs of one base policy; p of a paired permutation test",
-    "ablations": "Ablations and rivals at the preset's learning rate; entropies at the end of training",
+    "ablations": "Ablations and rivals, preset's learning rate; entropies at the end of training",
     "regimes": "Regimes: one change, made to GRPO and to EG-GRPO; scores by the true reward",
-    "categories": "Exact by category: base policies on recorded prompts, GRPO and EG-GRPO over runs",
+    "categories": "Exact by category: base policies on recorded prompts, the others over runs",
     "correlations": "Reward against entropy: over images; plan entropy: over plans",
     "spread": "Spread of what is drawn for a prompt",
     "tokens": "Where entropy lies: means over images",
