@@ -126,7 +126,7 @@ def gallery(rows, prompts, titles=None, exact=None, size=144):
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     for column, prompt in enumerate(prompts):
-        for i, line in enumerate(wrap(prompt, 24)[:4]):
+        for i, line in enumerate(wrap(prompt, size // 6)[:4]):
             pen.text((side + pad + column * (size + pad), 4 + 14 * i), line, fill="black")
     for row, images in enumerate(rows):
         top = head + row * (size + pad)

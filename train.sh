@@ -68,9 +68,9 @@ stage() {  # number, title, minutes on two CPU cores with preset cpu
 }
 stage 1 "tokenizer" "half a minute"
 "$python" -m tiny_vq.train ${shared[@]+"${shared[@]}"}
-stage 2 "base policy" "2 minutes"
+stage 2 "base policy" "3 minutes"
 "$python" pretrain.py ${shared[@]+"${shared[@]}"}
-stage 3 "reinforcement learning" "2.5 minutes"
+stage 3 "reinforcement learning" "3 minutes"
 "$python" eggrpo.py ${shared[@]+"${shared[@]}"} ${method[@]+"${method[@]}"}
 stage 4 "evaluation" "a quarter of a minute"
 "$python" evaluate.py ${shared[@]+"${shared[@]}"}
