@@ -153,10 +153,9 @@ def plan(config):
         jobs += tuned + runs(RIVALS, 0, on=part)
     jobs += runs(MAIN, 0, *low, prefix="lr-low-")
     jobs += rarer + runs(pair, 0, prefix="rarer-", on=bases[:3], folder="rarer")
-    jobs += runs(MAIN, 0, *long, prefix="long-", on=bases[:3])
     jobs += [job for s in range(two, config.seeds) for job in runs(pair, s)]
     jobs += runs(MAIN, 1, *high, prefix="lr-high-") + runs(MAIN, 1, *low, prefix="lr-low-")
-    return jobs
+    return jobs + runs(MAIN, 0, *long, prefix="long-", on=bases[:3])
 
 
 # --- one job --------------------------------------------------------------------------------------
