@@ -72,5 +72,5 @@ stage 2 "base policy" "3 minutes"
 "$python" pretrain.py ${shared[@]+"${shared[@]}"}
 stage 3 "reinforcement learning" "3 minutes"
 "$python" eggrpo.py ${shared[@]+"${shared[@]}"} ${method[@]+"${method[@]}"}
-stage 4 "evaluation" "a quarter of a minute"
+stage 4 "evaluation" "half a minute"
 "$python" evaluate.py ${shared[@]+"${shared[@]}"}

@@ -158,7 +158,8 @@ def main(argv=None):
         print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in results[name].items()))
         chosen = torch.randperm(len(exact), generator=common.generator(config.seed, "sheet"))[:64]
         shown = images[chosen], [scenes[i] for i in chosen], exact[chosen], nearest[chosen]
-        save_image(sheet(*shown).quantize(256, 1), folder / f"sheet-{name.replace(' ', '-').replace(',', '')}.png")
+        path = folder / f"sheet-{name.replace(' ', '-').replace(',', '')}.png"
+        save_image(sheet(*shown).quantize(256, method=1), path)  # 1 keeps rare colours
     content = json.dumps(common.to_jsonable(results), indent=1)
     common.write(folder / "nearest.json", content.encode())
 
