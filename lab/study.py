@@ -147,13 +147,13 @@ def plan(config):
     jobs += runs(MAIN, 0) + records
     jobs += [job for s in range(1, two) for job in runs(MAIN, s)]
     jobs += runs(MAIN, 0, *high, prefix="lr-high-")
+    jobs += [job for s in range(two, config.seeds) for job in runs(pair, s)]
     for part, tuned in ((bases[:3], tuning), (bases[3:], [])):
         jobs += runs(pair, 0, *noise, prefix="noisy-", on=part)
         jobs += runs(pair, 0, *beta, prefix="no-kl-", on=part)
         jobs += tuned + runs(RIVALS, 0, on=part)
     jobs += runs(MAIN, 0, *low, prefix="lr-low-")
     jobs += rarer + runs(pair, 0, prefix="rarer-", on=bases[:3], folder="rarer")
-    jobs += [job for s in range(two, config.seeds) for job in runs(pair, s)]
     jobs += runs(MAIN, 1, *high, prefix="lr-high-") + runs(MAIN, 1, *low, prefix="lr-low-")
     return jobs + runs(MAIN, 0, *long, prefix="long-", on=bases[:3])
 
