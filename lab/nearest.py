@@ -24,7 +24,7 @@ from PIL import ImageDraw
 
 import common
 from evaluate import Config as EvaluationConfig
-from evaluate import gallery, load_policies, save_image
+from evaluate import gallery, load_policies, markdown_table, save_image
 from rewards import compute_rewards, encode_targets
 from rollout import load_env, sample_scenes
 from scenes import BACKGROUND, WORLDS, make_scene, relation_holds, shape_mask
@@ -139,6 +139,17 @@ def sheet(images, scenes, exact, nearest, size=96):
     return page
 
 
+def table(results):
+    """Format the content of nearest.json as a Markdown table."""
+    head = ["", "images", "exact by the detector", "exact by the nearest scene", "agree",
+            "only the detector", "only the nearest scene"]  # fmt: skip
+    return markdown_table(head, [
+        [name, x["n"], *(f"{x[key]:.3f}" for key in ("detector", "nearest", "agree")),
+         x["detector_only"], x["nearest_only"]]
+        for name, x in results.items()
+    ])  # fmt: skip
+
+
 def main(argv=None):
     presets = {name: {} for name in WORLDS}
     config, _ = common.parse("-m lab.nearest", Config, presets, __doc__, argv)
@@ -155,13 +166,13 @@ def main(argv=None):
             detector_only=(exact & ~nearest).sum().item(),
             nearest_only=(nearest & ~exact).sum().item(),
         )
-        print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in results[name].items()))
         chosen = torch.randperm(len(exact), generator=common.generator(config.seed, "sheet"))[:64]
         shown = images[chosen], [scenes[i] for i in chosen], exact[chosen], nearest[chosen]
         path = folder / f"sheet-{name.replace(' ', '-').replace(',', '')}.png"
         save_image(sheet(*shown).quantize(256, method=1), path)  # 1 keeps rare colours
-    content = json.dumps(common.to_jsonable(results), indent=1)
+    content = json.dumps(common.to_jsonable(results), indent=1) + "\n"
     common.write(folder / "nearest.json", content.encode())
+    print(table(results))
 
 
 if __name__ == "__main__":
