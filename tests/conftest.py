@@ -12,6 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+# Tensors are small: more threads than one wait for each other, for minutes on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and by commands
+
 import torch
 
 import common

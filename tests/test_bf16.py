@@ -29,15 +29,6 @@ def patch_codes(images):
     return torch.from_numpy(means @ np.array([1, 3, 9])).long().flatten(1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors are small: on a busy machine more threads wait for each other, for a minute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def trained():
     """A policy after some seconds of pretraining, prompts and noise."""

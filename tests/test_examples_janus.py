@@ -35,14 +35,6 @@ PROMPTS = ["a red ball", "a small blue dog on a green box", "cat"]
 C, L = 6, 9
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A saved Janus, whose decoder knows a palette, a saved CLIP and a prompts file."""

@@ -153,12 +153,10 @@ def small(out, tmp_path_factory):
     for name in ("tokenizer.pt", "base.pt", "base.jsonl"):
         (base / name).write_bytes((made / name).read_bytes())
     (base / "base.done").write_bytes(b"")
-    arguments, threads = ["--preset", "smoke", "--out", str(folder)], torch.get_num_threads()
-    torch.set_num_threads(1)
+    arguments = ["--preset", "smoke", "--out", str(folder)]
     records = [f"base-0/records/{name}" for name in analyze.SETTINGS.values()]
     for job in ("base-0/grpo-0", "base-0/eggrpo-0", *records):
         study.main([*arguments, "--only", job])
-    torch.set_num_threads(threads)
     config = study.Config(out=str(folder), **dict(study.PRESETS["smoke"], preset="smoke"))
     study.collect(config, study.plan(config))
     analyze.main([*arguments, "--resamples", "20"])

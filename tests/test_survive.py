@@ -398,8 +398,15 @@ def test_a_reward_without_bounds_is_named_and_so_is_a_picture_that_none_judges(
 # --- determinism ----------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 def test_the_same_seed_gives_the_same_run_and_evaluating_more_often_changes_nothing(
-    folders, monkeypatch
+    two_threads, folders, monkeypatch
 ):
     whole, other = folders("eggrpo")
     tiny("eggrpo", other)
