@@ -158,7 +158,8 @@ def draw_curves(path, study):
         usual.set_title(title, fontsize=9)
         rare.set_xlabel("step")
         usual.legend(frameon=False, fontsize=7, loc="lower right")
-    axes[0, 0].set_ylabel("exact")
+    axes[0, 0].set(ylabel="exact", ylim=(0, 1))  # of few runs, intervals leave the frame
+    axes[1, 0].set_ylim(0, 1)
     axes[1, 0].set_ylabel("exact, rare pairs")
     save(path, figure)
 
@@ -186,6 +187,7 @@ def draw_differences(path, study):
         ends = sorted(abs(x["mean"]) + (x["half"] or 0) for x in found)
         limit = max(ends[int(0.85 * (len(ends) - 1))], *(abs(x["mean"]) for x in found), 0.001)
         axis.set_xlim(-1.15 * limit, 1.15 * limit)  # the widest intervals leave the frame
+        axis.locator_params(axis="x", nbins=5)
         axis.set_xlabel(f"{score.replace('rare exact', 'exact on rare pairs')} minus GRPO's")
         for y in range(1, len(rows)):
             if rows[y][0] != rows[y - 1][0]:
