@@ -224,8 +224,8 @@ def main(argv=None):
     images, exact = zip(*rows)
     sheet = gallery(images, gallery_titles(env.world), list(policies), exact)
     save_image(sheet, folder / "before-after.png")
-    content = json.dumps(common.to_jsonable(results), indent=1)
-    common.write(folder / "results.json", content.encode())
+    results = common.to_jsonable(results)  # rounded, so that the table is that of the file
+    common.write(folder / "results.json", json.dumps(results, indent=1).encode())
     common.write(folder / "results.md", (results_table(results) + "\n").encode())
     print(results_table(results))
     print(f"evaluated in {time.time() - started:.0f} s; images in {folder / 'before-after.png'}")
