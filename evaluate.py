@@ -98,13 +98,14 @@ def markdown_table(head, rows):
 
 
 def results_table(results):
-    """Format {policy: {"eval": summary, "rare": summary}} as two Markdown tables."""
+    """Format {policy: {"eval": summary, "rare": summary}} as two Markdown tables; "-" for None."""
+    show = lambda value: "-" if value is None else f"{value:.3f}"
     rows, by_category = [], []
     for name, splits in results.items():
         for split, s in splits.items():
             label = f"{name}{'' if split == 'eval' else ', rare pairs'} (n = {s['n']})"
-            intervals = [f"{s[k]:.3f} ± {s[f'{k}_half']:.3f}" for k in ("reward", "exact")]
-            rows.append([label, *intervals, *(f"{s[k]:.3f}" for k in rewards.REWARDS)])
+            intervals = [f"{show(s[k])} ± {show(s[f'{k}_half'])}" for k in ("reward", "exact")]
+            rows.append([label, *intervals, *(show(s[k]) for k in rewards.REWARDS)])
         categories = splits["eval"]["categories"]
         by_category.append([name, *(f"{c['exact']:.2f}" for c in categories.values())])
     scores = markdown_table(["held-out prompts", "reward", "exact", *rewards.REWARDS], rows)
