@@ -159,8 +159,7 @@ def draw_curves(path, study):
         rare.set_xlabel("step")
         usual.legend(frameon=False, fontsize=7, loc="upper left")
     axes[0, 0].set(ylabel="exact", ylim=(0, 1))  # of few runs, intervals leave the frame
-    axes[1, 0].set_ylim(0, 1)
-    axes[1, 0].set_ylabel("exact, rare pairs")
+    axes[1, 0].set(ylabel="exact, rare pairs", ylim=(0, 1))
     save(path, figure)
 
 

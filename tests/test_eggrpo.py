@@ -28,7 +28,6 @@ from eggrpo import (
 from model import Block, Decoder, forward_logits, token_logp
 from rollout import (
     LOGP_DIFF_BOUNDS,
-    Env,
     Rollout,
     add_reward_noise,
     check_stats,
@@ -37,7 +36,6 @@ from rollout import (
     rollout_stats,
 )
 from scenes import make_scene
-from tiny_vq.vqvae import VQVAE
 
 
 def random_batch(b=6, t=20, seed=0):
@@ -757,13 +755,9 @@ def test_bad_values_are_refused_in_one_line(field, value):
 
 
 @pytest.mark.gpu
-def test_the_host_waits_for_the_device_once_a_step(world):
+def test_the_host_waits_for_the_device_once_a_step(env, world):
     """Sampling and scoring never, an update where it reads its numbers."""
-    env = Env(
-        VQVAE(world.patch, width=16, blocks=1, codebook_size=32, dim=4).cuda(),
-        world,
-        torch.device("cuda"),
-    )
+    env = env._replace(tokenizer=env.tokenizer.cuda(), device=torch.device("cuda"))
     policy, reference = tiny_policy(world).cuda(), tiny_policy(world).cuda()
     config = Config(prompts=2, plans_per_prompt=4, micro_batch=4)
     scenes = [make_scene(world, "train", 0, i) for i in range(2)]

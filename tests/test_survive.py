@@ -400,9 +400,10 @@ def test_a_reward_without_bounds_is_named_and_so_is_a_picture_that_none_judges(
 
 @pytest.fixture
 def two_threads():
+    threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
 
 
 def test_the_same_seed_gives_the_same_run_and_evaluating_more_often_changes_nothing(
