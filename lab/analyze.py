@@ -88,6 +88,18 @@ def describe_variant(runs, variant):
     return dict(runs=len(own), bases=len({base for base, _ in own}), **found)
 
 
+def describe_bases(runs):
+    """Average the runs of each base policy: exact on usual and rare pairs, by GRPO and EG-GRPO."""
+    found = {}
+    for method in ("grpo", "eggrpo"):
+        for base in sorted({base for base, _ in runs.get(method, {})}):
+            own = [run for (b, _), run in runs[method].items() if b == base]
+            found.setdefault(f"base policy {base}", {})[method] = {
+                name: mean_t_ci([MEASURES[name](run) for run in own]) for name in SCORES
+            }
+    return found
+
+
 def describe_before(runs):
     """Scores of the base policies, from the evaluation before the first step of GRPO."""
     start = {base: run["curve"][0] for (base, _), run in runs.get("grpo", {}).items()}
@@ -207,35 +219,47 @@ def describe_tokens(rows, config):
     return {key.replace("_", " "): mean(key) for key in keys.split()}
 
 
+def describe_gradients(rows):
+    """Average what the parts of the gradient weigh over base policies. rows: of all of them."""
+    found = {}
+    for row in rows:
+        for key in ("size", "cosine", "along"):
+            found.setdefault(row["part"], {}).setdefault(key, []).append(row[key])
+    return {part: {key: mean_t_ci(x) for key, x in found[part].items()} for part in found}
+
+
 # --- the study ------------------------------------------------------------------------------------
 
 
 def read(folder, config):
     """Read runs.jsonl and the records. Returns {variant: {(base, number): run}}, tuning runs left
-    out, and {setting: rows}."""
-    runs, records = {}, {}
+    out, and {setting: rows} of images and of gradients."""
+    runs, records, gradients = {}, {}, {}
     path = folder / config.preset / "runs.jsonl"
     for run in read_lines(path) if path.exists() else []:
         if not run["variant"].startswith("tune-"):
             runs.setdefault(run["variant"], {})[run["base"], run["number"]] = run
     order = [prefix + method for prefix in GROUPS for method in (*MAIN, *RIVALS)]
     for setting, name in SETTINGS.items():
-        paths = sorted(folder.glob(f"base-*/{config.preset}/records/{name}.jsonl"))
-        rows = [row for path in paths for row in read_lines(path)]
-        records |= {setting: rows} if rows else {}
-    return {v: runs[v] for v in order if v in runs}, records
+        for found, suffix in ((records, ""), (gradients, ".gradients")):
+            paths = sorted(folder.glob(f"base-*/{config.preset}/records/{name}{suffix}.jsonl"))
+            rows = [row for path in paths for row in read_lines(path)]
+            found |= {setting: rows} if rows else {}
+    return {v: runs[v] for v in order if v in runs}, records, gradients
 
 
-def analyze(runs, records, config):
+def analyze(runs, records, gradients, config):
     """Reduce a study to its numbers: the content of study.json."""
     return dict(
         variants={variant: describe_variant(runs, variant) for variant in runs},
         before=describe_before(runs),
+        bases=describe_bases(runs),
         between_runs=describe_between_runs(runs, config),
         categories=describe_categories(runs, records, config),
         correlations={s: describe_correlations(rows, config) for s, rows in records.items()},
         spread=describe_spread(records, config),
         tokens={s: describe_tokens(rows, config) for s, rows in records.items()},
+        gradients={s: describe_gradients(rows) for s, rows in gradients.items()},
     )
 
 
@@ -246,10 +270,10 @@ def main(argv=None):
     presets = {name: {} for name in WORLDS}
     config, _ = common.parse("-m lab.analyze", Config, presets, __doc__, argv)
     folder = Path(config.out) / config.preset
-    runs, records = read(Path(config.out), config)
+    runs, records, gradients = read(Path(config.out), config)
     problem = f"no study in {folder}: make it with `python -m lab.study --preset {config.preset}`"
     common.check(runs or records, problem)
-    study = json.loads(json.dumps(common.to_jsonable(analyze(runs, records, config))))
+    study = json.loads(json.dumps(common.to_jsonable(analyze(runs, records, gradients, config))))
     common.write(folder / "study.json", (json.dumps(study, indent=1) + "\n").encode())
     common.write(folder / "study.md", report(study).encode())
     print(report(study))

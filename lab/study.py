@@ -1,4 +1,4 @@
-"""Run the study: methods over base policies and seeds, then records of what each policy draws.
+"""Run the study: methods over base policies and seeds, then records of single policies.
 
     bash train.sh study --preset cpu      runs everything, then lab.analyze (hours on two cores)
     bash train.sh study --preset smoke    the same in minutes; nothing is learned
@@ -27,19 +27,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
 import eggrpo
 import evaluate
 import pretrain
-import rewards
 import tiny_vq.train
+from lab.records import gradient_rows, record_rows
 from model import load_base, load_policy
-from rollout import draw_uniform, entropy_moments, load_env, sample_images
-from scenes import encode_scenes, make_scene
-from words import decode_words
+from rollout import load_env
+from scenes import make_scene
 
 ROOT = Path(__file__).parent.parent
 RARER = 0.003  # fraction of the corpus with a rare pair, in the regime of that name
@@ -60,17 +58,20 @@ class Config:
     per_category: int = 6  # prompts of each category that are recorded, per base policy
     plans: int = 8  # per recorded prompt (paper: 10)
     images: int = 8  # per plan (paper: 10)
+    batches: int = 16  # training batches whose gradients are recorded, per policy
     jobs: int = 0  # at a time; 0: on a CPU one per core, else one
     only: str = ""  # do this one job, by name
 
     def check(self):
-        positive = "bases seeds steps prompts per_category plans images"
+        positive = "bases seeds steps prompts per_category plans images batches"
         common.check_at_least(1, self, *positive.split())
         common.check_at_least(0, self, "seed", "jobs")
 
 
 PRESETS = {
-    "smoke": dict(bases=2, seeds=1, steps=2, prompts=12, per_category=1, plans=2, images=2),
+    "smoke": dict(
+        bases=2, seeds=1, steps=2, prompts=12, per_category=1, plans=2, images=2, batches=2
+    ),
     "cpu": dict(),
     "gpu": dict(steps=400),
 }
@@ -91,7 +92,7 @@ RIVALS = (
 
 class Job(NamedTuple):
     name: str  # of its folder below out, also its name for --only
-    kind: str  # base, run or records
+    kind: str  # base, run, records or gradients
     flags: tuple  # of pretrain.py for a base, of eggrpo.py for a run; else empty
     needs: tuple = ()  # names of the jobs that must be finished before
 
@@ -141,10 +142,15 @@ def plan(config):
             ("grpo-0", f"base-{b}/grpo-0"), ("eggrpo-0", f"base-{b}/eggrpo-0"),
         )
     ]  # fmt: skip
+    gradients = [
+        Job(f"base-{b}/records/{name}.gradients", "gradients", (), tuple(needs))
+        for b in bases
+        for name, *needs in (("base", f"base-{b}"), ("grpo-0", f"base-{b}/grpo-0"))
+    ]
     rarer = [base_job(f"rarer-{b}", "--rare-fraction", str(RARER)) for b in bases[:3]]
     pair, two = MAIN[:2], max(config.seeds // 2, 1)
     jobs = [base_job(f"base-{b}") for b in bases]
-    jobs += runs(MAIN, 0) + records
+    jobs += runs(MAIN, 0) + records + gradients
     jobs += [job for s in range(1, two) for job in runs(MAIN, s)]
     jobs += runs(MAIN, 0, *high, prefix="lr-high-")
     jobs += [job for s in range(two, config.seeds) for job in runs(pair, s)]
@@ -199,64 +205,38 @@ def do_run(config, job, flags):
     common.write(path / "scores.json", content.encode())
 
 
-@torch.no_grad()
-def record_rows(config, env, policy, scene, number, **options):
-    """Draw a prompt's plans and images. Returns a list of dicts, one per image.
-
-    Entropies are those of the distributions that were sampled from, as fractions of log V, over
-    valid plan tokens and over image tokens. nll: nats per token. distance: mean root mean square
-    difference to the prompt's other images, 0 to 1. The last five say which tokens draw objects (a
-    tenth of their patch is painted), and the entropy there and on the background.
-    """
-    m, n = config.images, config.plans * config.images
-    uniform = draw_uniform(policy, n, m, config.seed, "records", number)
-    prompt = encode_scenes(env.world, [scene])[0]
-    sample, images = sample_images(env, policy, prompt, uniform, **options)
-    targets = rewards.encode_targets(env.world, [scene] * n, env.device)
-    reward, components, exact = rewards.compute_rewards(images, targets, env.world)
-    flat = images.flatten(1)
-    distance = torch.cdist(flat, flat).sum(1) / (max(n - 1, 1) * flat.shape[1] ** 0.5)
-    columns = dict(reward=reward, exact=exact, **components, distance=distance)
-    for part, slots in (("plan", slice(None, policy.C)), ("image", slice(policy.C, None))):
-        valid = sample.valid[:, slots]
-        mean, std = entropy_moments(sample.entropy[:, slots], valid)
-        nll, _ = entropy_moments(-sample.logp[:, slots], valid)
-        columns |= {f"{part}_entropy": mean, f"{part}_entropy_std": std, f"{part}_nll": nll}
-    h, valid = sample.entropy[:, policy.C :], sample.valid[:, policy.C :]
-    paint = rewards.paint_coverage(images).sum(1, keepdim=True)  # (n, 1, h, w)
-    painted = F.avg_pool2d(paint, env.world.patch).flatten(1) > 0.1  # (n, L)
-    low, high = eggrpo.entropy_masks(h, valid)
-    share = lambda of, among: (of & among).sum(1) / among.sum(1).clamp(min=1)
-    mean_over = lambda tokens: (h * tokens).sum(1) / tokens.sum(1).clamp(min=1)
-    columns |= dict(objects_share=share(painted, valid), low_on_objects=share(painted, low),
-                    high_on_objects=share(painted, high), object_entropy=mean_over(painted),
-                    background_entropy=mean_over(~painted))  # fmt: skip
-    columns = {name: values.tolist() for name, values in columns.items()}
-    rows = []
-    for i in range(n):
-        head = dict(prompt=scene.prompt, number=number, category=scene.category,
-                    plan=decode_words(sample.plan[i]), plan_index=i // m)  # fmt: skip
-        rows.append(common.to_jsonable(head | {name: v[i] for name, v in columns.items()}))
-    return rows
-
-
-def do_records(config, job, flags):
-    """Write the records of a policy: one JSON line per image."""
-    name, out = Path(job.name).name, flags[flags.index("--out") + 1]
+def recorded_policy(config, job, flags):
+    """Load what a job records: env, policy, options to sample it, number of the base policy."""
+    name, out = Path(job.name).stem, flags[flags.index("--out") + 1]
     device, options = common.pick_device(config.device), {}
-    env = load_env(config.preset, out, device)
     if name.startswith("base"):
         policy, options = load_base(config.preset, out, device), dict(no_plan="no-plan" in name)
     else:
         path = Path(out) / config.preset / name / "policy.pt"
         policy, _ = load_policy(path, "policy", config.preset, device=device)
-    rows, base = [], int(job.name.partition("/")[0].rpartition("-")[2])
-    for category in tqdm(env.world.categories, name, leave=False):
+    base = int(job.name.partition("/")[0].rpartition("-")[2])
+    return load_env(config.preset, out, device), policy, options, base
+
+
+def do_records(config, job, flags):
+    """Write the records of a policy: one JSON line per image."""
+    rows, (env, policy, options, base) = [], recorded_policy(config, job, flags)
+    for category in tqdm(env.world.categories, job.name, leave=False):
         for i in range(config.per_category):
             # each base policy is recorded on prompts of its own
             scene = make_scene(env.world, "eval", 5000 + 100 * config.seed + base, i, category)
             number = f"base {base}, {category} {i}"
             rows += record_rows(config, env, policy, scene, number, **options)
+    write_lines(result_path(config, job), rows)
+
+
+def do_gradients(config, job, flags):
+    """Write what the gradient of a policy consists of: one JSON line per part."""
+    env, policy, _, base = recorded_policy(config, job, flags)
+    settings = replace(
+        eggrpo.Config(**eggrpo.PRESETS[config.preset]), seed=5000 + 100 * config.seed + base
+    )
+    rows = gradient_rows(env, policy.requires_grad_(True), settings, config.batches)
     write_lines(result_path(config, job), rows)
 
 
@@ -273,7 +253,8 @@ def do(config, job):
     """Do one job in this process."""
     out = str(Path(config.out) / job.name.partition("/")[0])
     flags = ["--preset", config.preset, "--out", out, "--device", config.device]
-    dict(base=do_base, run=do_run, records=do_records)[job.kind](config, job, flags)
+    work = dict(base=do_base, run=do_run, records=do_records, gradients=do_gradients)
+    work[job.kind](config, job, flags)
     if job.kind == "base":
         common.write(result_path(config, job), b"")
 

@@ -75,8 +75,16 @@ def comparison_tables(study):
             if s:
                 spread.append([group, label(v), m, s["n"], f"{s['std']:.4f}",
                                f"{s['std_other']:.4f}", f"{s['p']:.3f}"])  # fmt: skip
+    methods = ("grpo", "eggrpo")
+    bases = [
+        [base, x["grpo"]["exact"]["n"],
+         *(format_ci(x.get(m, {}).get(s)) for s in SCORES for m in methods)]
+        for base, x in study["bases"].items() if "grpo" in x
+    ]  # fmt: skip
     return {
         "comparison": (["", "method", "runs", "base policies", *SCORES], scores),
+        "bases": (["preset's learning rate", "runs",
+                   *(f"{s}, {NAMES[m]}" for s in SCORES for m in methods)], bases),
         "differences": (["", "method", "score", "minus GRPO", "pairs positive", "base policies",
                          "over base policies"], differences),
         "between runs": (["", "method", "score", "pairs", "std", "std of GRPO", "p"], spread),
@@ -98,13 +106,19 @@ def variant_tables(study):
          *(minus(x, f"{m} - grpo") if not v.endswith("-grpo") else "" for m in SCORES)]
         for group, v, x in grouped(study, ("noisy-", "no-kl-", "rarer-"))
     ]  # fmt: skip
-    steps = [*dict.fromkeys(step for _, _, x in preset for step in x["rare exact by step"])]
-    area = "rare exact over training"
-    exploration = [
-        [label(v), x["runs"], *(format_ci(x["rare exact by step"].get(s)) for s in steps),
-         format_ci(x[area]), minus(x, f"{area} - grpo")]
-        for _, v, x in preset
-    ]  # fmt: skip
+    area, by_step = "rare exact over training", "rare exact by step"
+
+    def against_step(rows, count):
+        """Exact on rare pairs at `count` steps of training and over all of it."""
+        steps = [*dict.fromkeys(step for _, _, x in rows for step in x[by_step])]
+        steps = steps[:: max((len(steps) - 1) // (count - 1), 1)] if steps else []
+        head = ["method", "runs", *(f"step {s}" for s in steps), "mean over training", "minus GRPO"]
+        return head, [
+            [label(v), x["runs"], *(format_ci(x[by_step].get(s)) for s in steps),
+             format_ci(x[area]), minus(x, f"{area} - grpo")]
+            for _, v, x in rows
+        ]  # fmt: skip
+
     stability = [
         [group, label(v), x["runs"], f"{x['worst reward']:.3f}", x["fell"],
          f"{x['largest fall']:.3f}"]
@@ -115,8 +129,8 @@ def variant_tables(study):
     return {
         "ablations": (["method", "runs", *SCORES, *to, "plan entropy", "image entropy"], ablations),
         "regimes": (["", "method", "runs", *SCORES, *to[:3]], regimes),
-        "exploration": (["method", "runs", *(f"step {s}" for s in steps), "mean over training",
-                         "minus GRPO"], exploration),
+        "exploration": against_step(preset, 5),
+        "horizon": against_step(grouped(study, ("long-",)), 6),
         "stability": (["", "method", "runs", "worst reward", fell, "largest fall"], stability),
     }  # fmt: skip
 
@@ -125,6 +139,7 @@ TITLES = {
     "comparison": "Main comparison, by learning rate and horizon: means over runs",
     "differences": "Differences to GRPO, paired; over pairs and over base policies",
     "between runs": "Spread between runs of one base policy; p of a paired permutation test",
+    "bases": "By base policy",
     "ablations": "Ablations and rivals, preset's learning rate; entropies at the end of training",
     "regimes": "Regimes: one change, made to GRPO and to EG-GRPO; scores by the true reward",
     "categories": "Exact by category: base policies on recorded prompts, the others over runs",
@@ -132,6 +147,8 @@ TITLES = {
     "spread": "Spread of what is drawn for a prompt",
     "tokens": "Where entropy lies: means over images",
     "exploration": "Exact on rare pairs during training",
+    "horizon": "The same in five times the steps",
+    "gradients": "Parts of the gradient: size, cosine, progress, over those of GRPO's gradient",
     "stability": "Stability: worst run, and falls of held-out exact from its best to its last",
 }
 
@@ -154,6 +171,13 @@ def tables(study):
             columns[s].get(key), digits, name == "correlations" or " - " in s
         )
         found[name] = [head, *columns], [[key, *(cell(s, key) for s in columns)] for key in rows]
+    columns, kinds = study["gradients"], ("size", "cosine", "along")
+    parts = next(iter(columns.values()), {})
+    found["gradients"] = (
+        ["part", *(f"{setting}: {kind}" for setting in columns for kind in kinds)],
+        [[part, *(format_ci(x[part][kind]) for x in columns.values() for kind in kinds)]
+         for part in parts],
+    )  # fmt: skip
     return {name: markdown_table(*found[name]) for name in TITLES if found[name][1]}
 
 

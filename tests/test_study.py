@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+import eggrpo
 from common import UserError
 from conftest import tiny_policy
-from lab import analyze, one_step, stats, study, tables
+from lab import analyze, one_step, records, stats, study, tables
+from rollout import make_rollout, training_scenes
 from scenes import make_scene
 
 ROOT = Path(__file__).parent.parent
@@ -131,14 +133,49 @@ def test_records_tell_of_the_images_that_were_drawn(env, world):
     """Images of a plan share it; entropies lie in [0, 1]; distances are those of the pixels."""
     policy, config = tiny_policy(world, codes=32), study.Config(plans=3, images=2)
     scene = make_scene(world, "eval", 0, 4)
-    rows = study.record_rows(config, env, policy, scene, "base 0, colour 0")
+    rows = records.record_rows(config, env, policy, scene, "base 0, colour 0")
     assert [r["plan_index"] for r in rows] == [0, 0, 1, 1, 2, 2]
     assert rows[0]["plan"] == rows[1]["plan"] != rows[2]["plan"]
     assert rows[0]["plan_entropy"] == rows[1]["plan_entropy"] != rows[2]["plan_entropy"]
     assert all(0 < r[k] < 1 for r in rows for k in ("plan_entropy", "image_entropy", "distance"))
-    again = study.record_rows(config, env, policy, scene, "base 0, colour 0")
-    direct = study.record_rows(config, env, policy, scene, "base 0, colour 0", no_plan=True)
+    again = records.record_rows(config, env, policy, scene, "base 0, colour 0")
+    direct = records.record_rows(config, env, policy, scene, "base 0, colour 0", no_plan=True)
     assert again == rows and {r["plan"] for r in direct} == {""}
+
+
+def test_the_parts_of_the_gradient_are_parts_of_the_update(env, world):
+    """Those on low, middle and high tokens are GRPO's; the bonus for those on low is EG-GRPO's,
+    which is the gradient that an update of eggrpo.py has without KL term. Progress is additive too;
+    it is by hand that of two batches. Rewards are random: an untrained policy's are all equal."""
+    policy = tiny_policy(world, codes=32).requires_grad_(True)
+    sizes = dict(prompts=2, plans_per_prompt=4, micro_batch=3)
+    config = eggrpo.Config(preset="smoke", beta=0.0, reward_noise=1.0, **sizes)
+
+    def gradients(step):
+        rollout = make_rollout(policy, env, training_scenes(world, config, step), config, step)
+        batch = eggrpo.make_batch(rollout, config)
+        parts = records.gradient_parts(batch, policy.C)
+        return batch, dict(zip(parts, records.part_gradients(policy, batch, parts, config)))
+
+    (batch, g), (_, other) = gradients(0), gradients(1)
+    halves = "low", "middle", "high", "bonus on"
+    low, middle, high, bonus = (g[f"{x} words"] + g[f"{x} image tokens"] for x in halves)
+    assert torch.allclose(low + middle + high, g["GRPO"], atol=1e-6)
+    assert torch.allclose(g["GRPO"] - low + bonus, g["EG-GRPO"], atol=1e-6)
+    assert min(x.norm() for x in g.values()) > 1e-4
+    loss, _ = eggrpo.micro_batch_loss(policy, None, batch, batch.in_loss.sum(), config)
+    loss.backward()
+    own = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    assert torch.allclose(-own, g["EG-GRPO"], atol=1e-6)
+    rows = {row["part"]: row for row in records.gradient_rows(env, policy, config, 2)}
+    of_two = lambda x: (g[x] @ other["GRPO"] + other[x] @ g["GRPO"]).item()
+    for name, row in rows.items():
+        assert abs(row["along"] - of_two(name) / of_two("GRPO")) < 1e-3
+        sizes = [x[name].norm() / x["GRPO"].norm() for x in (g, other)]
+        assert abs(row["size"] - sum(sizes) / 2) < 1e-4
+    assert (
+        rows["GRPO"]["cosine"] == pytest.approx(1, abs=1e-4) and rows["EG-GRPO"]["cosine"] < 0.9999
+    )
 
 
 # --- tables, figures, page ------------------------------------------------------------------------
@@ -154,9 +191,9 @@ def small(out, tmp_path_factory):
         (base / name).write_bytes((made / name).read_bytes())
     (base / "base.done").write_bytes(b"")
     arguments = ["--preset", "smoke", "--out", str(folder)]
-    records = [f"base-0/records/{name}" for name in analyze.SETTINGS.values()]
-    for job in ("base-0/grpo-0", "base-0/eggrpo-0", *records):
-        study.main([*arguments, "--only", job])
+    names = [*analyze.SETTINGS.values(), "base.gradients", "grpo-0.gradients"]
+    for job in ("grpo-0", "eggrpo-0", *(f"records/{name}" for name in names)):
+        study.main([*arguments, "--only", f"base-0/{job}"])
     config = study.Config(out=str(folder), **dict(study.PRESETS["smoke"], preset="smoke"))
     study.collect(config, study.plan(config))
     analyze.main([*arguments, "--resamples", "20"])
@@ -175,6 +212,7 @@ def test_a_study_that_was_stopped_early_leaves_tables_and_figures(small):
     assert page == tables.report(numbers) and "| EG-GRPO - GRPO |" in page
     rows = study.read_lines(small / "base-0/smoke/records/base.jsonl")
     assert len(rows) == 6 * 2 * 2  # categories, plans, images
+    assert len(numbers["gradients"]["GRPO"]) == 10 and "| bonus on words |" in page
 
 
 def synthetic_runs():
@@ -203,7 +241,7 @@ def synthetic_runs():
 
 def test_tables_of_runs_by_hand():
     """Pairs are of one learning rate or regime; a variant with one run has no interval."""
-    found = analyze.analyze(synthetic_runs(), {}, CONFIG)
+    found = analyze.analyze(synthetic_runs(), {}, {}, CONFIG)
     eggrpo = found["variants"]["eggrpo"]
     assert (
         eggrpo["runs"] == 4 and eggrpo["bases"] == 2 and abs(eggrpo["reward"]["mean"] - 0.85) < 1e-9
