@@ -68,14 +68,13 @@ def values(runs, variant, measure):
 
 
 def describe_variant(runs, variant):
-    """Reduce a variant's runs to numbers; differences are to `grpo` and `eggrpo` of its group."""
-    own, prefix, found = runs[variant], split_variant(variant)[0], {}
+    """Reduce a variant's runs to numbers; differences are to `grpo` of its group."""
+    own, grpo, found = runs[variant], split_variant(variant)[0] + "grpo", {}
     for name, measure in MEASURES.items():
         measured = values(runs, variant, measure)
         found[name] = mean_t_ci([*measured.values()])
-        for other in ("grpo", "eggrpo"):
-            others = values(runs, prefix + other, measure) if prefix + other != variant else {}
-            found[f"{name} - {other}"] = paired_difference(measured, others)
+        others = values(runs, grpo, measure) if grpo != variant else {}
+        found[f"{name} - grpo"] = paired_difference(measured, others)
     curves = [{step: row for step, *row in run["curve"]} for run in own.values()]
     steps = sorted({step for curve in curves for step in curve})
     for column, name in ((1, "exact"), (3, "rare exact")):

@@ -64,17 +64,16 @@ def comparison_tables(study):
         before = study["before"].values()
         n = study["before"]["exact"]["n"]
         scores.insert(0, ["before training", "base + plan", "-", n, *map(format_ci, before)])
-    differences, spread = [], []
-    for group, v, x in comparisons:
-        for m in SCORES:
-            d, s = x[f"{m} - grpo"], study["between_runs"].get(v, {}).get(m)
-            if d:
-                positive, bases = f"{d['positive']} of {d['n']}", d["bases"]
-                differences.append([group, label(v), m, format_ci(d, 3, True), positive,
-                                    bases["n"], format_ci(bases, 3, True)])  # fmt: skip
-            if s:
-                spread.append([group, label(v), m, s["n"], f"{s['std']:.4f}",
-                               f"{s['std_other']:.4f}", f"{s['p']:.3f}"])  # fmt: skip
+    minus = [f"{m} - grpo" for m in SCORES]
+    differences = [
+        [group, label(v), x[minus[0]]["n"], *(format_ci(x[m], 3, True) for m in minus),
+         x[minus[0]]["bases"]["n"], *(format_ci(x[m]["bases"], 3, True) for m in minus)]
+        for group, v, x in comparisons if x[minus[0]]
+    ]  # fmt: skip
+    show = lambda s: f"{s['std']:.4f}, {s['std_other']:.4f}, {s['p']:.3f}"
+    tested = [(group, v, study["between_runs"].get(v, {})) for group, v, _ in comparisons]
+    spread = [[group, label(v), x["reward"]["n"], *(show(x[m]) for m in SCORES)]
+              for group, v, x in tested if x.get("reward")]  # fmt: skip
     methods = ("grpo", "eggrpo")
     bases = [
         [base, x["grpo"]["exact"]["n"],
@@ -85,9 +84,9 @@ def comparison_tables(study):
         "comparison": (["", "method", "runs", "base policies", *SCORES], scores),
         "bases": (["preset's learning rate", "runs",
                    *(f"{s}, {NAMES[m]}" for s in SCORES for m in methods)], bases),
-        "differences": (["", "method", "score", "minus GRPO", "pairs positive", "base policies",
-                         "over base policies"], differences),
-        "between runs": (["", "method", "score", "pairs", "std", "std of GRPO", "p"], spread),
+        "differences": (["", "method", "pairs", *(f"{m} - GRPO" for m in SCORES), "base policies",
+                         *(f"{m}, over base policies" for m in SCORES)], differences),
+        "between runs": (["", "method", "pairs", *SCORES], spread),
     }  # fmt: skip
 
 
@@ -97,7 +96,7 @@ def variant_tables(study):
     minus = lambda x, name: format_ci(x[name], 3, True)
     ablations = [
         [label(v), x["runs"], *(format_ci(x[m]) for m in SCORES),
-         *(minus(x, f"{m} - {other}") for other in ("grpo", "eggrpo") for m in SCORES),
+         *(minus(x, f"{m} - grpo") for m in SCORES),
          *(format_ci(x[m]) for m in ("plan entropy", "image entropy"))]
         for _, v, x in preset
     ]  # fmt: skip
@@ -124,11 +123,11 @@ def variant_tables(study):
          f"{x['largest fall']:.3f}"]
         for group, v, x in everything
     ]  # fmt: skip
-    to = [f"{m} - {other}" for other in ("GRPO", "EG-GRPO") for m in SCORES]
+    to = [f"{m} - GRPO" for m in SCORES]
     fell = f"exact fell by more than {FELL}"
     return {
         "ablations": (["method", "runs", *SCORES, *to, "plan entropy", "image entropy"], ablations),
-        "regimes": (["", "method", "runs", *SCORES, *to[:3]], regimes),
+        "regimes": (["", "method", "runs", *SCORES, *to], regimes),
         "exploration": against_step(preset, 5),
         "horizon": against_step(grouped(study, ("long-",)), 6),
         "stability": (["", "method", "runs", "worst reward", fell, "largest fall"], stability),
@@ -138,7 +137,7 @@ def variant_tables(study):
 TITLES = {
     "comparison": "Main comparison, by learning rate and horizon: means over runs",
     "differences": "Differences to GRPO, paired; over pairs and over base policies",
-    "between runs": "Spread between runs of one base policy; p of a paired permutation test",
+    "between runs": "Spread between runs of a base policy: std, std of GRPO, p of a permutation test",
     "bases": "By base policy",
     "ablations": "Ablations and rivals, preset's learning rate; entropies at the end of training",
     "regimes": "Regimes: one change, made to GRPO and to EG-GRPO; scores by the true reward",
