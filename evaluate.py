@@ -115,11 +115,11 @@ def results_table(results):
 # --- images ---------------------------------------------------------------------------------------
 
 
-def gallery(rows, prompts, titles=None, exact=None, size=144):
+def gallery(rows, prompts, titles=None, exact=None, colours=("#c83232", "#28a03c"), size=144):
     """Arrange images in a grid, a prompt above each column. Returns a PIL image.
 
-    rows: list of (n, 3, h, w) in [0, 1]; titles: a name for each row; exact: list of (n,), a green
-    frame if 1, red if 0; size: of an image, in pixels.
+    rows: list of (n, 3, h, w) in [0, 1]; titles: a name for each row; exact: list of (n,), which of
+    the colours an image's frame has: red if 0, green if 1; size: of an image, in pixels.
     """
     wrap = partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
     pad, head, side = 6, 62, 96 if titles else 0
@@ -137,8 +137,8 @@ def gallery(rows, prompts, titles=None, exact=None, size=144):
         for column, image in enumerate(pixels):
             left = side + pad + column * (size + pad)
             if exact is not None:
-                colour = (40, 160, 60) if exact[row][column] > 0.5 else (200, 50, 50)
-                pen.rectangle((left - 3, top - 3, left + size + 2, top + size + 2), fill=colour)
+                frame = left - 3, top - 3, left + size + 2, top + size + 2
+                pen.rectangle(frame, fill=colours[int(exact[row][column])])
             sheet.paste(Image.fromarray(image).resize((size, size), Image.NEAREST), (left, top))
     return sheet
 

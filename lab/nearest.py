@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import ImageDraw
 
 import common
 from evaluate import Config as EvaluationConfig
@@ -121,20 +120,16 @@ def compare(env, policy, config, **options):
 
 
 def sheet(images, scenes, exact, nearest, size=96):
-    """Arrange images eight in a row, the prompt above each, with frames of four colours."""
-    rows = [
-        gallery([images[i : i + 8]], [s.prompt for s in scenes[i : i + 8]], size=size)
-        for i in range(0, len(images), 8)
-    ]
-    page = rows[0].resize((rows[0].width, sum(r.height for r in rows)))
-    pen, top = ImageDraw.Draw(page), 0
-    for i, row in enumerate(rows):
+    """Arrange images eight in a row, the prompt above each. Frame: green if both checks say exact,
+    blue if the detector only, orange if the nearest scene only, red if none."""
+    frames, colours = 2 * exact.int() + nearest, ("red", "orange", "blue", "green")
+    rows = []
+    for i in range(0, len(images), 8):
+        part, prompts = slice(i, i + 8), [scene.prompt for scene in scenes[i : i + 8]]
+        rows.append(gallery([images[part]], prompts, None, [frames[part]], colours, size))
+    page, top = rows[0].resize((rows[0].width, sum(r.height for r in rows))), 0
+    for row in rows:
         page.paste(row, (0, top))
-        for column in range(len(images[8 * i : 8 * i + 8])):
-            a, b = bool(exact[8 * i + column]), bool(nearest[8 * i + column])
-            colour = {(1, 1): "green", (0, 0): "red", (1, 0): "blue", (0, 1): "orange"}[a, b]
-            left, y = 6 + column * (size + 6), top + 62
-            pen.rectangle((left - 3, y - 3, left + size + 2, y + size + 2), outline=colour, width=3)
         top += row.height
     return page
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from PIL import ImageColor
 
-from lab.nearest import is_exact, nearest_scenes
+from lab.nearest import is_exact, nearest_scenes, sheet
 from rewards import compute_rewards, encode_targets
 from scenes import RELATIONS, WORLDS, make_scene, render
 from tiny_vq import stack_images
@@ -56,3 +57,15 @@ def test_what_no_scene_explains_makes_an_image_inexact():
     top, left = o.row * world.cell, o.column * world.cell
     smeared[:, :, top : top + 4, left : left + 10] = torch.tensor([0.9, 0.4, 0.9])[:, None, None]
     assert judge(world, [scene], clean) == [True] and judge(world, [scene], smeared) == [False]
+
+
+def test_the_frame_tells_what_the_two_checks_say():
+    """Twelve images, eight in a row: both exact, the detector only, the nearest scene only, none."""
+    world = WORLDS["cpu"]
+    scenes = [make_scene(world, "eval", 0, i) for i in range(12)]
+    exact, nearest = torch.tensor([1.0, 1, 0, 0] * 3), torch.tensor([True, False, True, False] * 3)
+    page = sheet(images_of(world, scenes), scenes, exact, nearest, size=60)
+    row, corner = page.height // 2, (lambda i: (6 + i * 66 - 2, 62 - 2))
+    colours = [ImageColor.getrgb(c) for c in ("green", "blue", "orange", "red")]
+    assert [page.getpixel(corner(i)) for i in range(4)] == colours
+    assert [page.getpixel((x, y + row)) for x, y in map(corner, range(4))] == colours
