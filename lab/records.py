@@ -106,7 +106,8 @@ def gradient_rows(env, policy, config, batches):
         rollout = make_rollout(policy, env, scenes, config, step)
         batch = eggrpo.make_batch(rollout, config)
         parts = gradient_parts(batch, policy.C)
-        g = part_gradients(policy, batch, parts, config)  # (parts, weights)
+        # of a million products in float32 a sum is off by 3e-4
+        g = part_gradients(policy, batch, parts, config).double()  # (parts, weights)
         norm, inner = g.norm(dim=1), g @ g[0]
         sums, same = sums + g, same + inner
         size = size + norm / norm[0].clamp(min=1e-12) / batches
