@@ -51,8 +51,8 @@ def run(main):
     except (OSError, MemoryError, RuntimeError) as error:
         memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
         if memory or "can't allocate memory" in str(error):
-            message = "error: out of memory: lower --micro-batch (results stay the same), then "
-            message += "--prompts or --plans-per-prompt; in commands without them --batch"
+            message = "error: out of memory: lower --micro-batch, where it is missing --batch; "
+            message += "in eggrpo.py then --prompts or --plans-per-prompt"
         elif isinstance(error, OSError) and error.strerror:
             message = f"error: {error.filename or 'output'}: {error.strerror}"
         else:

@@ -243,7 +243,7 @@ class Batch(NamedTuple):
     prompt: Tensor  # (B, S)
     plan: Tensor  # (B, C)
     codes: Tensor  # (B, L)
-    logp: Tensor  # (B, T) log-probs when sampled
+    logp_old: Tensor  # (B, T) log-probs when sampled
     valid: Tensor  # (B, T) bool
     group_advantage: Tensor  # (B,) of GRPO
     advantage: Tensor  # (B, T) shaped
@@ -259,8 +259,8 @@ def make_batch(rollout, config):
     low, high = modality_masks(rollout, config)  # (B, T)
     if config.keep_corrections:
         low = low & (a > 0)[:, None]
-    bonus = config.bonus_coef, config.bonus_cap
-    shaped = shape_advantages(a, rollout.entropy, low, high, *bonus)  # (B, T)     EG
+    bonus = dict(bonus_coef=config.bonus_coef, bonus_cap=config.bonus_cap)
+    shaped = shape_advantages(a, rollout.entropy, low, high, **bonus)  # (B, T)     EG
 
     in_loss = rollout.valid
     if config.drop_zero_std_groups:
@@ -276,8 +276,8 @@ def modality_masks(rollout, config):
     for name, part in split_modalities(rollout.plan.shape[1]).items():
         arguments = rollout.entropy[:, part], rollout.valid[:, part]
         low, high = entropy_masks(*arguments, config.low_frac, config.high_frac)
-        shaped = config.modality in ("both", name)
-        masks.append((low & shaped, high & shaped))
+        used = config.modality in ("both", name)
+        masks.append((low & used, high & used))
     return [torch.cat(mask, 1) for mask in zip(*masks)]
 
 
@@ -290,16 +290,16 @@ def micro_batch_loss(policy, reference, part, denominator, config):
         with torch.no_grad():
             ref_logits = forward_logits(reference, *tokens, config.guidance)
             logp_ref = token_logp(*ref_logits, part.plan, part.codes)
-    arguments = logp, part.logp, logp_ref, part.advantage, part.in_loss
+    arguments = logp, part.logp_old, logp_ref, part.advantage, part.in_loss
     clip = config.clip_low, config.clip_high
     loss, stats = policy_loss(*arguments, config.beta, *clip, denominator)
     if config.entropy_coef:
         entropy = torch.cat([differentiable_entropy(x) for x in logits], 1)  # (B, T)
         high_entropy = torch.where(part.high, entropy, 0.0) * part.in_loss
         loss = loss - config.entropy_coef * (high_entropy.sum() / denominator)
-    difference = (logp.detach() - part.logp).abs() * part.valid  # (B, T)
+    difference = (logp.detach() - part.logp_old).abs() * part.valid  # (B, T)
     stats["loss"], stats["logp_diff_mean"] = loss.detach(), difference.sum() / part.valid.sum()
-    stats["logp_diff_max"] = (difference / (1 + part.logp.abs())).max()
+    stats["logp_diff_max"] = (difference / (1 + part.logp_old.abs())).max()
     return loss, stats
 
 
@@ -316,17 +316,16 @@ def minibatch_indices(batch, config, step):
 
 
 def update(policy, reference, optimizer, batch, config, step, extra_stats=None):
-    """Update the policy on a batch. Returns floats to log, averaged over the step's updates.
+    """Update the policy on a batch. Returns floats to log, of all of the step's updates.
 
     extra_stats: other scalars to log. All scalars come to the host in one transfer per update,
     before the weights change; the host waits for the device only there. Raises TrainingDiverged.
     """
     logged, updates = [], minibatch_indices(batch, config, step)
     for rows in updates:
-        # of the whole update, so that the size of micro-batches changes nothing
         in_loss, parts = batch.in_loss[rows], []
         slots = torch.ones_like(in_loss) if config.constant_denominator else in_loss
-        denominator = slots.sum().clamp(min=1)
+        denominator = slots.sum().clamp(min=1)  # of the whole update: micro-batches change nothing
         for idx in rows.split(config.micro_batch):
             part = Batch(*(x[idx] for x in batch))
             loss, stats = micro_batch_loss(policy, reference, part, denominator, config)
@@ -373,7 +372,7 @@ def main(argv=None):
             batch = make_batch(rollout, config)
             lr = config.lr * min((step + 1) / 10, 1 - step / config.steps)
             optimizer.param_groups[0]["lr"] = lr
-            explain = lambda: rewards.check_finite(rollout.rewards, rollout.components)
+            explain = lambda: rewards.check_rewards(rollout.rewards, rollout.components)
             with run.guard(step, batch._asdict(), explain):
                 extra = rollout_stats(rollout, batch)
                 stats = update(policy, reference, optimizer, batch, config, step, extra)

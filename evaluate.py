@@ -26,20 +26,23 @@ import checkpoint
 import common
 import rewards
 from model import load_base, load_policy
-from rollout import load_env, sample_scenes
-from scenes import make_scene, rare_pairs
+from rollout import draw_uniform, load_env, sample_images
+from scenes import encode_scenes, make_scene, rare_pairs
 
 
 @dataclass(frozen=True)
 class Config(common.BaseConfig):
     prompts: int = 1200  # evaluation prompts; a third as many of rare pairs
-    batch: int = 128  # prompts per forward pass
+    batch: int = 128  # prompts per forward pass: changes memory, not results
 
 
 PRESETS = {"smoke": dict(prompts=24, batch=24), "cpu": dict(), "gpu": dict(prompts=2304, batch=256)}
 
 
 # --- scoring --------------------------------------------------------------------------------------
+
+
+BLOCK = 128  # prompts whose noise has one key
 
 
 class Scores(NamedTuple):
@@ -49,25 +52,28 @@ class Scores(NamedTuple):
     exact: Tensor  # (n,) 0 or 1
 
 
-def sample_and_score(env, policy, scenes, *key, **options):
-    """Draw one image for each scene's prompt. key: of the noise; options: as for model.generate.
-    Returns images (n, 3, h, w), and rewards, components and exact as rewards.compute_rewards."""
-    _, images = sample_scenes(env, policy, scenes, *key, **options)
+def sample_and_score(env, policy, scenes, uniform, **options):
+    """Draw one image for each scene's prompt. uniform: (n, T) noise; options: as for
+    model.generate. Returns images (n, 3, h, w), and rewards, components and exact as
+    rewards.compute_rewards."""
+    prompt = encode_scenes(env.world, scenes)[0]
+    _, images = sample_images(env, policy, prompt, uniform, **options)
     targets = rewards.encode_targets(env.world, scenes, env.device)
     return images, *rewards.compute_rewards(images, targets, env.world)
 
 
 def evaluate(env, policy, split, prompts, batch=128, seed=0, title=None, **options):
     """Score one image for each of the first `prompts` scenes of a split. Returns Scores."""
-    scenes = [make_scene(env.world, split, seed, i) for i in range(prompts)]
-    scored = []
+    scenes, scored = [make_scene(env.world, split, seed, i) for i in range(prompts)], []
+    keys = [(seed, "evaluate", split, start) for start in range(0, prompts, BLOCK)]
+    uniform = torch.cat([draw_uniform(policy, BLOCK, 1, *key) for key in keys])
     for start in tqdm(range(0, prompts, batch), title, disable=title is None, leave=False):
-        part, key = scenes[start : start + batch], (seed, "evaluate", split, start)
-        scored.append(sample_and_score(env, policy, part, *key, **options)[1:])
+        part = slice(start, min(start + batch, prompts))
+        scored.append(sample_and_score(env, policy, scenes[part], uniform[part], **options)[1:])
     reward, components, exact = zip(*scored)
     reward, exact = torch.cat(reward).cpu(), torch.cat(exact).cpu()
     components = {k: torch.cat([c[k] for c in components]).cpu() for k in components[0]}
-    rewards.check_finite(reward, components)
+    rewards.check_rewards(reward, components)
     return Scores([s.category for s in scenes], reward, components, exact)
 
 
@@ -84,8 +90,8 @@ def summarize(scores):
     categories = {}
     for c in dict.fromkeys(scores.categories):
         rows = torch.tensor([category == c for category in scores.categories])
-        means = (x[rows].mean().item() for x in values)
-        categories[c] = dict(zip(("n", "reward", "exact"), (int(rows.sum()), *means)))
+        mean, mean_exact = (x[rows].mean().item() for x in values)
+        categories[c] = dict(n=int(rows.sum()), reward=mean, exact=mean_exact)
     summary = dict(n=len(scores.rewards), reward=reward, reward_half=reward_half, exact=exact)
     components = {name: values.nanmean().item() for name, values in scores.components.items()}
     return summary | dict(exact_half=exact_half, **components, categories=categories)
@@ -155,7 +161,9 @@ def gallery_titles(world):
 
 def gallery_row(env, policy, **options):
     """Draw the gallery, always with the same noise. Returns images (n, 3, h, w) and exact (n,)."""
-    scored = sample_and_score(env, policy, gallery_scenes(env.world), "gallery", **options)
+    scenes = gallery_scenes(env.world)
+    uniform = draw_uniform(policy, len(scenes), 1, "gallery")
+    scored = sample_and_score(env, policy, scenes, uniform, **options)
     return scored[0], scored[-1].cpu()
 
 

@@ -7,8 +7,9 @@ codes are two modalities with a head each. Sampler and learner must be one polic
 the one definition of what is sampled and scored; generate samples slot by slot with a key-value
 cache, Policy.forward computes all slots at once, and the tests compare them. There is no dropout.
 
-Dimension letters: B sequences, S prompt slots, C plan slots, L image tokens, T = C + L sampled
-slots, N = S + C + L + 1 inputs, V vocabulary of a modality, D width, H heads.
+Dimension letters: P prompts, G sequences of each, B = P * G sequences, S prompt slots, C plan
+slots, L image tokens, T = C + L sampled slots, N = S + C + L + 1 inputs, V vocabulary of a
+modality, D width, H heads.
 """
 
 import math
@@ -36,13 +37,14 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x, mask, cache=None):
-        """Process n slots at once. x: (B, n, D), mask: bool, True where a slot may attend. cache
-        (2, B * G * H, N, D/H): each sequence's keys and values are written to it, G times."""
+        """Process n slots at once. x: (B, n, D), mask: (B, 1, n, n) bool, True where a slot may
+        attend. With a cache (2, P * G * H, N, D/H), x is of prompts, (P, n, D), and the keys and
+        values of each are written to the cache of its G sequences."""
         b, n, d = x.shape
         qkv = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, n, D/H) each
         if cache is not None:
-            copies = cache.view(2, b, -1, self.heads, *cache.shape[2:])  # (2, B, G, H, N, D/H)
+            copies = cache.view(2, b, -1, self.heads, *cache.shape[2:])  # (2, P, G, H, N, D/H)
             copies[:, :, :, :, :n] = torch.stack([k, v])[:, :, None]
         attended = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
         x = x + self.proj(attended.reshape(b, n, d))
@@ -64,8 +66,9 @@ class Block(nn.Module):
 class Policy(nn.Module):
     """A GPT-2 style transformer with two embeddings and two heads, for words and for image codes.
 
-    word_vocab_size, codebook_size: V of each modality; code_dim: width of the tokenizer's codebook
-    vectors; prompt_slots, plan_slots, image_tokens: S, C, L; width: D; heads: H.
+    word_vocab_size: number of words, of which those from END on are sampled; codebook_size: V of
+    codes; code_dim: width of the tokenizer's codebook vectors; prompt_slots, plan_slots,
+    image_tokens: S, C, L; width: D; heads: H.
     """
 
     def __init__(self, word_vocab_size, codebook_size, code_dim, prompt_slots, plan_slots,
@@ -114,7 +117,7 @@ class Policy(nn.Module):
         """Copy the tokenizer's codebook (V, code_dim), standardised per dimension.
 
         Codes of similar patches then have similar embeddings and logits, as in Janus. Without it,
-        exact on rare prompts rose a third as fast.
+        rare pairs were learned a third as fast.
         """
         self.codebook.copy_((codebook - codebook.mean(0)) / codebook.std(0))
 
@@ -137,8 +140,8 @@ class Policy(nn.Module):
         return torch.cat([prompt, PLAN * marker, plan, IMAGE * marker], 1)
 
     def forward(self, prompt, plan, codes):
-        """Compute all slots at once. Returns raw logits of plan words from END on (B, C, V) and of
-        codes (B, L, V)."""
+        """Compute all slots of prompts (B, S), plans (B, C) and codes (B, L) at once. Returns raw
+        logits of plan words from END on (B, C, V) and of codes (B, L, V)."""
         words = self.concat_words(prompt, plan)
         x = torch.cat([self.embed_words(words), self.embed_codes(codes[:, :-1])], 1)
         x = x + self.position_embeddings()  # (B, N, D)

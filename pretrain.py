@@ -22,12 +22,12 @@ from tqdm import tqdm
 import common
 from checkpoint import Run
 from model import Policy, forward_logits, token_logp
-from scenes import WORLDS, corpus_item, encode_scenes, render
+from scenes import RARE_FRACTION, WORLDS, corpus_item, encode_scenes, render
 from words import PAD, WORDS
 from tiny_vq import load_tokenizer, stack_images
 
 CHUNK = 500  # items of the corpus that are drawn and encoded at a time
-MAX_PROCESSES = 16  # that draw the corpus; each imports torch, and more would not be waited for
+MAX_PROCESSES = 16  # that draw the corpus; more would still import torch when it is done
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Config(common.BaseConfig):
     width: int = 128
     layers: int = 4
     heads: int = 4
-    rare_fraction: float = 0.01  # of the corpus: items with a rare colour-shape pair
+    rare_fraction: float = RARE_FRACTION  # of the corpus with a rare colour-shape pair
     drop_plan: float = 0.15  # fraction of sequences without plan
     drop_prompt: float = 0.10  # fraction of sequences without prompt
     save_every: int = 200  # steps
@@ -129,8 +129,7 @@ def make_policy(config, world, codebook):
 def update(policy, optimizer, prompt, plan, codes, micro_batch):
     """Make one step of maximum likelihood. Returns plan_nll and image_nll, nats per token, and
     grad_norm. Raises TrainingDiverged, the weights unchanged."""
-    # of the whole batch, so that the size of micro-batches changes nothing
-    plan_tokens, parts = (plan != PAD).sum().clamp(min=1), []
+    plan_tokens, parts = (plan != PAD).sum().clamp(min=1), []  # of all micro-batches
     for tokens in zip(*(x.split(micro_batch) for x in (prompt, plan, codes))):
         logp = token_logp(*forward_logits(policy, *tokens), *tokens[1:])  # (micro_batch, T)
         plan_nll = -logp[:, : policy.C].sum() / plan_tokens

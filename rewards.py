@@ -32,7 +32,7 @@ from words import COLOURS, RELATIONS, SHAPES
 NO_PAINT = 0.25  # contrast with the background, of which less is no paint
 FULL_PAINT = 0.6  # contrast of which more is full paint, because objects differ in brightness
 MATCH_THRESHOLD = 0.9  # least Dice overlap of paint and template that counts as an object
-MAX_OBJECTS = 16  # that an image is searched for; a tokenizer's training scene has up to 8
+MAX_OBJECTS = 16  # that an image is searched for: more than any prompt asks for
 CLEAN_THRESHOLD = 0.9  # least cleanliness of an exact image
 
 
@@ -221,7 +221,7 @@ def _call_reward(name, function, images, detections, targets):
     return value
 
 
-def check_finite(rewards, components):
+def check_rewards(rewards, components):
     """Raise UserError, with the function's name, if a reward is infinite or no component applies.
 
     Synchronises with the device, so callers do it where they wait anyway. rewards: any shape,

@@ -83,7 +83,7 @@ def make_rollout(policy, env, scenes, config, step):
     uniform = draw_uniform(policy, len(scenes) * g, config.images_per_plan, *key)
     targets = rewards.encode_targets(env.world, [s for s in scenes for _ in range(g)], env.device)
     # prompt, noise and targets are the five tensors that a rollout copies to the device, at its
-    # start; after that the host does not wait for the device
+    # start; after that, without reward noise, the host does not wait for the device
     sample, images = sample_images(env, policy, prompt, uniform, guidance=config.guidance)
     reward, components, exact = rewards.compute_rewards(images, targets, env.world)
     reward = exact if config.reward == "exact" else reward
@@ -128,7 +128,7 @@ def entropy_stats(entropy, valid, plan_slots):
 
 
 def rollout_stats(rollout, batch):
-    """Describe a batch of rollouts. Returns a dict of scalars to log."""
+    """Describe a Rollout and its eggrpo.Batch. Returns a dict of scalars to log."""
     c, r, n = rollout.plan.shape[1], rollout.rewards, rollout.valid.sum()
     bonus = batch.advantage - batch.group_advantage[:, None]  # (B, T)
     bonus = torch.where(rollout.valid & ~batch.low, bonus, 0.0)
@@ -144,7 +144,8 @@ def rollout_stats(rollout, batch):
 
 
 def reduce_stats(stats, reduce):
-    """Reduce a list of dicts of scalars key by key: extremes by min or max, others by `reduce`."""
+    """Reduce a list of dicts of scalars key by key: ratios and differences of log-probs to their
+    extremes, others by `reduce`."""
     extremes = dict(ratio_min=torch.amin)
     extremes |= dict.fromkeys(("ratio_max", "logp_diff_mean", "logp_diff_max"), torch.amax)
     return {k: extremes.get(k, reduce)(torch.stack([s[k] for s in stats]), 0) for k in stats[0]}

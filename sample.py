@@ -31,7 +31,7 @@ class Config(common.BaseConfig):
 
     RANGES = dict(
         number=(1, 64), guidance=(-1, common.LARGEST),
-        temperature=(0.01, 100),  # colder, and logits leave the range of float32
+        temperature=(0.01, 100),  # from nearly greedy to nearly uniform
     )  # fmt: skip
 
 

@@ -121,8 +121,8 @@ def _name(obj):
 def plan_text(objects):
     """Write the plan of a scene: each object with its attributes and its cell, in raster order.
 
-    The order of the image tokens. With the order of the prompt instead, exact after 50 steps of
-    reinforcement learning was .53 instead of .61, of rare pairs .25 instead of .43.
+    The order of the image tokens; in the order of the prompt the policy learned more slowly
+    (docs/results.md).
     """
     objects = sorted(objects, key=lambda o: (o.row, o.column))
     return " ; ".join(f"{_name(o)} at row {o.row + 1} column {o.column + 1}" for o in objects)

@@ -47,7 +47,7 @@ def plural(shape, number):
     return shape if number == 1 else shape + ("es" if shape.endswith("s") else "s")
 
 
-WORDS = _vocabulary()  # one vocabulary for every preset
+WORDS = _vocabulary()
 WORD_ID = {word: i for i, word in enumerate(WORDS)}
 PAD, PLAN, IMAGE, END = range(4)  # the first three are placed, never sampled
 GRAMMAR = (

@@ -82,7 +82,7 @@ def measure_update(policy, reference, batch, masks, settings, rows):
     eggrpo.update(learner, reference, optimizer, batch, settings, 0)
     with torch.no_grad():
         logits = forward_logits(learner, *batch[:3], settings.guidance)
-        change = token_logp(*logits, batch.plan, batch.codes) - batch.logp  # (B, T)
+        change = token_logp(*logits, batch.plan, batch.codes) - batch.logp_old  # (B, T)
     parts = dict(all=batch.valid, low=masks.low, high=masks.high)
     return {
         name: {part: round((change * mask)[row].sum().item(), 4) for part, mask in parts.items()}

@@ -515,9 +515,9 @@ def test_bad_numbers_are_named_and_leave_the_weights_alone(step):
     batch, before = make_batch(rollout, config), [p.clone() for p in policy.parameters()]
     poison = lambda x, value: x.index_put((torch.tensor(0), torch.tensor(-1)), torch.tensor(value))
     for change, words in (
-        (dict(logp=poison(batch.logp, math.nan)), "ratio_min|loss|kl"),
+        (dict(logp_old=poison(batch.logp_old, math.nan)), "ratio_min|loss|kl"),
         (dict(advantage=poison(batch.advantage, math.inf)), "loss is"),
-        (dict(logp=batch.logp + 0.01), "not the same policy"),
+        (dict(logp_old=batch.logp_old + 0.01), "not the same policy"),
     ):
         with pytest.raises(TrainingDiverged, match=words):
             update(policy, reference, optimizer, batch._replace(**change), config, 3)

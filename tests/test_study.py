@@ -173,9 +173,7 @@ def test_the_parts_of_the_gradient_are_parts_of_the_update(env, world):
         assert abs(row["along"] - of_two(name) / of_two("GRPO")) < 1e-3
         sizes = [x[name].norm() / x["GRPO"].norm() for x in (g, other)]
         assert abs(row["size"] - sum(sizes) / 2) < 1e-4
-    assert (
-        rows["GRPO"]["cosine"] == pytest.approx(1) and rows["EG-GRPO"]["cosine"] < 0.9999
-    )
+    assert rows["GRPO"]["cosine"] == pytest.approx(1) and rows["EG-GRPO"]["cosine"] < 0.9999
 
 
 # --- tables, figures, page ------------------------------------------------------------------------

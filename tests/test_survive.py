@@ -243,7 +243,7 @@ def test_memory_that_runs_out_is_one_line_that_says_what_to_lower(capsys):
 
     for function in (allocate, cuda):
         line = one_line(capsys, 2, common.run, function)
-        assert re.search("lower --micro-batch.*--prompts or --plans-per-prompt.*--batch", line)
+        assert re.search("lower --micro-batch.*--batch.*--prompts or --plans-per-prompt", line)
 
 
 def test_a_run_that_ran_out_of_memory_may_go_on_in_smaller_portions(folders):
@@ -393,6 +393,14 @@ def test_a_reward_without_bounds_is_named_and_so_is_a_picture_that_none_judges(
     monkeypatch.setattr(rewards, "REWARDS", {"mute": full(float("nan"))})
     with pytest.raises(UserError, match="REWARDS: all of them returned NaN"):
         evaluate.evaluate(env, policy, "eval", 2)
+
+
+def test_the_batch_of_an_evaluation_changes_no_image(monkeypatch, policy, env):
+    light = lambda images, detections, targets: images.mean(dim=(1, 2, 3))
+    monkeypatch.setattr(rewards, "REWARDS", {"light": light})
+    once, often = (evaluate.evaluate(env, policy, "eval", 130, batch).rewards for batch in (200, 9))
+    assert torch.allclose(once, often, atol=1e-5) and once.unique().numel() > 100
+    assert torch.allclose(once[:20], evaluate.evaluate(env, policy, "eval", 20).rewards, atol=1e-5)
 
 
 # --- determinism ----------------------------------------------------------------------------------
