@@ -23,7 +23,7 @@ from lab import figures
 from lab.stats import bootstrap_mean, compare_spread, correlate, mean_t_ci, paired_difference
 from lab.stats import ranked, within
 from lab.study import MAIN, RIVALS, read_lines
-from lab.tables import FELL, GROUPS, SCORES, report, split_variant
+from lab.tables import FELL, FOUND, GROUPS, SCORES, report, split_variant
 from scenes import WORLDS
 
 SETTINGS = {"base, no plan": "base-no-plan", "base + plan": "base",
@@ -227,12 +227,27 @@ def describe_gradients(rows):
     return {part: {key: mean_t_ci(x) for key, x in found[part].items()} for part in found}
 
 
+def describe_rare(rows):
+    """Exact of each rare pair by base policy and variant: mean over runs; and how many pairs the
+    runs of a variant found. rows: (base policy, variant, row). Returns exact, {pair: {base:
+    {variant: mean}}}, and found, {variant: (found, all)}."""
+    values, counts = {}, {}
+    for base, variant, row in rows:
+        of_pair = values.setdefault(row["pair"], {}).setdefault(f"base policy {base}", {})
+        of_pair.setdefault(variant, []).append(row["exact"])
+        found, n = counts.get(variant, (0, 0))
+        counts[variant] = found + (row["exact"] > FOUND), n + 1
+    means = {pair: {base: {v: float(np.mean(x)) for v, x in variants.items()}
+                    for base, variants in bases.items()} for pair, bases in values.items()}  # fmt: skip
+    return dict(exact=means, found=counts)
+
+
 # --- the study ------------------------------------------------------------------------------------
 
 
 def read(folder, config):
     """Read runs.jsonl and the records. Returns {variant: {(base, number): run}}, tuning runs left
-    out, and {setting: rows} of images and of gradients."""
+    out, {setting: rows} of images and of gradients, and (base, variant, row) of rare pairs."""
     runs, records, gradients = {}, {}, {}
     path = folder / config.preset / "runs.jsonl"
     for run in read_lines(path) if path.exists() else []:
@@ -244,10 +259,16 @@ def read(folder, config):
             paths = sorted(folder.glob(f"base-*/{config.preset}/records/{name}{suffix}.jsonl"))
             rows = [row for path in paths for row in read_lines(path)]
             found |= {setting: rows} if rows else {}
-    return {v: runs[v] for v in order if v in runs}, records, gradients
+    rare = []
+    for path in sorted(folder.glob(f"base-*/{config.preset}/records/*.rare.jsonl")):
+        name, base = path.name.removesuffix(".rare.jsonl"), int(path.parts[-4].rpartition("-")[2])
+        variant = name if name == "base" else name.rpartition("-")[0]
+        rare += [(base, variant, row) for row in read_lines(path)]
+    rare.sort(key=lambda of: ["base", *order].index(of[1]))
+    return {v: runs[v] for v in order if v in runs}, records, gradients, rare
 
 
-def analyze(runs, records, gradients, config):
+def analyze(runs, records, gradients, rare, config):
     """Reduce a study to its numbers: the content of study.json."""
     return dict(
         variants={variant: describe_variant(runs, variant) for variant in runs},
@@ -259,6 +280,7 @@ def analyze(runs, records, gradients, config):
         spread=describe_spread(records, config),
         tokens={s: describe_tokens(rows, config) for s, rows in records.items()},
         gradients={s: describe_gradients(rows) for s, rows in gradients.items()},
+        rare=describe_rare(rare),
     )
 
 
@@ -269,10 +291,12 @@ def main(argv=None):
     presets = {name: {} for name in WORLDS}
     config, _ = common.parse("-m lab.analyze", Config, presets, __doc__, argv)
     folder = Path(config.out) / config.preset
-    runs, records, gradients = read(Path(config.out), config)
+    runs, records, gradients, rare = read(Path(config.out), config)
     problem = f"no study in {folder}: make it with `python -m lab.study --preset {config.preset}`"
     common.check(runs or records, problem)
-    study = json.loads(json.dumps(common.to_jsonable(analyze(runs, records, gradients, config))))
+    study = json.loads(
+        json.dumps(common.to_jsonable(analyze(runs, records, gradients, rare, config)))
+    )
     common.write(folder / "study.json", (json.dumps(study, indent=1) + "\n").encode())
     common.write(folder / "study.md", report(study).encode())
     print(report(study))

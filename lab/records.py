@@ -1,5 +1,5 @@
-"""What the study records of one policy: the images it draws for a prompt, and the parts of its
-gradient. Each function returns a list of dicts, for a file of JSON lines."""
+"""What the study records of one policy: the images it draws for a prompt, the rare pairs it can
+draw, the parts of its gradient. Each function returns a list of dicts, for a file of JSON lines."""
 
 import torch
 import torch.nn.functional as F
@@ -7,11 +7,12 @@ from torch.nn.utils import parameters_to_vector
 
 import common
 import eggrpo
+import evaluate
 import rewards
 from model import forward_logits, token_logp
 from rollout import draw_uniform, entropy_moments, make_rollout, sample_images, split_modalities
 from rollout import training_scenes
-from scenes import encode_scenes
+from scenes import RARE_PAIRS, encode_scenes, make_scene, rare_pairs
 from words import decode_words
 
 
@@ -53,6 +54,17 @@ def record_rows(config, env, policy, scene, number, **options):
         head = dict(prompt=scene.prompt, number=number, category=scene.category,
                     plan=decode_words(sample.plan[i]), plan_index=i // m)  # fmt: skip
         rows.append(common.to_jsonable(head | {name: v[i] for name, v in columns.items()}))
+    return rows
+
+
+def rare_rows(env, policy, prompts, seed):
+    """Score the evaluation prompts with rare pairs by pair. Returns a dict per pair."""
+    exact, rows = evaluate.evaluate(env, policy, "rare", prompts, seed=seed).exact, []
+    scenes = [make_scene(env.world, "rare", seed, i) for i in range(prompts)]
+    for pair in RARE_PAIRS:
+        asked = torch.tensor([pair in rare_pairs(scene.objects) for scene in scenes])
+        n = int(asked.sum())
+        rows.append(dict(pair=" ".join(pair), n=n, exact=exact[asked].mean().item() if n else 0.0))
     return rows
 
 

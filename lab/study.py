@@ -34,7 +34,7 @@ import eggrpo
 import evaluate
 import pretrain
 import tiny_vq.train
-from lab.records import gradient_rows, record_rows
+from lab.records import gradient_rows, rare_rows, record_rows
 from model import load_base, load_policy
 from rollout import load_env
 from scenes import make_scene
@@ -92,7 +92,7 @@ RIVALS = (
 
 class Job(NamedTuple):
     name: str  # of its folder below out, also its name for --only
-    kind: str  # base, run, records or gradients
+    kind: str  # base, run, records, gradients or rare
     flags: tuple  # of pretrain.py for a base, of eggrpo.py for a run; else empty
     needs: tuple = ()  # names of the jobs that must be finished before
 
@@ -164,7 +164,14 @@ def plan(config):
     jobs += runs(MAIN, 0, *long, prefix="long-", on=bases[:3])
     # made later, because the few runs planned had intervals above 0: five of the bonus, three long
     jobs += [job for s in range(1, config.seeds) for job in runs(("bonus",), s)]
-    return jobs + runs(pair, 0, *long, prefix="long-", on=bases[3:])
+    jobs += runs(pair, 0, *long, prefix="long-", on=bases[3:])
+    names = [f"{m}-{s}" for m in pair for s in range(config.seeds)]
+    names += [f"long-{m}-0" for m in pair]
+    return jobs + [
+        Job(f"base-{b}/records/{name}.rare", "rare", (), (f"base-{b}{run}",))
+        for b in bases
+        for name, run in (("base", ""), *((name, f"/{name}") for name in names))
+    ]
 
 
 # --- one job --------------------------------------------------------------------------------------
@@ -243,6 +250,13 @@ def do_gradients(config, job, flags):
     write_lines(result_path(config, job), rows)
 
 
+def do_rare(config, job, flags):
+    """Write how a policy draws each rare pair: one JSON line per pair."""
+    env, policy, _, _ = recorded_policy(config, job, flags)
+    rows = rare_rows(env, policy, max(config.prompts // 3, 1), config.seed)
+    write_lines(result_path(config, job), rows)
+
+
 def result_path(config, job):
     """Return the file that a job writes last."""
     folder, _, name = job.name.partition("/")
@@ -256,7 +270,8 @@ def do(config, job):
     """Do one job in this process."""
     out = str(Path(config.out) / job.name.partition("/")[0])
     flags = ["--preset", config.preset, "--out", out, "--device", config.device]
-    work = dict(base=do_base, run=do_run, records=do_records, gradients=do_gradients)
+    work = dict(base=do_base, run=do_run, records=do_records, gradients=do_gradients,
+                rare=do_rare)  # fmt: skip
     work[job.kind](config, job, flags)
     if job.kind == "base":
         common.write(result_path(config, job), b"")

@@ -11,6 +11,7 @@ from lab.study import MAIN
 
 SCORES = ("reward", "exact", "rare exact")
 FELL = 0.05  # of held-out exact, from its best evaluation in training to its last
+FOUND = 0.1  # exact of a rare pair, above which a run has found it
 NAMES = {"grpo": "GRPO", "eggrpo": "EG-GRPO", "eggrpo-corrective": "EG-GRPO, corrective"}
 GROUPS = {  # prefix of the variants: what was changed
     "": "preset's learning rate",
@@ -43,6 +44,12 @@ def label(variant):
     """Name a variant in tables and figures."""
     method = split_variant(variant)[1]
     return NAMES.get(method, f"`{method}`")
+
+
+def title(variant):
+    """Name a variant and what was changed for it."""
+    prefix, _ = split_variant(variant)
+    return f"{label(variant)}, {GROUPS[prefix]}" if prefix else label(variant)
 
 
 def grouped(study, groups, methods=None):
@@ -147,6 +154,7 @@ TITLES = {
     "tokens": "Where entropy lies: means over images",
     "exploration": "Exact on rare pairs during training",
     "horizon": "The same in five times the steps",
+    "rare": "Exact by rare pair and base policy, mean over runs; pairs that runs have found",
     "gradients": "Parts of the gradient: size, cosine, progress, over those of GRPO's gradient",
     "stability": "Stability: worst run, and falls of held-out exact from its best to its last",
 }
@@ -170,6 +178,15 @@ def tables(study):
             columns[s].get(key), digits, name == "correlations" or " - " in s
         )
         found[name] = [head, *columns], [[key, *(cell(s, key) for s in columns)] for key in rows]
+    variants = list(study["rare"]["found"])
+    found["rare"] = (
+        ["pair", "", *("base + plan" if v == "base" else title(v) for v in variants)],
+        [[pair, base, *(f"{x[v]:.3f}" if v in x else "-" for v in variants)]
+         for pair, bases in study["rare"]["exact"].items() for base, x in bases.items()]
+    )  # fmt: skip
+    if variants:
+        counts = [f"{k} of {n}" for k, n in study["rare"]["found"].values()]
+        found["rare"][1].append([f"found: above {FOUND}", "all", *counts])
     columns, kinds = study["gradients"], ("size", "cosine", "along")
     parts = next(iter(columns.values()), {})
     found["gradients"] = (

@@ -189,7 +189,7 @@ def small(out, tmp_path_factory):
         (base / name).write_bytes((made / name).read_bytes())
     (base / "base.done").write_bytes(b"")
     arguments = ["--preset", "smoke", "--out", str(folder)]
-    names = [*analyze.SETTINGS.values(), "base.gradients", "grpo-0.gradients"]
+    names = [*analyze.SETTINGS.values(), "base.gradients", "grpo-0.gradients", "base.rare"]
     for job in ("grpo-0", "eggrpo-0", *(f"records/{name}" for name in names)):
         study.main([*arguments, "--only", f"base-0/{job}"])
     config = study.Config(out=str(folder), **dict(study.PRESETS["smoke"], preset="smoke"))
@@ -211,6 +211,7 @@ def test_a_study_that_was_stopped_early_leaves_tables_and_figures(small):
     rows = study.read_lines(small / "base-0/smoke/records/base.jsonl")
     assert len(rows) == 6 * 2 * 2  # categories, plans, images
     assert len(numbers["gradients"]["GRPO"]) == 10 and "| bonus on words |" in page
+    assert "| red cross | base policy 0 | 0.000 |" in page
 
 
 def synthetic_runs():
@@ -239,7 +240,9 @@ def synthetic_runs():
 
 def test_tables_of_runs_by_hand():
     """Pairs are of one learning rate or regime; a variant with one run has no interval."""
-    found = analyze.analyze(synthetic_runs(), {}, {}, CONFIG)
+    rare = [(0, "base", 0.0), (0, "grpo", 0.2), (0, "grpo", 0.0), (1, "grpo", 0.3)]
+    rare = [(base, variant, dict(pair="red cross", exact=x)) for base, variant, x in rare]
+    found = analyze.analyze(synthetic_runs(), {}, {}, rare, CONFIG)
     eggrpo = found["variants"]["eggrpo"]
     assert (
         eggrpo["runs"] == 4 and eggrpo["bases"] == 2 and abs(eggrpo["reward"]["mean"] - 0.85) < 1e-9
@@ -256,6 +259,9 @@ def test_tables_of_runs_by_hand():
     pairs = "| preset's learning rate | EG-GRPO | 4 | -0.010 ± 0.000 | -0.010 ± 0.000 |"
     assert pairs in laid["differences"]
     assert "| `dapo` | 1 | 0.820 | 0.620 |" in laid["ablations"]
+    assert "| red cross | base policy 0 | 0.000 | 0.100 |" in laid["rare"]
+    assert "| red cross | base policy 1 | - | 0.300 |" in laid["rare"]
+    assert "| found: above 0.1 | all | 0 of 1 | 2 of 3 |" in laid["rare"]
     assert "| noisy rewards | EG-GRPO | 4 |" in laid["regimes"] and "spread" not in laid
 
 
