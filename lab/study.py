@@ -165,6 +165,7 @@ def plan(config):
     # made later, because the few runs planned had intervals above 0: five of the bonus, three long
     jobs += [job for s in range(1, config.seeds) for job in runs(("bonus",), s)]
     jobs += runs(pair, 0, *long, prefix="long-", on=bases[3:])
+    jobs += runs(pair, 1, *long, prefix="long-", on=bases[:3])
     names = [f"{m}-{s}" for m in pair for s in range(config.seeds)]
     names += [f"long-{m}-0" for m in pair]
     return jobs + [
