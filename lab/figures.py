@@ -157,7 +157,7 @@ def draw_curves(path, study):
                               errorevery=5 if len(steps) > 10 else 1)  # fmt: skip
         usual.set_title(title, fontsize=9)
         rare.set_xlabel("step")
-        usual.legend(frameon=False, fontsize=7, loc="upper left")
+        usual.legend(frameon=False, fontsize=7, loc="lower right")
     axes[0, 0].set(ylabel="exact", ylim=(0, 1))  # of few runs, intervals leave the frame
     axes[1, 0].set(ylabel="exact, rare pairs", ylim=(0, 1))
     save(path, figure)

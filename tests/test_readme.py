@@ -76,6 +76,18 @@ def test_the_studys_numbers_are_those_of_study_json():
     assert not [number for number in quoted if number not in known]
 
 
+def test_the_bonus_was_made_again_as_docs_results_says():
+    lines = (ROOT / "assets" / "study-runs.jsonl").read_text().splitlines()
+    runs = {(r["variant"], r["base"], r["number"]): r["scores"]["eval"]["reward"]
+            for r in map(json.loads, lines)}  # fmt: skip
+    gain = {key[1:]: runs[key] - runs["grpo", *key[1:]] for key in runs if key[0] == "bonus"}
+    first, again = ([x for (_, n), x in gain.items() if (n > 0) == late] for late in (False, True))
+    assert (len(first), len(again)) == (5, 15)
+    text, mean = DOCS["results.md"].replace("\n   ", " "), lambda x: sum(x) / len(x)
+    assert f"was {mean(first):.3f} above GRPO in its first five runs" in text
+    assert f"15 more were made: these are {mean(again):.4f} above" in text
+
+
 class TinyLanguageModel(nn.Module):
     """Stands where a causal language model stands: tokens in, .logits out; each looks one back."""
 
