@@ -259,8 +259,8 @@ def make_batch(rollout, config):
     low, high = modality_masks(rollout, config)  # (B, T)
     if config.keep_corrections:
         low = low & (a > 0)[:, None]
-    bonus = dict(bonus_coef=config.bonus_coef, bonus_cap=config.bonus_cap)
-    shaped = shape_advantages(a, rollout.entropy, low, high, **bonus)  # (B, T)     EG
+    coefficients = config.bonus_coef, config.bonus_cap
+    shaped = shape_advantages(a, rollout.entropy, low, high, *coefficients)  # (B, T)     EG
 
     in_loss = rollout.valid
     if config.drop_zero_std_groups:

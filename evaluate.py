@@ -26,8 +26,8 @@ import checkpoint
 import common
 import rewards
 from model import load_base, load_policy
-from rollout import draw_uniform, load_env, sample_images
-from scenes import encode_scenes, make_scene, rare_pairs
+from rollout import draw_uniform, load_env, sample_scenes
+from scenes import make_scene, rare_pairs
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ def sample_and_score(env, policy, scenes, uniform, **options):
     """Draw one image for each scene's prompt. uniform: (n, T) noise; options: as for
     model.generate. Returns images (n, 3, h, w), and rewards, components and exact as
     rewards.compute_rewards."""
-    prompt = encode_scenes(env.world, scenes)[0]
-    _, images = sample_images(env, policy, prompt, uniform, **options)
+    _, images = sample_scenes(env, policy, scenes, uniform, **options)
     targets = rewards.encode_targets(env.world, scenes, env.device)
     return images, *rewards.compute_rewards(images, targets, env.world)
 
@@ -66,9 +65,9 @@ def evaluate(env, policy, split, prompts, batch=128, seed=0, title=None, **optio
     """Score one image for each of the first `prompts` scenes of a split. Returns Scores."""
     scenes, scored = [make_scene(env.world, split, seed, i) for i in range(prompts)], []
     keys = [(seed, "evaluate", split, start) for start in range(0, prompts, BLOCK)]
-    uniform = torch.cat([draw_uniform(policy, BLOCK, 1, *key) for key in keys])
+    uniform = torch.cat([draw_uniform(policy, BLOCK, 1, *key) for key in keys])[:prompts]
     for start in tqdm(range(0, prompts, batch), title, disable=title is None, leave=False):
-        part = slice(start, min(start + batch, prompts))
+        part = slice(start, start + batch)
         scored.append(sample_and_score(env, policy, scenes[part], uniform[part], **options)[1:])
     reward, components, exact = zip(*scored)
     reward, exact = torch.cat(reward).cpu(), torch.cat(exact).cpu()

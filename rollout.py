@@ -45,10 +45,9 @@ def sample_images(env, policy, prompt, uniform, **options):
     return sample, env.tokenizer.decode(sample.codes).float()
 
 
-def sample_scenes(env, policy, scenes, *key, **options):
-    """Draw one image for each scene's prompt. key: of the noise. Returns as sample_images."""
+def sample_scenes(env, policy, scenes, uniform, **options):
+    """Draw one image for each scene's prompt. uniform: (n, T) noise. Returns as sample_images."""
     prompt = encode_scenes(env.world, scenes)[0]
-    uniform = draw_uniform(policy, len(scenes), 1, *key)
     return sample_images(env, policy, prompt, uniform, **options)
 
 

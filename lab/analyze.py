@@ -237,9 +237,10 @@ def describe_rare(rows):
         of_pair.setdefault(variant, []).append(row["exact"])
         found, n = counts.get(variant, (0, 0))
         counts[variant] = found + (row["exact"] > FOUND), n + 1
-    means = {pair: {base: {v: float(np.mean(x)) for v, x in variants.items()}
-                    for base, variants in bases.items()} for pair, bases in values.items()}  # fmt: skip
-    return dict(exact=means, found=counts)
+    for bases in values.values():
+        for base, variants in bases.items():
+            bases[base] = {variant: float(np.mean(x)) for variant, x in variants.items()}
+    return dict(exact=values, found=counts)
 
 
 # --- the study ------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import common
 from evaluate import Config as EvaluationConfig
 from evaluate import gallery, load_policies, markdown_table, save_image
 from rewards import compute_rewards, encode_targets
-from rollout import load_env, sample_scenes
+from rollout import draw_uniform, load_env, sample_scenes
 from scenes import BACKGROUND, WORLDS, make_scene, relation_holds, shape_mask
 from scenes import Object
 from words import COLOURS, SHAPES
@@ -110,7 +110,8 @@ def compare(env, policy, config, **options):
     images = []
     for start in range(0, len(scenes), 100):
         part = scenes[start : start + 100]
-        images.append(sample_scenes(env, policy, part, config.seed, "nearest", start, **options)[1])
+        uniform = draw_uniform(policy, len(part), 1, config.seed, "nearest", start)
+        images.append(sample_scenes(env, policy, part, uniform, **options)[1])
     images = torch.cat(images)
     targets = encode_targets(env.world, scenes, env.device)
     exact = compute_rewards(images, targets, env.world)[2].cpu().bool()

@@ -73,7 +73,7 @@ def rare_rows(env, policy, prompts, seed):
 
 def gradient_parts(batch, plan_slots):
     """Split the advantages of a Batch of EG-GRPO. Returns {part: (B, T)}: GRPO's; those on low,
-    middle and high tokens, which add up to GRPO's; the bonus; EG-GRPO's: without low, with bonus."""
+    middle and high tokens, which add up to GRPO's; the bonus; EG-GRPO's, with it, without low."""
     a = batch.group_advantage[:, None].expand_as(batch.advantage)
     bonus = torch.where(batch.low, 0.0, batch.advantage - a)
     levels = dict(low=batch.low, middle=~batch.low & ~batch.high, high=batch.high)

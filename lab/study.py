@@ -62,6 +62,15 @@ class Config:
     jobs: int = 0  # at a time; 0: on a CPU one per core, else one
     only: str = ""  # do this one job, by name
 
+    @property
+    def rare_prompts(self):
+        return max(self.prompts // 3, 1)
+
+    @property
+    def record_seed(self):
+        """Of the prompts that base policy 0 is recorded on; b more for base policy b."""
+        return 5000 + 100 * self.seed
+
     def check(self):
         positive = "bases seeds steps prompts per_category plans images batches"
         common.check_at_least(1, self, *positive.split())
@@ -210,7 +219,7 @@ def do_run(config, job, flags):
     options = dict(seed=config.seed + name.startswith("tune"), guidance=trained["guidance"])
     scored = {
         split: evaluate.summarize(evaluate.evaluate(env, policy, split, n, **options))
-        for split, n in (("eval", config.prompts), ("rare", max(config.prompts // 3, 1)))
+        for split, n in (("eval", config.prompts), ("rare", config.rare_prompts))
     }
     content = json.dumps(common.to_jsonable(scored), indent=1)
     common.write(path / "scores.json", content.encode())
@@ -235,7 +244,7 @@ def do_records(config, job, flags):
     for category in tqdm(env.world.categories, job.name, leave=False):
         for i in range(config.per_category):
             # each base policy is recorded on prompts of its own
-            scene = make_scene(env.world, "eval", 5000 + 100 * config.seed + base, i, category)
+            scene = make_scene(env.world, "eval", config.record_seed + base, i, category)
             number = f"base {base}, {category} {i}"
             rows += record_rows(config, env, policy, scene, number, **options)
     write_lines(result_path(config, job), rows)
@@ -244,9 +253,8 @@ def do_records(config, job, flags):
 def do_gradients(config, job, flags):
     """Write what the gradient of a policy consists of: one JSON line per part."""
     env, policy, _, base = recorded_policy(config, job, flags)
-    settings = replace(
-        eggrpo.Config(**eggrpo.PRESETS[config.preset]), seed=5000 + 100 * config.seed + base
-    )
+    seed = config.record_seed + base
+    settings = eggrpo.Config(seed=seed, **eggrpo.PRESETS[config.preset])
     rows = gradient_rows(env, policy.requires_grad_(True), settings, config.batches)
     write_lines(result_path(config, job), rows)
 
@@ -254,7 +262,7 @@ def do_gradients(config, job, flags):
 def do_rare(config, job, flags):
     """Write how a policy draws each rare pair: one JSON line per pair."""
     env, policy, _, _ = recorded_policy(config, job, flags)
-    rows = rare_rows(env, policy, max(config.prompts // 3, 1), config.seed)
+    rows = rare_rows(env, policy, config.rare_prompts, config.seed)
     write_lines(result_path(config, job), rows)
 
 

@@ -144,7 +144,7 @@ def variant_tables(study):
 TITLES = {
     "comparison": "Main comparison, by learning rate and horizon: means over runs",
     "differences": "Differences to GRPO, paired; over pairs and over base policies",
-    "between runs": "Spread between runs of a base policy: std, std of GRPO, p of a permutation test",
+    "between runs": "Spread between runs of a base policy: std, std of GRPO, p of permutations",
     "bases": "By base policy",
     "ablations": "Ablations and rivals, preset's learning rate; entropies at the end of training",
     "regimes": "Regimes: one change, made to GRPO and to EG-GRPO; scores by the true reward",

@@ -60,7 +60,7 @@ def test_what_no_scene_explains_makes_an_image_inexact():
 
 
 def test_the_frame_tells_what_the_two_checks_say():
-    """Twelve images, eight in a row: both exact, the detector only, the nearest scene only, none."""
+    """Twelve images, eight in a row: both say exact, the detector, the nearest scene, none."""
     world = WORLDS["cpu"]
     scenes = [make_scene(world, "eval", 0, i) for i in range(12)]
     exact, nearest = torch.tensor([1.0, 1, 0, 0] * 3), torch.tensor([True, False, True, False] * 3)
