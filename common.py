@@ -172,8 +172,7 @@ def pick_device(name="auto"):
 
 def set_up_cuda(device):
     """Choose the current device and the arithmetic of CUDA, for the whole process."""
-    # Streams, graphs and allocations use the current device. If it were not this one, a graph
-    # would be captured empty, and its replay would return the same samples at every call.
+    # Streams and allocations use the current device.
     if device.index is not None:
         torch.cuda.set_device(device)
     # TF32 rounds factors to 10 bits, and is the default of convolutions. Rewards, tokenizer and

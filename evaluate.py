@@ -228,7 +228,6 @@ def main(argv=None):
             scores = evaluate(env, policy, split, *arguments, **options)
             results[name][split] = summarize(scores)
         rows.append(gallery_row(env, policy, **options))
-        policy.graphs.clear()  # each CUDA graph holds a key-value cache
     images, exact = zip(*rows)
     sheet = gallery(images, gallery_titles(env.world), list(policies), exact)
     save_image(sheet, folder / "before-after.png")

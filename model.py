@@ -92,7 +92,6 @@ class Policy(nn.Module):
         self.row_embedding = nn.Embedding(side, width)
         self.column_embedding = nn.Embedding(side, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        self.graphs = {}  # CUDA graphs, see sample_by_graph
         self.norm = nn.LayerNorm(width, bias=False)
         self.word_head = nn.Linear(width, word_vocab_size - END, bias=False)
         self.code_head = nn.Linear(width, codebook_size, bias=False)
@@ -275,13 +274,18 @@ class Decoder:
 
 
 @torch.no_grad()
-def sample_slots(policy, prompt, uniform, no_plan=False, guidance=1.0, temperature=1.0):
-    """Sample slot by slot, without a host synchronisation. Arguments and result as for generate."""
+def generate(policy, prompt, uniform, no_plan=False, guidance=1.0, temperature=1.0):
+    """Sample plans and codes, slot by slot, without a host synchronisation. prompt: (P, S);
+    uniform: (B, T) noise in [0, 1), B a multiple of P: each prompt is continued B / P times in a
+    row. Returns a Sample of B sequences.
+
+    no_plan: leave the plan empty (the paper's base setting).
+    """
     (b, _), c = uniform.shape, policy.C
     plan, codes = prompt.new_full((b, c), PAD), prompt.new_zeros(b, policy.L)
     logp, entropy = torch.zeros_like(uniform), torch.zeros_like(uniform)
     running = torch.ones_like(plan[:, 0], dtype=torch.bool)  # plans without END so far
-    with precision(prompt.device):  # inside the graph, which casts the weights at each replay
+    with precision(prompt.device):
         prompts = with_empty_prompts(prompt, guidance)
         copies = len(prompts) // len(prompt)
         decoder = Decoder(policy, prompts, b * copies)
@@ -302,42 +306,6 @@ def sample_slots(policy, prompt, uniform, no_plan=False, guidance=1.0, temperatu
                 decoder.feed_code(code.repeat(copies))
     valid = torch.cat([plan != PAD, torch.ones_like(codes, dtype=torch.bool)], 1)
     return Sample(plan, codes, logp, entropy, valid)
-
-
-def generate(policy, prompt, uniform, no_plan=False, guidance=1.0, temperature=1.0):
-    """Sample plans and codes. prompt: (P, S); uniform: (B, T) noise in [0, 1), B a multiple of P:
-    each prompt is continued B / P times in a row. Returns a Sample of B sequences.
-
-    no_plan: leave the plan empty (the paper's base setting).
-    """
-    options = dict(no_plan=no_plan, guidance=guidance, temperature=temperature)
-    if prompt.is_cuda:
-        return sample_by_graph(policy, (prompt, uniform), options)
-    return sample_slots(policy, prompt, uniform, **options)
-
-
-def sample_by_graph(policy, inputs, options, max_graphs=5):
-    """Call sample_slots as one CUDA graph, captured at the first call of a shape and replayed, with
-    the weights as they are, at later ones. The last used are kept: each holds a key-value cache."""
-    key = (*(tuple(x.shape) for x in inputs), *options.values())
-    if key not in policy.graphs:
-        while len(policy.graphs) >= max_graphs:
-            del policy.graphs[next(iter(policy.graphs))]
-        static, stream = [x.clone() for x in inputs], torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            sample_slots(policy, *static, **options)  # warm-up loads kernels outside of the graph
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            sample = sample_slots(policy, *static, **options)
-        policy.graphs[key] = graph, static, sample
-    policy.graphs[key] = policy.graphs.pop(key)  # the last key is the one used last
-    graph, static, sample = policy.graphs[key]
-    for buffer, x in zip(static, inputs):
-        buffer.copy_(x)
-    graph.replay()
-    return Sample(*(x.clone() for x in sample))
 
 
 def load_policy(path, kind, preset, command=None, device="cpu"):

@@ -191,18 +191,14 @@ def time_trl(policy, device):
 
 def peak_memory(function, device):
     """Return the bytes that a call needs at its peak, beyond those held before; None except on
-    CUDA, because a CPU's allocator keeps what it has freed.
-
-    Counts reserved memory: after the capture of a graph its memory is not "allocated". The call has
-    to be the first of its shape.
-    """
+    CUDA, because a CPU's allocator keeps what it has freed."""
     if device.type != "cuda":
         return None
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_reserved()
+    before = torch.cuda.memory_allocated()
     function()
-    return torch.cuda.max_memory_reserved() - before
+    return torch.cuda.max_memory_allocated() - before
 
 
 def cache_bytes(policy, batch, device):
@@ -221,9 +217,8 @@ def print_growth(device):
         prompt = torch.full((8, S), 20, device=device)
         uniform = torch.rand(batch, C + tokens, device=device)
         call = lambda: generate(policy, prompt, uniform)
-        memory = peak_memory(call, device)  # first, so that on CUDA the capture is included
+        memory = peak_memory(call, device)
         elapsed = seconds(call, device, 2)
-        policy.graphs.clear()
         cache = cache_bytes(policy, batch, device)
         rows.append([f"{batch} sequences, {tokens} image tokens", f"{elapsed:.3f}",
                      f"{1e6 * elapsed / batch / (C + tokens):.1f}", megabytes(cache),
@@ -269,7 +264,6 @@ def main():
         for name in ("decode", "reward", "shaping", "update")
     ]
     print(f"\nparts of our step: {', '.join(parts)}")
-    policy.graphs.clear()
     print_growth(device)
 
 

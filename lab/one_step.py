@@ -73,7 +73,6 @@ def describe_tokens(rollout, batches, row):
 def measure_update(policy, reference, batch, masks, settings, rows):
     """Make one update on the step's batch; return, for each row, the change of log-prob in nats:
     of all tokens, of the low and of the high ones among them (masks: a Batch of EG-GRPO)."""
-    policy.graphs.clear()  # CUDA graphs cannot be copied
     learner = copy.deepcopy(policy).requires_grad_(True)
     # the learning rate of the first warm-up step
     optimizer = torch.optim.AdamW(

@@ -1,15 +1,12 @@
 """What many tests share: a tiny random policy and tokenizer, and the smoke preset's pipeline, run
 once. No weights and no network."""
 
-import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -77,43 +74,18 @@ def run_pipeline(folder):
     return folder, printed, time.time() - started
 
 
-def run_dry_run(folder):
-    """Compile the shim of the fake CUDA and make the dry run in a process of its own."""
-    root, here, library = Path(torch.__file__).parent, ROOT / "tests", folder / "fake_cuda.so"
-    command = ["g++", "-shared", "-fPIC", "-std=c++20", f"-I{root}/include", here / "fake_cuda.cpp"]
-    command += [f"-L{root}/lib", f"-Wl,-rpath,{root}/lib", "-ltorch_cpu", "-lc10", "-o", library]
-    subprocess.run(command, check=True)
-    command = [sys.executable, here / "dry_run.py", library]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 @pytest.fixture(scope="session", autouse=True)
-def background(request, tmp_path_factory):
-    """Start what tests wait for, one after the other, beside the first tests: these use one core.
-    Returns {fixture: future}."""
-    functions = dict(out=run_pipeline)
-    if can_dry_run():
-        functions["outcomes"] = run_dry_run
-    needed = {name for item in request.session.items for name in item.fixturenames}
+def pipeline(request, tmp_path_factory):
+    """Start the pipeline, if a test needs it, beside the first tests: these use one core."""
+    needed = any("out" in item.fixturenames for item in request.session.items)
     with ThreadPoolExecutor(1) as pool:
-        yield {
-            name: pool.submit(function, tmp_path_factory.mktemp(name))
-            for name, function in functions.items()
-            if name in needed
-        }
-
-
-def can_dry_run():
-    """Return whether the shim can be compiled, and CUDA be replaced in this build of torch."""
-    return bool(shutil.which("g++")) and not (torch.version.cuda or torch.version.hip)
+        yield pool.submit(run_pipeline, tmp_path_factory.mktemp("out")) if needed else None
 
 
 @pytest.fixture(scope="session")
-def out(background):
+def out(pipeline):
     """The whole pipeline, once, by train.sh: its folder, what it printed and seconds."""
-    return background["out"].result()
+    return pipeline.result()
 
 
 @pytest.fixture(scope="session")

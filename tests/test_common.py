@@ -230,7 +230,7 @@ def test_bf16_is_used_only_where_it_is_not_emulated(monkeypatch, capability, dty
 def test_a_numbered_gpu_becomes_the_current_device_and_tf32_and_cudnn_attention_are_off(
     monkeypatch,
 ):
-    """Streams and graphs use the current device, whatever the device of the tensors."""
+    """Streams and allocations use the current device, whatever the device of the tensors."""
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     attention = torch.backends.cuda.cudnn_sdp_enabled()

@@ -762,7 +762,7 @@ def test_the_host_waits_for_the_device_once_a_step(env, world):
     config = Config(prompts=2, plans_per_prompt=4, micro_batch=4)
     scenes = [make_scene(world, "train", 0, i) for i in range(2)]
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-3, fused=True)
-    for step in range(2):  # the first one captures graphs
+    for step in range(2):  # the first one loads kernels
         rollout = make_rollout(policy, env, scenes, config, step)
         batch = make_batch(rollout, config)
         torch.cuda.synchronize()
