@@ -16,10 +16,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, he
 import torch
 
 import common
-from lab.kills import ROOT, STAGES, finish, launch, prepare, wait
 from model import Policy
 from rollout import Env
 from scenes import WORLDS
+from stages import ROOT, STAGES, launch_stage, prepare
 from words import WORDS
 from tiny_vq.vqvae import VQVAE
 
@@ -47,13 +47,6 @@ def run(*command, status=0):
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
-
-
-def run_python(output, *arguments, status=0):
-    """Run `python ARGUMENTS` in a forked process; return what it printed (both streams)."""
-    assert wait(launch(arguments, output)) == status, output.read_text()
-    assert "Traceback" not in output.read_text()
-    return output.read_text()
 
 
 def one_line(capsys, status, function, *arguments):
@@ -90,14 +83,14 @@ def out(pipeline):
 
 @pytest.fixture(scope="session")
 def whole(out, tmp_path_factory):
-    """A function: name of a stage -> the output folder of its run, uninterrupted, and seconds."""
+    """A function: name of a stage -> the output folder of its run, uninterrupted."""
     made = {}
 
     def make(name):
         if name not in made:
-            folder = tmp_path_factory.mktemp("whole") / name
-            prepare(STAGES[name], out[0], folder)
-            made[name] = folder, finish(STAGES[name], folder)
+            made[name] = tmp_path_factory.mktemp("whole") / name
+            prepare(STAGES[name], out[0], made[name])
+            assert launch_stage(STAGES[name], made[name]).wait() == 0
         return made[name]
 
     return make

@@ -2,7 +2,6 @@
 input."""
 
 import json
-import os
 import re
 import shlex
 import signal
@@ -18,9 +17,9 @@ import eggrpo
 import evaluate
 import pretrain
 import sample
-from conftest import one_line, run, run_python
-from lab.kills import ROOT, STAGES, assert_same, launch_stage, prepare, wait
+from conftest import one_line, run
 from model import load_base
+from stages import ROOT, STAGES, assert_same, launch, launch_stage, prepare, wait_until
 from tiny_vq import train as tiny_vq_train
 
 
@@ -173,27 +172,21 @@ def test_train_sh_refuses_what_it_does_not_know():
     assert "stage 1 of 4" in device and "device 'abacus' cannot be used" in device
 
 
-@pytest.mark.parametrize(
-    "stage, number",
-    [("tiny_vq", signal.SIGINT), ("base", signal.SIGTERM), ("eggrpo", signal.SIGINT)],
-)
 def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_is_the_uninterrupted_one(
-    out, whole, tmp_path, stage, number
+    out, whole, tmp_path
 ):
     """Bit for bit: the same log, but for its clock, the same weights and pictures. The command that
     goes on is the one that was printed."""
-    there, stage = whole(stage)[0], STAGES[stage]
-    cut = tmp_path / "cut"
+    stage, cut = STAGES["eggrpo"], tmp_path / "cut"
     prepare(stage, out[0], cut)
-    process, log = launch_stage(stage, cut), cut / "smoke" / stage.log
-    logged = lambda: log.exists() and '"step": 0' in log.read_text()
-    assert wait(process, logged, 60) is None and logged()
-    os.kill(process.pid, number)
-    status, printed = wait(process, seconds=60), (cut / "printed.txt").read_text()
-    assert status == 128 + number, printed
+    process = launch_stage(stage, cut)
+    wait_until(process, (cut / "smoke" / stage.checkpoint).exists)
+    process.send_signal(signal.SIGINT)
+    status, printed = process.wait(60), (cut / "printed.txt").read_text()
+    assert status == 130, printed
     go_on = re.search("go on with `python (.*)`", printed)[1]
-    run_python(cut / "resumed.txt", *shlex.split(go_on))
-    assert_same(stage, cut, there)
+    assert launch(shlex.split(go_on), cut / "resumed.txt").wait() == 0
+    assert_same(stage, cut, whole("eggrpo"))
 
 
 def test_learner_and_reference_are_loaded_apart_and_frozen(out):
@@ -223,14 +216,14 @@ def test_a_corpus_drawn_by_several_processes_is_the_one_drawn_by_one(env, world,
     assert all(torch.equal(a, b) for a, b in zip(alone, together)) and len(alone[0]) == 44
 
 
-def test_help_lists_every_method_with_what_it_is(tmp_path):
-    printed = run_python(tmp_path / "printed.txt", "eggrpo.py", "--help")
+def test_help_lists_every_method_with_what_it_is():
+    printed = run(sys.executable, "eggrpo.py", "--help")
     for name, method in eggrpo.METHODS.items():
         assert re.search(rf"^  --method {name} +{re.escape(method.about)}$", printed, re.M)
 
 
-def test_bonus_says_how_it_is_used(tmp_path):
-    printed = run_python(tmp_path / "printed.txt", "-m", "lab.bonus", "all", status=2)
+def test_bonus_says_how_it_is_used():
+    printed = run(sys.executable, "-m", "lab.bonus", "all", status=2)
     assert "usage: python -m lab.bonus" in printed
 
 
