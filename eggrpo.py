@@ -64,8 +64,6 @@ class Config(common.BaseConfig):
     drop_zero_std_groups: bool = False  # leave groups of equal rewards out of the loss
     clip_low: float = 0.2  # ratio clipping; no effect with one update per batch (paper: .2)
     clip_high: float = 0.2  # (paper: .2)
-    reward: Literal["mean", "exact"] = "mean"  # mean of rewards.REWARDS, or 1 if all is right
-    reward_noise: float = 0.0  # fraction of rewards that are replaced by random ones in training
     guidance: float = 1.0  # of the policy, sampled and scored (paper: 5, sampled only)
     inner_epochs: int = 1  # passes over a batch of rollouts (paper: 1)
     minibatches: int = 1  # updates per pass (paper: 1)
@@ -81,7 +79,7 @@ class Config(common.BaseConfig):
 
     RANGES = dict(
         plans_per_prompt=(2, common.LARGEST),  # rollouts are compared
-        low_frac=(0, 1), high_frac=(0, 1), reward_noise=(0, 1),
+        low_frac=(0, 1), high_frac=(0, 1),
         bonus_cap=(0, 1),  # above 1 a bonus would flip signs
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ apply to the prompt (NaN: does not apply; only `relation` returns it). Add your 
     rewards.REWARDS["red"] = lambda images, detections, targets: images[:, 0].mean(dim=(1, 2))
 
 `exact` is 1 if the image has the right objects, no others, a true relation and no smears. It is
-measured, and optimised only with `--reward exact`.
+measured, not optimised.
 
 Dimension letters: B images, C colours, K kinds (colour x texture x shape, in this order), M objects
 at most, h x w pixels.

@@ -82,24 +82,13 @@ def make_rollout(policy, env, scenes, config, step):
     uniform = draw_uniform(policy, len(scenes) * g, config.images_per_plan, *key)
     targets = rewards.encode_targets(env.world, [s for s in scenes for _ in range(g)], env.device)
     # prompt, noise and targets are the five tensors that a rollout copies to the device, at its
-    # start; after that, without reward noise, the host does not wait for the device
+    # start; after that the host does not wait for the device
     sample, images = sample_images(env, policy, prompt, uniform, guidance=config.guidance)
     reward, components, exact = rewards.compute_rewards(images, targets, env.world)
-    reward = exact if config.reward == "exact" else reward
-    if config.reward_noise:
-        reward = add_reward_noise(reward, config, step)
     prompt = prompt.repeat_interleave(g, 0)  # (B, S)
     grouped = lambda x: x.view(len(scenes), g)  # (B,) -> (P, G)
     components = {name: grouped(value) for name, value in components.items()}
     return Rollout(prompt, *sample, images, grouped(reward), components, grouped(exact))
-
-
-def add_reward_noise(reward, config, step):
-    """Replace a fraction config.reward_noise of rewards (B,) by uniform ones in [0, 1), as a
-    learned reward model would err. Evaluations use the true reward."""
-    generator = common.generator(config.seed, "reward noise", step)
-    chosen, value = torch.rand(2, len(reward), generator=generator).to(reward.device)
-    return torch.where(chosen < config.reward_noise, value, reward)
 
 
 # --- statistics for the log -----------------------------------------------------------------------

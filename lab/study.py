@@ -41,7 +41,6 @@ from scenes import make_scene
 
 ROOT = Path(__file__).parent.parent
 RARER = 0.003  # fraction of the corpus with a rare pair, in the regime of that name
-NOISE = 0.25  # fraction of rewards that are random, in the regime "noisy"
 COEFFICIENTS = ("0.01", "0.03", "0.1")  # of the entropy gradient; chosen on runs not reported
 
 
@@ -132,7 +131,7 @@ def plan(config):
     usual = eggrpo.Config(**eggrpo.PRESETS[config.preset])
     bases, tuning = range(config.bases), tuning_jobs(config)
     high, low = (("--lr", f"{usual.lr * factor:.3g}") for factor in (10 / 3, 1 / 3))
-    beta, noise = ("--beta", "0"), ("--reward-noise", str(NOISE))
+    beta = ("--beta", "0")
     long = ("--steps", str(5 * config.steps))
     waits = {method: tuple(job.name for job in tuning) for method in TUNED}
 
@@ -164,7 +163,6 @@ def plan(config):
     jobs += runs(MAIN, 0, *high, prefix="lr-high-")
     jobs += [job for s in range(two, config.seeds) for job in runs(pair, s)]
     for part, tuned in ((bases[:3], tuning), (bases[3:], [])):
-        jobs += runs(pair, 0, *noise, prefix="noisy-", on=part)
         jobs += runs(pair, 0, *beta, prefix="no-kl-", on=part)
         jobs += tuned + runs(RIVALS, 0, on=part)
     jobs += runs(MAIN, 0, *low, prefix="lr-low-")

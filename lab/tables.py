@@ -1,7 +1,6 @@
 """Tables of a study: the numbers of study.json as Markdown, and the names of what they compare.
 
-Used by lab.analyze, and by the tests to compare README.md and docs/results.md with the numbers of
-assets/study.json.
+Used by lab.analyze.
 """
 
 import numpy as np
@@ -18,7 +17,6 @@ GROUPS = {  # prefix of the variants: what was changed
     "lr-high-": "learning rate x 10/3",
     "lr-low-": "learning rate x 1/3",
     "long-": "five times the steps",
-    "noisy-": "noisy rewards",
     "no-kl-": "no KL term",
     "rarer-": "rarer pairs",
 }
@@ -110,7 +108,7 @@ def variant_tables(study):
     regimes = [
         [group, label(v), x["runs"], *(format_ci(x[m]) for m in SCORES),
          *(minus(x, f"{m} - grpo") if not v.endswith("-grpo") else "" for m in SCORES)]
-        for group, v, x in grouped(study, ("noisy-", "no-kl-", "rarer-"))
+        for group, v, x in grouped(study, ("no-kl-", "rarer-"))
     ]  # fmt: skip
     area, by_step = "rare exact over training", "rare exact by step"
 

@@ -29,7 +29,6 @@ from model import Block, Decoder, forward_logits, token_logp
 from rollout import (
     LOGP_DIFF_BOUNDS,
     Rollout,
-    add_reward_noise,
     check_stats,
     entropy_stats,
     make_rollout,
@@ -671,18 +670,6 @@ def test_guidance_in_rl_is_part_of_the_policy(env, world):
     rollout = make_rollout(policy, env, scenes, config, 0)
     logp = token_logp(*logits_of(policy, rollout, config), rollout.plan, rollout.codes)
     assert (logp - rollout.logp).abs().max() < 1e-4
-
-
-def test_reward_noise_replaces_the_stated_fraction_the_same_way_each_time():
-    """The rest is unchanged, and exact, which evaluations measure, is never noisy."""
-    reward = torch.linspace(0, 1, 4000)
-    config = Config(reward_noise=0.25)
-    noisy = add_reward_noise(reward, config, 3)
-    assert abs((noisy != reward).float().mean() - 0.25) < 0.03
-    assert 0 <= noisy.min() and noisy.max() <= 1
-    assert abs(noisy[noisy != reward].mean() - 0.5) < 0.05  # uniform, whatever it replaces
-    assert torch.equal(noisy, add_reward_noise(reward, config, 3))
-    assert not torch.equal(noisy, add_reward_noise(reward, config, 4))
 
 
 def test_pictures_of_a_plan_share_the_plan_and_all_are_one_group(env, world, policy):
