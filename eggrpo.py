@@ -48,8 +48,7 @@ class Config(common.BaseConfig):
     name: str = ""  # of the run's folder; default: <method>-<seed>
     steps: int = 300  # batches of rollouts (paper: 1600)
     prompts: int = 8  # P (paper: 16)
-    plans_per_prompt: int = 8  # (paper: 8)
-    images_per_plan: int = 1  # G = plans_per_prompt * images_per_plan (paper: 1)
+    plans_per_prompt: int = 8  # G, with one image each (paper: 8)
     lr: float = 5e-4  # after 10 warm-up steps, linearly to 0 (paper: 1e-6, 7 B parameters)
     beta: float = 0.01  # weight of the KL term (paper: .01)
     low_frac: float = 0.2  # fraction of tokens without reward gradient (paper: .2)
@@ -75,7 +74,7 @@ class Config(common.BaseConfig):
     @property
     def sequences(self):
         """B = P * G."""
-        return self.prompts * self.plans_per_prompt * self.images_per_plan
+        return self.prompts * self.plans_per_prompt
 
     RANGES = dict(
         plans_per_prompt=(2, common.LARGEST),  # rollouts are compared

@@ -76,10 +76,10 @@ class Rollout(NamedTuple):
 @torch.no_grad()
 def make_rollout(policy, env, scenes, config, step):
     """Sample plans and images for each scene's prompt and score the images. Returns a Rollout."""
-    g = config.plans_per_prompt * config.images_per_plan
+    g = config.plans_per_prompt
     prompt = encode_scenes(env.world, scenes)[0].to(env.device)  # (P, S)
     key = config.seed, "rollout", step
-    uniform = draw_uniform(policy, len(scenes) * g, config.images_per_plan, *key)
+    uniform = draw_uniform(policy, len(scenes) * g, 1, *key)
     targets = rewards.encode_targets(env.world, [s for s in scenes for _ in range(g)], env.device)
     # prompt, noise and targets are the five tensors that a rollout copies to the device, at its
     # start; after that the host does not wait for the device

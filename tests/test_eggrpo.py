@@ -672,14 +672,12 @@ def test_guidance_in_rl_is_part_of_the_policy(env, world):
     assert (logp - rollout.logp).abs().max() < 1e-4
 
 
-def test_pictures_of_a_plan_share_the_plan_and_all_are_one_group(env, world, policy):
+def test_the_rollouts_of_a_prompt_are_one_group(env, world, policy):
     scenes = [make_scene(world, "train", 0, i) for i in range(2)]
-    config = Config(prompts=2, plans_per_prompt=3, images_per_plan=2)
-    rollout = make_rollout(policy, env, scenes, config, 0)
-    assert rollout.rewards.shape == (2, 6) and torch.equal(rollout.plan[::2], rollout.plan[1::2])
-    assert not torch.equal(rollout.codes[::2], rollout.codes[1::2])
+    rollout = make_rollout(policy, env, scenes, Config(prompts=2, plans_per_prompt=3), 0)
+    assert rollout.rewards.shape == (2, 3)
     assert len({tuple(p.tolist()) for p in rollout.plan}) > 2
-    assert torch.equal(rollout.prompt[:6], rollout.prompt[:1].expand(6, -1))
+    assert torch.equal(rollout.prompt[:3], rollout.prompt[:1].expand(3, -1))
 
 
 def test_several_updates_move_the_ratio_and_use_each_sequence_once_an_epoch(step, monkeypatch):
@@ -724,7 +722,6 @@ def test_the_reference_is_idle_where_beta_is_zero(step, monkeypatch):
         ("inner_epochs", 0),
         ("minibatches", 7),
         ("plans_per_prompt", 1),
-        ("images_per_plan", 0),
         ("lr", -1.0),
         ("seed", -1),
         ("beta", float("nan")),
