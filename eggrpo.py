@@ -56,11 +56,6 @@ class Config(common.BaseConfig):
     bonus_coef: float = 0.3  # bonus per unit of entropy (paper: .3)
     bonus_cap: float = 0.3  # largest bonus as a fraction of |A| (paper: .3)
     modality: Literal["both", "plan", "image"] = "both"  # which is shaped (paper: both)
-    keep_corrections: bool = False  # low tokens lose positive advantages only (paper: all)
-    entropy_coef: float = 0.0  # weight of an entropy gradient on high tokens (paper: none)
-    scale_rewards: bool = True  # divide advantages by the std (paper: yes)
-    constant_denominator: bool = False  # divide the loss by all slots, not by valid tokens
-    drop_zero_std_groups: bool = False  # leave groups of equal rewards out of the loss
     clip_low: float = 0.2  # ratio clipping; no effect with one update per batch (paper: .2)
     clip_high: float = 0.2  # (paper: .2)
     guidance: float = 1.0  # of the policy, sampled and scored (paper: 5, sampled only)
@@ -114,29 +109,19 @@ METHODS = {  # all share one loop and one loss
                            dict(modality="image")),
     "bonus": Method("one half of the method: the bonus", dict(low_frac=0.0)),
     "exclude": Method("one half of the method: exclusion", dict(bonus_coef=0.0)),
-    "eggrpo-corrective": Method("ours: low tokens lose positive advantages only, so that errors "
-                                "are still corrected", dict(keep_corrections=True)),
-    "eggrpo-gradient": Method("exclusion, and for the bonus a true entropy gradient on high tokens",
-                              dict(bonus_coef=0.0, entropy_coef=0.01)),
     "top-entropy": Method("the 80/20 rule: reward gradient on the 20 % highest-entropy tokens only",
                           dict(low_frac=0.8, high_frac=0.2, bonus_coef=0.0)),
-    "entropy-coef": Method("GRPO and an entropy gradient on all tokens",
-                           dict(GRPO, high_frac=1.0, entropy_coef=0.01)),
-    "dr-grpo": Method("Dr. GRPO: no division by the std, constant denominator",
-                      dict(GRPO, scale_rewards=False, constant_denominator=True)),
-    "dapo": Method("DAPO: clip-higher (.2, .28), groups without variance dropped from the loss",
-                   dict(GRPO, clip_high=0.28, drop_zero_std_groups=True)),
 }  # fmt: skip
 
 
 # --- the mathematics ------------------------------------------------------------------------------
 
 
-def group_advantages(rewards, eps=1e-4, scale_rewards=True):
+def group_advantages(rewards, eps=1e-4):
     """Compare each rollout with the others of its prompt: A = (R - mean) / (std + eps), ddof 1.
 
-    rewards: (P, G). scale_rewards=False: A = R - mean (Dr. GRPO). Returns (P, G); a row of equal
-    rewards gives exactly 0, whatever rounding does to its mean. Raises ValueError if G < 2.
+    rewards: (P, G). Returns (P, G); a row of equal rewards gives exactly 0, whatever rounding does
+    to its mean. Raises ValueError if G < 2.
 
     >>> group_advantages(torch.tensor([[0.0, 1.0]]), eps=0.0)
     tensor([[-0.7071,  0.7071]])
@@ -144,24 +129,17 @@ def group_advantages(rewards, eps=1e-4, scale_rewards=True):
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (P, G) with G of at least 2: {tuple(rewards.shape)}")
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))  # float64 stays
-    advantages = rewards - rewards.mean(1, keepdim=True)
-    if scale_rewards:
-        advantages = advantages / (rewards.std(1, keepdim=True) + eps)
+    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + eps)
     equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
     return advantages.masked_fill(equal, 0.0)
 
 
-def differentiable_entropy(logits):
-    """Entropy of the full next-token distribution as a fraction of log V, its maximum. logits:
-    (..., V). Returns (...) in [0, 1], in float32 or better."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return normalized_entropy(logits.log_softmax(-1))
-
-
 @torch.no_grad()
 def token_entropy(logits):
-    """Entropy without gradient; used for the masks and the bonus."""
-    return differentiable_entropy(logits)
+    """Entropy of the full next-token distribution as a fraction of log V, its maximum, without
+    gradient. logits: (..., V). Returns (...) in [0, 1], in float32 or better."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return normalized_entropy(logits.log_softmax(-1))
 
 
 def entropy_masks(entropy, valid, low_frac=0.2, high_frac=0.5):
@@ -246,25 +224,16 @@ class Batch(NamedTuple):
     advantage: Tensor  # (B, T) shaped
     low: Tensor  # (B, T) bool
     high: Tensor  # (B, T) bool
-    in_loss: Tensor  # (B, T) bool: valid, and not of a group that is left out
 
 
 def make_batch(rollout, config):
     """Turn rewards and entropies into an advantage per token. Returns a Batch."""
-    advantages = group_advantages(rollout.rewards, scale_rewards=config.scale_rewards)  # (P, G)
-    a = advantages.flatten()  # (B,)                                      GRPO stops here
+    a = group_advantages(rollout.rewards).flatten()  # (B,)                GRPO stops here
     low, high = modality_masks(rollout, config)  # (B, T)
-    if config.keep_corrections:
-        low = low & (a > 0)[:, None]
     coefficients = config.bonus_coef, config.bonus_cap
     shaped = shape_advantages(a, rollout.entropy, low, high, *coefficients)  # (B, T)     EG
-
-    in_loss = rollout.valid
-    if config.drop_zero_std_groups:
-        kept = rollout.rewards.amax(1) > rollout.rewards.amin(1)  # (P,)
-        in_loss = in_loss & kept.repeat_interleave(rollout.rewards.shape[1])[:, None]
     return Batch(rollout.prompt, rollout.plan, rollout.codes, rollout.logp, rollout.valid, a,
-                 shaped, low, high, in_loss)  # fmt: skip
+                 shaped, low, high)  # fmt: skip
 
 
 def modality_masks(rollout, config):
@@ -287,13 +256,9 @@ def micro_batch_loss(policy, reference, part, denominator, config):
         with torch.no_grad():
             ref_logits = forward_logits(reference, *tokens, config.guidance)
             logp_ref = token_logp(*ref_logits, part.plan, part.codes)
-    arguments = logp, part.logp_old, logp_ref, part.advantage, part.in_loss
+    arguments = logp, part.logp_old, logp_ref, part.advantage, part.valid
     clip = config.clip_low, config.clip_high
     loss, stats = policy_loss(*arguments, config.beta, *clip, denominator)
-    if config.entropy_coef:
-        entropy = torch.cat([differentiable_entropy(x) for x in logits], 1)  # (B, T)
-        high_entropy = torch.where(part.high, entropy, 0.0) * part.in_loss
-        loss = loss - config.entropy_coef * (high_entropy.sum() / denominator)
     difference = (logp.detach() - part.logp_old).abs() * part.valid  # (B, T)
     stats["loss"], stats["logp_diff_mean"] = loss.detach(), difference.sum() / part.valid.sum()
     stats["logp_diff_max"] = (difference / (1 + part.logp_old.abs())).max()
@@ -320,9 +285,8 @@ def update(policy, reference, optimizer, batch, config, step, extra_stats=None):
     """
     logged, updates = [], minibatch_indices(batch, config, step)
     for rows in updates:
-        in_loss, parts = batch.in_loss[rows], []
-        slots = torch.ones_like(in_loss) if config.constant_denominator else in_loss
-        denominator = slots.sum().clamp(min=1)  # of the whole update: micro-batches change nothing
+        denominator = batch.valid[rows].sum()  # of the whole update: micro-batches change nothing
+        parts = []
         for idx in rows.split(config.micro_batch):
             part = Batch(*(x[idx] for x in batch))
             loss, stats = micro_batch_loss(policy, reference, part, denominator, config)

@@ -107,11 +107,11 @@ def describe_before(runs):
 
 
 def describe_between_runs(runs, config):
-    """Compare the spread between runs of each main method with that of GRPO, by permutation."""
+    """Compare the spread between runs of EG-GRPO with that of GRPO, by permutation."""
     found = {}
     for variant in runs:
         prefix, method = split_variant(variant)
-        if method in MAIN[1:]:
+        if method == "eggrpo":
             test = lambda f: compare_spread(
                 values(runs, variant, f), values(runs, prefix + "grpo", f), config.seed
             )
@@ -247,13 +247,12 @@ def describe_rare(rows):
 
 
 def read(folder, config):
-    """Read runs.jsonl and the records. Returns {variant: {(base, number): run}}, tuning runs left
-    out, {setting: rows} of images and of gradients, and (base, variant, row) of rare pairs."""
+    """Read runs.jsonl and the records. Returns {variant: {(base, number): run}}, {setting: rows} of
+    images and of gradients, and (base, variant, row) of rare pairs."""
     runs, records, gradients = {}, {}, {}
     path = folder / config.preset / "runs.jsonl"
     for run in read_lines(path) if path.exists() else []:
-        if not run["variant"].startswith("tune-"):
-            runs.setdefault(run["variant"], {})[run["base"], run["number"]] = run
+        runs.setdefault(run["variant"], {})[run["base"], run["number"]] = run
     order = [prefix + method for prefix in GROUPS for method in (*MAIN, *RIVALS)]
     for setting, name in SETTINGS.items():
         for found, suffix in ((records, ""), (gradients, ".gradients")):

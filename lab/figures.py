@@ -22,9 +22,6 @@ STYLES = {
     "base + plan": ("#e69f00", "--", "^"),
     "GRPO": ("#0072b2", "-.", "o"),
     "EG-GRPO": ("#000000", "-", "D"),
-    "EG-GRPO, corrective": ("#cc79a7", "--", "^"),
-    "`eggrpo-gradient`": ("#009e73", ":", "v"),
-    "`entropy-coef`": ("#d55e00", "--", "s"),
 }
 
 
@@ -133,11 +130,9 @@ def draw_spread(path, spread):
 
 def draw_curves(path, study):
     """Held-out exact, on usual and rare pairs, against the training step: mean over runs and its
-    interval; a column per learning rate, per horizon, and for the entropy gradients."""
-    gradients = ("grpo", "eggrpo-gradient", "entropy-coef")
+    interval; a column per learning rate and per horizon."""
     columns = [(title, grouped(study, [prefix], MAIN)) for prefix, title in GROUPS.items()]
-    columns = [*columns[:4], ("entropy gradients", grouped(study, [""], gradients))]
-    columns = [(title, rows) for title, rows in columns if len(rows) > 1]
+    columns = [(title, rows) for title, rows in columns[:4] if len(rows) > 1]
     if not columns:
         return
     figure, axes = plt.subplots(2, len(columns), figsize=(2.9 * len(columns), 5.2), sharey="row",

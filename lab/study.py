@@ -41,7 +41,6 @@ from scenes import make_scene
 
 ROOT = Path(__file__).parent.parent
 RARER = 0.003  # fraction of the corpus with a rare pair, in the regime of that name
-COEFFICIENTS = ("0.01", "0.03", "0.1")  # of the entropy gradient; chosen on runs not reported
 
 
 @dataclass(frozen=True)
@@ -84,18 +83,8 @@ PRESETS = {
     "gpu": dict(steps=400),
 }
 
-MAIN = ("grpo", "eggrpo", "eggrpo-corrective")
-TUNED = ("eggrpo-gradient", "entropy-coef")  # their coefficient is chosen by the tuning runs
-RIVALS = (
-    "exclude",
-    "bonus",
-    "eggrpo-text",
-    "eggrpo-image",
-    *TUNED,
-    "top-entropy",
-    "dr-grpo",
-    "dapo",
-)
+MAIN = ("grpo", "eggrpo")
+RIVALS = ("exclude", "bonus", "eggrpo-text", "eggrpo-image", "top-entropy")
 
 
 class Job(NamedTuple):
@@ -109,37 +98,24 @@ def base_job(folder, *flags):
     return Job(folder, "base", flags)
 
 
-def run_job(config, base, s, variant, method, *flags, folder="base", needs=()):
+def run_job(config, base, s, variant, method, *flags, folder="base"):
     """Describe run number s of a variant on a base policy."""
     flags = ("--method", method, "--seed", str(10 * base + s), "--steps", str(config.steps), *flags)
     folder = f"{folder}-{base}"
-    return Job(f"{folder}/{variant}-{s}", "run", flags, (folder, *needs))
-
-
-def tuning_jobs(config):
-    """List the runs that choose the coefficient of the entropy gradient: number 9 of base policy 0,
-    which no table reports."""
-    return [
-        run_job(config, 0, 9, f"tune-{c}-{method}", method, "--entropy-coef", c)
-        for method in TUNED
-        for c in COEFFICIENTS
-    ]
+    return Job(f"{folder}/{variant}-{s}", "run", flags, (folder,))
 
 
 def plan(config):
     """List all jobs in the order in which they start."""
     usual = eggrpo.Config(**eggrpo.PRESETS[config.preset])
-    bases, tuning = range(config.bases), tuning_jobs(config)
+    bases = range(config.bases)
     high, low = (("--lr", f"{usual.lr * factor:.3g}") for factor in (10 / 3, 1 / 3))
     beta = ("--beta", "0")
     long = ("--steps", str(5 * config.steps))
-    waits = {method: tuple(job.name for job in tuning) for method in TUNED}
 
     def runs(methods, s, *flags, prefix="", on=bases, folder="base"):
         return [
-            run_job(config, b, s, prefix + m, m, *flags, folder=folder, needs=waits.get(m, ()))
-            for b in on
-            for m in methods
+            run_job(config, b, s, prefix + m, m, *flags, folder=folder) for b in on for m in methods
         ]
 
     records = [
@@ -156,25 +132,25 @@ def plan(config):
         for name, *needs in (("base", f"base-{b}"), ("grpo-0", f"base-{b}/grpo-0"))
     ]
     rarer = [base_job(f"rarer-{b}", "--rare-fraction", str(RARER)) for b in bases[:3]]
-    pair, two = MAIN[:2], max(config.seeds // 2, 1)
     jobs = [base_job(f"base-{b}") for b in bases]
     jobs += runs(MAIN, 0) + records + gradients
+    two = max(config.seeds // 2, 1)
     jobs += [job for s in range(1, two) for job in runs(MAIN, s)]
     jobs += runs(MAIN, 0, *high, prefix="lr-high-")
-    jobs += [job for s in range(two, config.seeds) for job in runs(pair, s)]
-    for part, tuned in ((bases[:3], tuning), (bases[3:], [])):
-        jobs += runs(pair, 0, *beta, prefix="no-kl-", on=part)
-        jobs += tuned + runs(RIVALS, 0, on=part)
+    jobs += [job for s in range(two, config.seeds) for job in runs(MAIN, s)]
+    for part in (bases[:3], bases[3:]):
+        jobs += runs(MAIN, 0, *beta, prefix="no-kl-", on=part)
+        jobs += runs(RIVALS, 0, on=part)
     jobs += runs(MAIN, 0, *low, prefix="lr-low-")
-    jobs += rarer + runs(pair, 0, prefix="rarer-", on=bases[:3], folder="rarer")
+    jobs += rarer + runs(MAIN, 0, prefix="rarer-", on=bases[:3], folder="rarer")
     jobs += runs(MAIN, 1, *high, prefix="lr-high-") + runs(MAIN, 1, *low, prefix="lr-low-")
     jobs += runs(MAIN, 0, *long, prefix="long-", on=bases[:3])
     # made later, because the few runs planned had intervals above 0: five of the bonus, three long
     jobs += [job for s in range(1, config.seeds) for job in runs(("bonus",), s)]
-    jobs += runs(pair, 0, *long, prefix="long-", on=bases[3:])
-    jobs += runs(pair, 1, *long, prefix="long-", on=bases[:3])
-    names = [f"{m}-{s}" for m in pair for s in range(config.seeds)]
-    names += [f"long-{m}-0" for m in pair]
+    jobs += runs(MAIN, 0, *long, prefix="long-", on=bases[3:])
+    jobs += runs(MAIN, 1, *long, prefix="long-", on=bases[:3])
+    names = [f"{m}-{s}" for m in MAIN for s in range(config.seeds)]
+    names += [f"long-{m}-0" for m in MAIN]
     return jobs + [
         Job(f"base-{b}/records/{name}.rare", "rare", (), (f"base-{b}{run}",))
         for b in bases
@@ -192,29 +168,15 @@ def do_base(config, job, flags):
     pretrain.main([*flags, *seed, *job.flags])
 
 
-def chosen_coefficient(config, method):
-    """Return the coefficient of the entropy gradient whose tuning run has the best mean reward."""
-    folder = Path(config.out) / "base-0" / config.preset
-    scores = {
-        c: json.loads((folder / f"tune-{c}-{method}-9" / "scores.json").read_text())
-        for c in COEFFICIENTS
-    }
-    return max(scores, key=lambda c: scores[c]["eval"]["reward"])
-
-
 def do_run(config, job, flags):
     """Train a policy and score it on held-out and rare prompts."""
-    name, method = Path(job.name).name, job.flags[1]
-    more = []
-    if method in TUNED and "--entropy-coef" not in job.flags:
-        more = ["--entropy-coef", chosen_coefficient(config, method)]
+    name = Path(job.name).name
     every = ["--eval-every", str(max(config.steps // 4, 1))]
-    eggrpo.main([*flags, *job.flags, *more, *every, "--name", name])
+    eggrpo.main([*flags, *job.flags, *every, "--name", name])
     device, out = common.pick_device(config.device), flags[flags.index("--out") + 1]
     env, path = load_env(config.preset, out, device), Path(out) / config.preset / name
     policy, trained = load_policy(path / "policy.pt", "policy", config.preset, device=device)
-    # tuning runs answer other prompts than those that are reported
-    options = dict(seed=config.seed + name.startswith("tune"), guidance=trained["guidance"])
+    options = dict(seed=config.seed, guidance=trained["guidance"])
     scored = {
         split: evaluate.summarize(evaluate.evaluate(env, policy, split, n, **options))
         for split, n in (("eval", config.prompts), ("rare", config.rare_prompts))
@@ -332,7 +294,6 @@ def collect(config, jobs):
         train = [[sum(r[k] for r in block) / len(block) for k in trained] for block in blocks]
         rows.append(dict(variant=variant, base=int(folder.rpartition("-")[2]), number=int(s),
                          commit=head["commit"], flags=" ".join(job.flags),
-                         entropy_coef=head["config"]["entropy_coef"],
                          scores=json.loads(path.read_text()), curve=curve,
                          train=train))  # fmt: skip
     rows = json.loads(json.dumps(rows), parse_float=lambda x: round(float(x), 5))

@@ -11,7 +11,7 @@ from lab.study import MAIN
 SCORES = ("reward", "exact", "rare exact")
 FELL = 0.05  # of held-out exact, from its best evaluation in training to its last
 FOUND = 0.1  # exact of a rare pair, above which a run has found it
-NAMES = {"grpo": "GRPO", "eggrpo": "EG-GRPO", "eggrpo-corrective": "EG-GRPO, corrective"}
+NAMES = {"grpo": "GRPO", "eggrpo": "EG-GRPO"}
 GROUPS = {  # prefix of the variants: what was changed
     "": "preset's learning rate",
     "lr-high-": "learning rate x 10/3",

@@ -123,10 +123,10 @@ def test_every_job_has_a_name_of_its_own_and_comes_after_what_it_needs():
     assert len(names) == len(set(names))
     for i, job in enumerate(jobs):
         assert set(job.needs) <= set(names[:i]), job.name
-    first = [job.name for job in jobs if job.kind == "run"][:3]
-    assert first == ["base-0/grpo-0", "base-0/eggrpo-0", "base-0/eggrpo-corrective-0"]
+    first = [job.name for job in jobs if job.kind == "run"][:2]
+    assert first == ["base-0/grpo-0", "base-0/eggrpo-0"]
     variants = {job.name.split("/")[1].rpartition("-")[0] for job in jobs if job.kind == "run"}
-    methods = {analyze.split_variant(v)[1] for v in variants if not v.startswith("tune-")}
+    methods = {analyze.split_variant(v)[1] for v in variants}
     assert methods == {*study.MAIN, *study.RIVALS}
 
 
@@ -171,7 +171,7 @@ def test_the_parts_of_the_gradient_are_parts_of_the_update(env, world, monkeypat
     assert torch.allclose(low + middle + high, g["GRPO"], atol=1e-6)
     assert torch.allclose(g["GRPO"] - low + bonus, g["EG-GRPO"], atol=1e-6)
     assert min(x.norm() for x in g.values()) > 1e-4
-    loss, _ = eggrpo.micro_batch_loss(policy, None, batch, batch.in_loss.sum(), config)
+    loss, _ = eggrpo.micro_batch_loss(policy, None, batch, batch.valid.sum(), config)
     loss.backward()
     own = torch.cat([p.grad.flatten() for p in policy.parameters()])
     assert torch.allclose(-own, g["EG-GRPO"], atol=1e-6)
@@ -226,9 +226,9 @@ def synthetic_runs():
     """Runs of two base policies and two numbers, EG-GRPO .01 below GRPO; one run of each rival."""
     runs = {}
     for variant, effect in (("grpo", 0.0), ("eggrpo", -0.01), ("lr-high-grpo", 0.0),
-                            ("lr-high-eggrpo", -0.04), ("dapo", 0.02), ("no-kl-grpo", 0.0),
+                            ("lr-high-eggrpo", -0.04), ("exclude", 0.02), ("no-kl-grpo", 0.0),
                             ("no-kl-eggrpo", 0.0)):  # fmt: skip
-        for base, number in ((0, 0), (0, 1), (1, 0), (1, 1))[: 1 if variant == "dapo" else 4]:
+        for base, number in ((0, 0), (0, 1), (1, 0), (1, 1))[: 1 if variant == "exclude" else 4]:
             reward = 0.8 + 0.1 * base + 0.02 * number + effect
             scores = dict(
                 reward=reward, exact=reward - 0.2, categories={"colour": {"exact": reward}}
@@ -259,14 +259,14 @@ def test_tables_of_runs_by_hand():
     assert abs(difference["mean"] + 0.01) < 1e-9 and difference["positive"] == 0
     high = found["variants"]["lr-high-eggrpo"]["reward - grpo"]
     assert abs(high["mean"] + 0.04) < 1e-9
-    assert found["variants"]["dapo"]["reward - grpo"]["n"] == 1
+    assert found["variants"]["exclude"]["reward - grpo"]["n"] == 1
     # area: (0 + .1) / 2 over the first half, (.1 + .4) / 2 over the second
     assert abs(eggrpo["rare exact over training"]["mean"] - (0.05 + 0.25) / 2) < 1e-9
     assert eggrpo["fell"] == 4 and abs(eggrpo["largest fall"] - 0.1) < 1e-9  # from .7 to .6
     laid = tables.tables(json.loads(json.dumps(found)))
     pairs = "| preset's learning rate | EG-GRPO | 4 | -0.010 ± 0.000 | -0.010 ± 0.000 |"
     assert pairs in laid["differences"]
-    assert "| `dapo` | 1 | 0.820 | 0.620 |" in laid["ablations"]
+    assert "| `exclude` | 1 | 0.820 | 0.620 |" in laid["ablations"]
     assert "| red cross | base policy 0 | 0.000 | 0.100 |" in laid["rare"]
     assert "| red cross | base policy 1 | - | 0.300 |" in laid["rare"]
     assert "| found: above 0.1 | all | 0 of 1 | 2 of 3 |" in laid["rare"]
@@ -319,5 +319,5 @@ def test_train_sh_makes_the_whole_study_and_goes_on_where_it_was(tmp_path):
 
     command = ["bash", "train.sh", "study", "--preset", "smoke", "--out", tmp_path]
     printed = run(*command)
-    assert re.search(r"study: (\d+) jobs, \1 to do", printed) and "| `dapo` |" in printed
+    assert re.search(r"study: (\d+) jobs, \1 to do", printed) and "| `exclude` |" in printed
     assert re.search(r"study: \d+ jobs, 0 to do", run(*command))
