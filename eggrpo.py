@@ -10,6 +10,8 @@ Differences from the paper and its released code:
 - Masks go by rank, so that counts are exact if entropies tie; the released code compares strictly
   with the entropies at sorted[int(.2 T)] and sorted[int(.5 T)] (of 576 image tokens 115 low and 287
   high; by rank 115 and 288).
+- One update per batch of rollouts, as the released code makes: the ratio is 1, and there is nothing
+  to clip, no inner epochs and no minibatches.
 - Plan statistics go over the valid tokens; the released code takes "entropy > 0" for valid, which
   padding passes.
 - Sampling and scoring use one policy: no top-k, and guidance, if used, on both sides. Rollout
@@ -56,20 +58,11 @@ class Config(common.BaseConfig):
     bonus_coef: float = 0.3  # bonus per unit of entropy (paper: .3)
     bonus_cap: float = 0.3  # largest bonus as a fraction of |A| (paper: .3)
     modality: Literal["both", "plan", "image"] = "both"  # which is shaped (paper: both)
-    clip_low: float = 0.2  # ratio clipping; no effect with one update per batch (paper: .2)
-    clip_high: float = 0.2  # (paper: .2)
     guidance: float = 1.0  # of the policy, sampled and scored (paper: 5, sampled only)
-    inner_epochs: int = 1  # passes over a batch of rollouts (paper: 1)
-    minibatches: int = 1  # updates per pass (paper: 1)
     micro_batch: int = 16  # sequences per forward pass: changes memory, not results
     eval_every: int = 50  # steps between held-out evaluations, each with a gallery
     eval_prompts: int = 192  # per split: usual and rare pairs
     save_every: int = 25  # steps
-
-    @property
-    def sequences(self):
-        """B = P * G."""
-        return self.prompts * self.plans_per_prompt
 
     RANGES = dict(
         plans_per_prompt=(2, common.LARGEST),  # rollouts are compared
@@ -81,8 +74,6 @@ class Config(common.BaseConfig):
         super().check()
         low, high = self.low_frac, self.high_frac
         check(low + high <= 1, f"--low-frac {low}, --high-frac {high}: must add up to at most 1")
-        divides = f"--minibatches {self.minibatches}: does not divide {self.sequences} sequences"
-        check(self.sequences % self.minibatches == 0, divides)
         valid = re.fullmatch(r"[\w.-]*\w", self.name or "a")
         check(valid, f"--name {self.name!r}: letters, digits, '_', '-' and '.' only")
 
@@ -180,33 +171,27 @@ def shape_advantages(advantage, entropy, low, high, bonus_coef=0.3, bonus_cap=0.
     return (a + torch.where(high, bonus, 0.0)) * ~low
 
 
-def policy_loss(logp, logp_old, logp_ref, advantage, valid, beta=0.01, clip_low=0.2, clip_high=0.2,
-                denominator=None):  # fmt: skip
-    """The clipped objective of GRPO, a mean over valid tokens, with a KL term on all of them.
+def policy_loss(logp, logp_old, logp_ref, advantage, valid, beta=0.01, denominator=None):
+    """The objective of GRPO, a mean over valid tokens, with a KL term on all of them.
 
-        loss    = -sum_valid [ min(ratio_t A_t, clip(ratio_t) A_t) - beta KL_t ] / number of valid
+        loss    = -sum_valid [ ratio_t A_t - beta KL_t ] / number of valid
         ratio_t = exp(logp - logp_old)
         KL_t    = exp(ref - logp) - (ref - logp) - 1                   the k3 estimator
 
     logp, logp_old, logp_ref, advantage: (B, T); valid: (B, T) bool. logp_ref may be None if beta is
     0. denominator: the number of valid tokens of the whole batch, if this is a micro-batch of it.
-    Returns the loss, a scalar, and a dict of scalars without gradient: kl and clipped (this
-    micro-batch's share of the batch's mean), ratio_min, ratio_max.
+    Returns the loss and kl, this micro-batch's shares of the batch's means, scalars; kl has no
+    gradient.
     """
     denominator = valid.sum() if denominator is None else denominator
     ratio = torch.where(valid, logp - logp_old, 0.0).exp()  # padding may hold anything, NaN too
     advantage = torch.where(valid, advantage, 0.0)
-    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
-    surrogate = torch.minimum(ratio * advantage, clipped_ratio * advantage)
     kl = torch.zeros_like(ratio)
     if logp_ref is not None:
         log_ratio_ref = torch.where(valid, logp_ref - logp, 0.0)
         kl = log_ratio_ref.exp() - log_ratio_ref - 1
-    loss = -((surrogate - beta * kl) * valid).sum() / denominator
-    clipped = (ratio < 1 - clip_low) & (advantage < 0) | (ratio > 1 + clip_high) & (advantage > 0)
-    stats = dict(kl=(kl * valid).sum() / denominator, clipped=(clipped * valid).sum() / denominator,
-                 ratio_min=ratio.min(), ratio_max=ratio.max())  # fmt: skip
-    return loss, {name: value.detach() for name, value in stats.items()}
+    loss = -((ratio * advantage - beta * kl) * valid).sum() / denominator
+    return loss, (kl.detach() * valid).sum() / denominator
 
 
 # --- one step -------------------------------------------------------------------------------------
@@ -257,51 +242,32 @@ def micro_batch_loss(policy, reference, part, denominator, config):
             ref_logits = forward_logits(reference, *tokens, config.guidance)
             logp_ref = token_logp(*ref_logits, part.plan, part.codes)
     arguments = logp, part.logp_old, logp_ref, part.advantage, part.valid
-    clip = config.clip_low, config.clip_high
-    loss, stats = policy_loss(*arguments, config.beta, *clip, denominator)
+    loss, kl = policy_loss(*arguments, config.beta, denominator)
     difference = (logp.detach() - part.logp_old).abs() * part.valid  # (B, T)
-    stats["loss"], stats["logp_diff_mean"] = loss.detach(), difference.sum() / part.valid.sum()
-    stats["logp_diff_max"] = (difference / (1 + part.logp_old.abs())).max()
+    stats = dict(kl=kl, loss=loss.detach(), logp_diff_mean=difference.sum() / part.valid.sum(),
+                 logp_diff_max=(difference / (1 + part.logp_old.abs())).max())  # fmt: skip
     return loss, stats
 
 
-def minibatch_indices(batch, config, step):
-    """Return the rows of each update, (B / minibatches,) each: inner_epochs passes over a batch."""
-    count, device, indices = len(batch.plan), batch.plan.device, []
-    for epoch in range(config.inner_epochs):
-        rows = torch.arange(count, device=device)
-        if config.minibatches > 1:
-            generator = common.generator(config.seed, "minibatch", step, epoch)
-            rows = torch.randperm(count, generator=generator).to(device)
-        indices += rows.chunk(config.minibatches)
-    return indices
+def update(policy, reference, optimizer, batch, config, extra_stats=None):
+    """Update the policy on a batch of rollouts, once. Returns floats to log.
 
-
-def update(policy, reference, optimizer, batch, config, step, extra_stats=None):
-    """Update the policy on a batch. Returns floats to log, of all of the step's updates.
-
-    extra_stats: other scalars to log. All scalars come to the host in one transfer per update,
-    before the weights change; the host waits for the device only there. Raises TrainingDiverged.
+    extra_stats: other scalars to log. All scalars come to the host in one transfer, before the
+    weights change; the host waits for the device only there. Raises TrainingDiverged.
     """
-    logged, updates = [], minibatch_indices(batch, config, step)
-    for rows in updates:
-        denominator = batch.valid[rows].sum()  # of the whole update: micro-batches change nothing
-        parts = []
-        for idx in rows.split(config.micro_batch):
-            part = Batch(*(x[idx] for x in batch))
-            loss, stats = micro_batch_loss(policy, reference, part, denominator, config)
-            loss.backward()
-            parts.append(stats)
-        stats = (extra_stats or {}) | reduce_stats(parts, torch.sum)
-        stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        if logged:  # the learner has moved on from the sampler
-            stats["logp_diff_mean"] = stats["logp_diff_max"] = torch.zeros_like(stats["loss"])
-        stats = dict(zip(stats, torch.stack([*stats.values()]).cpu()))
-        check_stats(stats, config, batch.plan.device, f"update {len(logged) + 1} of {len(updates)}")
-        optimizer.step()
-        optimizer.zero_grad()
-        logged.append(stats)
-    return {k: v.item() for k, v in reduce_stats(logged, torch.mean).items()}
+    denominator, parts = batch.valid.sum(), []  # of the whole batch: micro-batches change nothing
+    for idx in torch.arange(len(batch.plan), device=batch.plan.device).split(config.micro_batch):
+        part = Batch(*(x[idx] for x in batch))
+        loss, stats = micro_batch_loss(policy, reference, part, denominator, config)
+        loss.backward()
+        parts.append(stats)
+    stats = (extra_stats or {}) | reduce_stats(parts)
+    stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    stats = dict(zip(stats, torch.stack([*stats.values()]).cpu()))
+    check_stats(stats, config, batch.plan.device)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {name: value.item() for name, value in stats.items()}
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -336,7 +302,7 @@ def main(argv=None):
             explain = lambda: rewards.check_rewards(rollout.rewards, rollout.components)
             with run.guard(step, batch._asdict(), explain):
                 extra = rollout_stats(rollout, batch)
-                stats = update(policy, reference, optimizer, batch, config, step, extra)
+                stats = update(policy, reference, optimizer, batch, config, extra)
             stats["seconds"] = time.time() - step_started
             bar.set_postfix({k: f"{stats[k]:.2f}" for k in ("reward", "exact", "kl")})
             if step + 1 == config.steps or (step + 1) % config.eval_every == 0:

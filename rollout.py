@@ -131,12 +131,11 @@ def rollout_stats(rollout, batch):
     )  # fmt: skip
 
 
-def reduce_stats(stats, reduce):
-    """Reduce a list of dicts of scalars key by key: ratios and differences of log-probs to their
-    extremes, others by `reduce`."""
-    extremes = dict(ratio_min=torch.amin)
-    extremes |= dict.fromkeys(("ratio_max", "logp_diff_mean", "logp_diff_max"), torch.amax)
-    return {k: extremes.get(k, reduce)(torch.stack([s[k] for s in stats]), 0) for k in stats[0]}
+def reduce_stats(parts):
+    """Reduce the dicts of scalars of micro-batches key by key: differences of log-probs to their
+    largest, shares of the batch's means to their sum."""
+    reduce = dict(logp_diff_mean=torch.amax, logp_diff_max=torch.amax)
+    return {k: reduce.get(k, torch.sum)(torch.stack([s[k] for s in parts]), 0) for k in parts[0]}
 
 
 # nats, and a fraction of 1 + |logp|; docs/reproducibility.md has the measurements behind them
@@ -146,18 +145,17 @@ LOGP_DIFF_BOUNDS = {  # by common.network_dtype
 }
 
 
-def check_stats(stats, config, device, update="update 1 of 1"):
+def check_stats(stats, config, device):
     """Raise TrainingDiverged if a value is not finite or sampler and learner are not one policy.
 
-    Before the first update of a step the rollout's log-probs equal the re-scored ones up to
-    rounding. In bf16 a whole sequence is rounded differently from a single slot; guidance g
+    Before the update of a step the rollout's log-probs equal the re-scored ones up to rounding. In bf16 a whole sequence is rounded differently from a single slot; guidance g
     multiplies errors by |g| + |1 - g|. A component that no prompt of the batch asks for is NaN.
     """
     for name, value in stats.items():
         if not (value.isfinite() or name in rewards.REWARDS):
-            raise TrainingDiverged(f"{name} is {value.item()} in {update}")
+            raise TrainingDiverged(f"{name} is {value.item()}")
     amplified = abs(config.guidance) + abs(1 - config.guidance)
     for name, bound in LOGP_DIFF_BOUNDS[network_dtype(device)].items():
         if stats[name] > bound * amplified:
-            excess = f"{name} is {stats[name]:.1e} in {update}, more than {bound * amplified:.0e}"
+            excess = f"{name} is {stats[name]:.1e}, more than {bound * amplified:.0e}"
             raise TrainingDiverged(f"{excess}: sampler and learner are not the same policy")

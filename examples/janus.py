@@ -225,7 +225,7 @@ def update(policy, optimizer, rollout, advantage, config):
         part = Rollout(*(x[rows] for x in rollout))
         logp = score_rollout(policy, part, config.guidance)
         logp_ref = score_reference(policy, part, config.guidance) if config.beta else None
-        loss, stats = policy_loss(
+        loss, kl = policy_loss(
             logp,
             logp.detach(),
             logp_ref,
@@ -235,7 +235,7 @@ def update(policy, optimizer, rollout, advantage, config):
             denominator=rollout.valid.sum(),
         )
         loss.backward()
-        sums.append((loss.detach(), stats["kl"]))
+        sums.append((loss.detach(), kl))
         gap.append((logp.detach() - part.logp).abs())
     loss, kl = (sum(x).item() for x in zip(*sums))
     gap, valid, c = torch.cat(gap), rollout.valid, rollout.plan.shape[1]

@@ -106,13 +106,13 @@ def time_ours(policy, env, scenes, config, device):
     def step():
         new = make_rollout(policy, env, scenes, config, 0)
         new_batch = eggrpo.make_batch(new._replace(rewards=rollout.rewards), config)
-        eggrpo.update(policy, reference, optimizer, new_batch, config, 0)
+        eggrpo.update(policy, reference, optimizer, new_batch, config)
 
     calls = dict(
         decode=lambda: generate(policy, prompt, uniform),
         reward=lambda: rewards.compute_rewards(rollout.images, targets, env.world),
         shaping=lambda: eggrpo.make_batch(rollout, config),
-        update=lambda: eggrpo.update(policy, reference, optimizer, batch, config, 0),
+        update=lambda: eggrpo.update(policy, reference, optimizer, batch, config),
         step=step,
     )
     return {name: seconds(call, device) for name, call in calls.items()}
@@ -229,7 +229,7 @@ def print_growth(device):
         policy, env, scenes, config = make(device, (width, *SHAPE[device.type][1:]))
         batch = eggrpo.make_batch(make_rollout(policy, env, scenes, config, 0), config)
         optimizer = torch.optim.AdamW(policy.parameters(), 0.0)
-        call = lambda: eggrpo.update(policy, policy, optimizer, batch, config, 0)
+        call = lambda: eggrpo.update(policy, policy, optimizer, batch, config)
         elapsed, weights = seconds(call, device, 2), count_weights(policy)
         rate = 8 * weights * B * policy.slots / elapsed / 1e9
         rows.append([width, f"{weights / 1e6:.2f}", f"{elapsed:.3f}", f"{rate:.0f}"])

@@ -78,7 +78,7 @@ def measure_update(policy, reference, batch, masks, settings, rows):
     optimizer = torch.optim.AdamW(
         learner.parameters(), settings.lr / 10, (0.9, 0.95), weight_decay=0.0
     )
-    eggrpo.update(learner, reference, optimizer, batch, settings, 0)
+    eggrpo.update(learner, reference, optimizer, batch, settings)
     with torch.no_grad():
         logits = forward_logits(learner, *batch[:3], settings.guidance)
         change = token_logp(*logits, batch.plan, batch.codes) - batch.logp_old  # (B, T)

