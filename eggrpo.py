@@ -171,20 +171,22 @@ def shape_advantages(advantage, entropy, low, high, bonus_coef=0.3, bonus_cap=0.
     return (a + torch.where(high, bonus, 0.0)) * ~low
 
 
-def policy_loss(logp, logp_old, logp_ref, advantage, valid, beta=0.01, denominator=None):
+def policy_loss(logp, logp_ref, advantage, valid, beta=0.01, denominator=None):
     """The objective of GRPO, a mean over valid tokens, with a KL term on all of them.
 
         loss    = -sum_valid [ ratio_t A_t - beta KL_t ] / number of valid
-        ratio_t = exp(logp - logp_old)
+        ratio_t = exp(logp - logp when sampled) = 1, whose gradient is that of logp
         KL_t    = exp(ref - logp) - (ref - logp) - 1                   the k3 estimator
 
-    logp, logp_old, logp_ref, advantage: (B, T); valid: (B, T) bool. logp_ref may be None if beta is
-    0. denominator: the number of valid tokens of the whole batch, if this is a micro-batch of it.
+    logp, logp_ref, advantage: (B, T); valid: (B, T) bool. logp_ref may be None if beta is 0.
+    denominator: the number of valid tokens of the whole batch, if this is a micro-batch of it.
     Returns the loss and kl, this micro-batch's shares of the batch's means, scalars; kl has no
     gradient.
     """
     denominator = valid.sum() if denominator is None else denominator
-    ratio = torch.where(valid, logp - logp_old, 0.0).exp()  # padding may hold anything, NaN too
+    # One update per batch of rollouts: sampler and learner are one policy, so logp when sampled is
+    # logp itself. That this is so is checked where logp is compared with the rollout's log-probs.
+    ratio = torch.where(valid, logp - logp.detach(), 0.0).exp()  # padding may be anything, even NaN
     advantage = torch.where(valid, advantage, 0.0)
     kl = torch.zeros_like(ratio)
     if logp_ref is not None:
@@ -241,8 +243,7 @@ def micro_batch_loss(policy, reference, part, denominator, config):
         with torch.no_grad():
             ref_logits = forward_logits(reference, *tokens, config.guidance)
             logp_ref = token_logp(*ref_logits, part.plan, part.codes)
-    arguments = logp, part.logp_old, logp_ref, part.advantage, part.valid
-    loss, kl = policy_loss(*arguments, config.beta, denominator)
+    loss, kl = policy_loss(logp, logp_ref, part.advantage, part.valid, config.beta, denominator)
     difference = (logp.detach() - part.logp_old).abs() * part.valid  # (B, T)
     stats = dict(kl=kl, loss=loss.detach(), logp_diff_mean=difference.sum() / part.valid.sum(),
                  logp_diff_max=(difference / (1 + part.logp_old.abs())).max())  # fmt: skip

@@ -227,7 +227,6 @@ def update(policy, optimizer, rollout, advantage, config):
         logp_ref = score_reference(policy, part, config.guidance) if config.beta else None
         loss, kl = policy_loss(
             logp,
-            logp.detach(),
             logp_ref,
             advantage[rows],
             part.valid,

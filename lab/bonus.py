@@ -188,9 +188,7 @@ def sampled_loss(theta, start, tokens, reward, config):
     low, high = entropy_masks(entropy, valid, config.low_frac, config.high_frac)
     shaped = shape_advantages(advantage, entropy, low, high, config.bonus_coef, config.bonus_cap)
     denominator = logp.numel() / n
-    loss, _ = policy_loss(
-        logp, logp.detach(), ref, shaped, valid, beta=0.01, denominator=denominator
-    )
+    loss, _ = policy_loss(logp, ref, shaped, valid, beta=0.01, denominator=denominator)
     return loss
 
 

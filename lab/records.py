@@ -97,8 +97,9 @@ def part_gradients(policy, batch, advantages, config):
         logp = token_logp(*logits, part.plan, part.codes)
         gradients = []
         for a in advantages.values():
-            loss, _ = eggrpo.policy_loss(logp, logp.detach(), None, a[idx], part.valid, beta=0.0,
-                                         denominator=batch.valid.sum())  # fmt: skip
+            loss, _ = eggrpo.policy_loss(
+                logp, None, a[idx], part.valid, beta=0.0, denominator=batch.valid.sum()
+            )
             found = torch.autograd.grad(-loss, parameters, retain_graph=True)
             gradients.append(parameters_to_vector(g.contiguous() for g in found))
         total = total + torch.stack(gradients)

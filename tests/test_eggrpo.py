@@ -214,24 +214,20 @@ def test_nothing_masked_and_no_bonus_is_grpo_bit_for_bit():
 def random_logps(seed=0, b=6, t=20, spread=0.1):
     g = torch.Generator().manual_seed(seed)
     logp = -torch.rand(b, t, generator=g) * 3
-    return (
-        logp,
-        logp + spread * torch.randn(b, t, generator=g),
-        logp + spread * torch.randn(b, t, generator=g),
-    )
+    return logp, logp + spread * torch.randn(b, t, generator=g)
 
 
 def test_the_loss_equals_the_loop():
-    logp, old, ref = random_logps(spread=0.3)
+    logp, ref = random_logps(spread=0.3)
     a, _, valid = random_batch()
     total = kl_total = 0.0
     for b, t in zip(*valid.nonzero(as_tuple=True)):
-        ratio, gap = math.exp(logp[b, t] - old[b, t]), (ref[b, t] - logp[b, t]).item()
+        gap = (ref[b, t] - logp[b, t]).item()
         kl = math.exp(gap) - gap - 1
-        total += ratio * a[b].item() - 0.05 * kl
+        total += a[b].item() - 0.05 * kl  # the ratio is 1
         kl_total += kl
     n = valid.sum().item()
-    loss, kl = policy_loss(logp, old, ref, a[:, None].expand(6, 20), valid, 0.05)
+    loss, kl = policy_loss(logp, ref, a[:, None].expand(6, 20), valid, 0.05)
     assert math.isclose(loss.item(), -total / n, rel_tol=1e-5)
     assert math.isclose(kl, kl_total / n, rel_tol=1e-4)
 
@@ -239,10 +235,10 @@ def test_the_loss_equals_the_loop():
 def test_the_gradient_is_reinforce():
     """With ratio 1 the gradient with respect to log-probs is -A / n, though the loss itself is
     -mean(A): why "loss is 0" is right."""
-    logp, _, _ = random_logps()
+    logp, _ = random_logps()
     a, _, valid = random_batch()
     leaf = logp.clone().requires_grad_(True)
-    loss, _ = policy_loss(leaf, logp, None, a[:, None].expand(6, 20), valid, beta=0.0)
+    loss, _ = policy_loss(leaf, None, a[:, None].expand(6, 20), valid, beta=0.0)
     loss.backward()
     assert torch.allclose(leaf.grad, -a[:, None] * valid / valid.sum())
     assert math.isclose(loss.item(), -(a[:, None] * valid).sum() / valid.sum(), rel_tol=1e-5)
@@ -251,33 +247,32 @@ def test_the_gradient_is_reinforce():
 def test_low_tokens_get_the_gradient_of_the_kl_term_alone():
     """Guard: masked tokens that still get reward gradient. KL holds on all valid tokens, low ones
     too."""
-    logp, _, ref = random_logps()
+    logp, ref = random_logps()
     a, h, valid = random_batch()
     low, _ = entropy_masks(h, valid)
     leaf = logp.clone().requires_grad_(True)
-    policy_loss(leaf, logp, ref, shape(a, h, valid), valid, beta=0.05)[0].backward()
+    policy_loss(leaf, ref, shape(a, h, valid), valid, beta=0.05)[0].backward()
     kl_only = 0.05 * (1 - (ref - logp).exp()) / valid.sum()
     assert torch.allclose(leaf.grad[low], kl_only[low], atol=1e-7)
     assert (leaf.grad[valid & ~low] - kl_only[valid & ~low]).abs().min() > 1e-5
 
 
 def test_kl_is_zero_for_equal_policies_and_positive_otherwise():
-    logp, _, ref = random_logps()
+    logp, ref = random_logps()
     valid = torch.ones_like(logp, dtype=torch.bool)
     zero = torch.zeros_like(logp)
-    assert policy_loss(logp, logp, logp, zero, valid)[1] == 0
-    assert policy_loss(logp, logp, ref, zero, valid)[1] > 0
+    assert policy_loss(logp, logp, zero, valid)[1] == 0
+    assert policy_loss(logp, ref, zero, valid)[1] > 0
 
 
 def test_padding_reaches_neither_loss_nor_gradient():
-    logp, old, ref = random_logps()
+    logp, ref = random_logps()
     a, _, valid = random_batch()
     nan = torch.tensor(float("nan"))
-    poisoned = [torch.where(valid, x, nan) for x in (logp, old, ref)]
-    leaf = poisoned[0].requires_grad_(True)
-    loss, _ = policy_loss(leaf, *poisoned[1:], a[:, None].expand(6, 20), valid)
+    leaf, ref_with_nan = (torch.where(valid, x, nan) for x in (logp, ref))
+    loss, _ = policy_loss(leaf.requires_grad_(True), ref_with_nan, a[:, None].expand(6, 20), valid)
     loss.backward()
-    assert torch.equal(loss, policy_loss(logp, old, ref, a[:, None].expand(6, 20), valid)[0])
+    assert torch.equal(loss, policy_loss(logp, ref, a[:, None].expand(6, 20), valid)[0])
     assert (leaf.grad[~valid] == 0).all() and leaf.grad[valid].isfinite().all()
 
 
@@ -295,24 +290,22 @@ def test_expected_gradient_equals_the_exact_one_on_an_enumerable_policy():
     # the group mean includes the sample itself, which shrinks the gradient by (G - 1) / G
     advantage = ((r - r.mean(1, keepdim=True)) * g / (g - 1)).view(-1, 1)
     logp = logits.log_softmax(0)[tokens][:, None]
-    loss, _ = policy_loss(
-        logp, logp.detach(), None, advantage, torch.ones(p * g, 1, dtype=torch.bool), beta=0.0
-    )
+    loss, _ = policy_loss(logp, None, advantage, torch.ones(p * g, 1, dtype=torch.bool), beta=0.0)
     (estimate,) = torch.autograd.grad(loss, logits)
     assert torch.allclose(-estimate, exact, atol=0.01)
 
 
 def test_nan_at_padding_passes_neither_shaping_nor_loss():
     """Other trainers leave anything there."""
-    logp, old, ref = random_logps()
+    logp, ref = random_logps()
     a, h, valid = random_batch()
     clean, dirty = (
         shape(a, torch.where(valid, h, torch.tensor(x)), valid) for x in (0.0, float("nan"))
     )
     assert torch.equal(clean[valid], dirty[valid])
     dirty = torch.where(valid, dirty, torch.tensor(float("nan")))
-    loss = policy_loss(logp, old, ref, dirty, valid)[0]
-    assert torch.equal(loss, policy_loss(logp, old, ref, clean, valid)[0]) and loss.isfinite()
+    loss = policy_loss(logp, ref, dirty, valid)[0]
+    assert torch.equal(loss, policy_loss(logp, ref, clean, valid)[0]) and loss.isfinite()
 
 
 # --- the step -------------------------------------------------------------------------------------
@@ -498,7 +491,7 @@ def test_bad_numbers_are_named_and_leave_the_weights_alone(step):
     batch, before = make_batch(rollout, config), [p.clone() for p in policy.parameters()]
     poison = lambda x, value: x.index_put((torch.tensor(0), torch.tensor(-1)), torch.tensor(value))
     for change, words in (
-        (dict(logp_old=poison(batch.logp_old, math.nan)), "loss|kl"),
+        (dict(logp_old=poison(batch.logp_old, math.nan)), "logp_diff_mean is nan"),
         (dict(advantage=poison(batch.advantage, math.inf)), "loss is"),
         (dict(logp_old=batch.logp_old + 0.01), "not the same policy"),
     ):

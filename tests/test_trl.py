@@ -59,7 +59,7 @@ def test_policy_loss_is_trls(method, beta):
     if method == "eggrpo":
         entropy = torch.rand(8, 30, generator=g)
         shaped = shape_advantages(advantage, entropy, *entropy_masks(entropy, valid))
-    ours, _ = policy_loss(logp, logp.detach(), ref if beta else None, shaped, valid, beta)
+    ours, _ = policy_loss(logp, ref if beta else None, shaped, valid, beta)
     theirs = trl_loss(logp, logp.detach(), ref, shaped, valid, beta)
     assert abs(ours.item() - theirs.item()) < 1e-6
     (ours_grad,), (theirs_grad,) = (torch.autograd.grad(x, logp) for x in (ours, theirs))
