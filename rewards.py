@@ -3,9 +3,9 @@
     targets = encode_targets(world, scenes, device)                    what the prompts ask for
     rewards, components, exact = compute_rewards(images, targets, world)
 
-Detection is exact, not learned: assign each pixel to a palette colour (`paint_coverage`), match
-every shape and texture against each colour by convolution, keep the local maxima. The background is
-not scored. The reward is the mean of the functions in REWARDS, each (B,) in [0, 1], over those that
+Detection is exact, not learned: cut the image into cells, assign each pixel to a palette colour
+(`paint_coverage`), match every shape and texture against each colour, keep the best match of each
+cell. Stars are too faint to count as paint, so the sky is not scored. The reward is the mean of the functions in REWARDS, each (B,) in [0, 1], over those that
 apply to the prompt (NaN: does not apply; only `relation` returns it). Add your own as one more:
 
     rewards.REWARDS["red"] = lambda images, detections, targets: images[:, 0].mean(dim=(1, 2))
@@ -13,10 +13,11 @@ apply to the prompt (NaN: does not apply; only `relation` returns it). Add your 
 `exact` is 1 if the image has the right objects, no others, a true relation and no smears. It is
 measured, not optimised.
 
-Dimension letters: B images, C colours, K kinds (colour x texture x shape, in this order), M objects
-at most, h x w pixels.
+Dimension letters: B images, C colours, K kinds (colour x texture x shape, in this order), M cells,
+h x w pixels.
 """
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -32,7 +33,6 @@ from words import COLOURS, RELATIONS, SHAPES
 NO_PAINT = 0.25  # contrast with the background, of which less is no paint
 FULL_PAINT = 0.6  # contrast of which more is full paint, because objects differ in brightness
 MATCH_THRESHOLD = 0.9  # least Dice overlap of paint and template that counts as an object
-MAX_OBJECTS = 16  # that an image is searched for: more than any prompt asks for
 CLEAN_THRESHOLD = 0.9  # least cleanliness of an exact image
 
 
@@ -44,13 +44,12 @@ class Targets(NamedTuple):
 
 class Detections(NamedTuple):
     counts: Tensor  # (B, K) number of objects of each kind
-    kind: Tensor  # (B, M) kind of each object, best match first, -1 beyond the last
-    row: Tensor  # (B, M) centre of each object, in pixels
-    column: Tensor  # (B, M)
+    kind: Tensor  # (B, M) kind of the object in each cell, -1 in an empty cell
+    score: Tensor  # (B, M) Dice overlap of its paint and template
     paint: Tensor  # (B,) total paint, in pixels
     explained: Tensor  # (B,) paint that lies on a detected object of its colour
     kind_dims: tuple  # (colours, textures, shapes), with K their product
-    min_offset: int  # pixels by which two centres must differ for a relation to hold
+    grid: int  # cells per side
 
 
 def kind_index(world, colour, shape, texture):
@@ -106,51 +105,51 @@ def paint_coverage(images):
 
 @lru_cache(maxsize=8)
 def _templates(world, device):
-    """Coverage of every texture x shape at mean brightness, with an empty margin of one pixel.
-    (textures * shapes, n, n)."""
+    """Coverage of every texture x shape at mean brightness, in its place in a cell.
+    (textures * shapes, cell, cell)."""
     masks = [shape_mask(s, t, world.object_size) for t in world.textures for s in SHAPES]
-    contrast = torch.from_numpy(np.stack(masks)).float() * (1 + world.min_brightness) / 2
-    return F.pad(_saturate(contrast), (1, 1, 1, 1)).to(device)
+    contrast = torch.from_numpy(np.stack(masks)).float() * sum(world.brightness) / 2
+    before = world.margin
+    after = world.cell - world.object_size - before
+    return F.pad(_saturate(contrast), (before, after, before, after)).to(device)
 
 
 def detect(images, world):
-    """Detect the objects in images (B, 3, h, w) in [0, 1]. Returns Detections."""
-    b, _, h, w = images.shape
-    c, t, s = len(COLOURS), len(world.textures), len(SHAPES)
-    templates = _templates(world, str(images.device))  # (t*s, n, n)
-    n = templates.shape[-1]
-    before, after = (n - 1) // 2, n // 2  # padding that puts a match at its object's centre
-    paint = F.pad(paint_coverage(images), (before, after, before, after))
-    paint = paint.reshape(b * c, 1, h + n - 1, w + n - 1)
-    overlap = F.conv2d(paint, templates[:, None])  # (B*C, t*s, h, w)
-    # sums over squares, as products with two banded matrices of ones; without the margin of the
-    # templates, where a neighbour of the same colour may be
-    band = lambda size: torch.ones(size, size + n - 1, device=images.device).triu(1).tril(n - 2)
-    energy = band(h) @ paint**2 @ band(w).t()  # (B*C, 1, h, w)
-    # in place: these are the largest tensors here, and allocating costs more than the arithmetic
-    dice = overlap.mul_(2).div_(energy + (templates**2).sum((1, 2))[:, None, None])
-    dice = dice.view(b, c * t * s, h, w)  # (B, K, h, w)
+    """Find at most one object in each cell of images (B, 3, h, w) in [0, 1]. Returns Detections.
 
-    best, radius = dice.amax(1), world.object_size // 2  # (B, h, w)
-    local_max = F.max_pool2d(best[:, None], 2 * radius + 1, stride=1, padding=radius)[:, 0]
-    match_score, index = (best * (best == local_max)).flatten(1).topk(MAX_OBJECTS)  # (B, M)
-    kind = dice.flatten(2).gather(2, index[:, None].expand(-1, c * t * s, -1)).argmax(1)  # (B, M)
-    detected = match_score > MATCH_THRESHOLD
-    counts = torch.zeros(b, c * t * s, device=images.device)
-    counts.scatter_add_(1, kind, detected.float())
+    A cell has an object of the kind whose template has the largest Dice overlap with the paint of
+    its colour, 2 sum(paint * template) / (sum(paint^2) + sum(template^2)), if that is above
+    MATCH_THRESHOLD. sum(paint^2) is over the box that objects fill, where no neighbour's edge is.
+    """
+    grid, cell = world.grid, world.cell
+    dims = len(COLOURS), len(world.textures), len(SHAPES)
+    kinds_per_colour = dims[1] * dims[2]
+    templates = _templates(world, str(images.device))  # (t*s, cell, cell)
+    paint = paint_coverage(images)  # (B, C, h, w)
+    cells = paint.unflatten(3, (grid, cell)).unflatten(2, (grid, cell))  # (B, C, row, y, column, x)
+    cells = cells.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (B, M, C, cell, cell)
 
-    # Explained paint: each object's template, dilated by one pixel, placed on its colour's plane.
-    cover = F.max_pool2d((templates > 0).float(), 3, stride=1, padding=1)  # (t*s, n, n)
-    placed = cover[kind % (t * s)] * detected[:, :, None, None]  # (B, M, n, n)
-    side = torch.arange(n, device=images.device)
-    y, x = index // w, index % w  # centres, and corners of the templates in the padded image
-    rows = (kind // (t * s) * (h + n - 1) + y)[:, :, None, None] + side[:, None]  # (B, M, n, 1)
-    pixels = rows * (w + n - 1) + x[:, :, None, None] + side  # (B, M, n, n)
-    paint = paint.view(b, -1)
-    mask = torch.zeros_like(paint).scatter_add_(1, pixels.flatten(1), placed.flatten(1))
-    explained = (paint * mask.clamp(max=1)).sum(1)
-    return Detections(counts, kind.masked_fill(~detected, -1), y, x, paint.sum(1), explained,
-                      (c, t, s), radius)  # fmt: skip
+    box = slice(world.margin, world.margin + world.object_size)
+    energy = cells[..., box, box].square().sum((3, 4))  # (B, M, C)
+    overlap = torch.einsum("bmcyx,kyx->bmck", cells, templates)
+    dice = 2 * overlap / (energy[..., None] + templates.square().sum((1, 2)))  # (B, M, C, t*s)
+    score, kind = dice.flatten(2).max(2)  # (B, M)
+    found = score > MATCH_THRESHOLD
+    counts = F.one_hot(kind, math.prod(dims)) * found[..., None]  # (B, M, K)
+
+    dilated = F.max_pool2d((templates > 0).float(), 3, stride=1, padding=1)  # by one pixel
+    cover = dilated[kind % kinds_per_colour] * found[..., None, None]  # (B, M, cell, cell)
+    colour = F.one_hot(kind // kinds_per_colour, dims[0]).float()  # (B, M, C)
+    explained = torch.einsum("bmcyx,bmyx,bmc->b", cells, cover, colour)
+    return Detections(
+        counts=counts.sum(1).float(),
+        kind=kind.masked_fill(~found, -1),
+        score=score,
+        paint=paint.sum((1, 2, 3)),
+        explained=explained,
+        kind_dims=dims,
+        grid=grid,
+    )
 
 
 # --- the components of the reward -----------------------------------------------------------------
@@ -185,19 +184,22 @@ def count(images, detections, targets):
 
 
 def relation(images, detections, targets):
-    """1 if both objects are present and placed as the prompt says, else 0; NaN without relation."""
-    match = (detections.kind[:, None] == targets.pair[:, :, None]).float()  # (B, 2, M)
-    present, first = match.max(2)  # (B, 2) the best match of each
-    dy, dx = (x.gather(1, first).diff(dim=1) for x in (detections.row, detections.column))
+    """1 if both objects are present and their cells lie as the prompt says, else 0; NaN without
+    relation. Of several objects of a kind the one with the highest score counts."""
+    same = detections.kind[:, None] == targets.pair[:, :, None]  # (B, 2, M)
+    score, cell = torch.where(same, detections.score[:, None], 0.0).max(2)  # (B, 2)
+    dy = (cell // detections.grid).diff(dim=1)  # (B, 1)
+    dx = (cell % detections.grid).diff(dim=1)
     offsets = torch.cat([dx, -dx, dy, -dy], 1)  # in the order of RELATIONS
     offset = offsets.gather(1, targets.relation.clamp(min=0)[:, None])[:, 0]
-    true = ((present > 0).all(1) & (offset > detections.min_offset)).float()
-    return true.masked_fill(targets.relation < 0, float("nan"))
+    true = (score > 0).all(1) & (offset > 0)
+    return true.float().masked_fill(targets.relation < 0, float("nan"))
 
 
 def cleanliness(images, detections, targets):
     """Fraction of the paint that lies on detected objects; 0 without paint."""
-    return detections.explained / detections.paint.clamp(min=1)
+    fraction = detections.explained / detections.paint.clamp(min=1)
+    return fraction.clamp(max=1)  # the two sums are rounded in different orders
 
 
 REWARDS = dict(objects=objects, attributes=attributes, count=count, relation=relation,

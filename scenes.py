@@ -18,13 +18,14 @@ Prompt categories follow the paper's benchmarks (T2I-CompBench and WISE):
     complex    a red circle above a blue square and a green cross
     knowledge  a shape with three sides in the colour of grass
 
-The background is one plain colour; objects vary in place within the cell, brightness and fine
-noise. Image tokens are therefore uncertain where there is something to decide, as in natural
-images, and certain on the background.
+The background is a dark sky in which a patch may hold one faint star, more often towards the top.
+Objects stand at the same place of their cell and are lit unevenly: each patch has a brightness of
+its own. The prompt leaves stars and light open, so that image tokens are uncertain everywhere: least
+in the calm sky at the bottom, most on objects.
 
 Splits: a hash of what a scene asks for decides, so that no paraphrase of a `train` prompt is in
-`eval`. The colour-shape pairs of RARE_PAIRS occur in neither; scenes with at least one of them are
-split into `rare-train` and `rare` in the same way.
+`eval`. The colour-shape pairs of RARE_PAIRS occur in neither; scenes with one of them are split into
+`rare-train` and `rare` in the same way. Scene number i of these has pair i mod 6.
 
 The pretraining corpus is noisy, like captions from the web: a policy that imitates it makes errors,
 which reinforcement learning can correct.
@@ -44,8 +45,16 @@ from words import SHAPE_DESCRIPTIONS, SHAPES, encode_words, plural
 
 CATEGORIES = ("colour", "shape", "texture", "numeracy", "spatial", "complex", "knowledge")
 BACKGROUND = (40, 44, 50)  # 0 to 255
-RARE_PAIRS = (("red", "cross"), ("purple", "triangle"), ("yellow", "circle"))
-RARE_FRACTION = 0.01  # of the corpus
+RARE_PAIRS = {  # (colour, shape): fraction of the corpus that has it, before caption faults
+    ("red", "cross"): 0.006,
+    ("yellow", "circle"): 0.006,
+    ("purple", "triangle"): 0.003,
+    ("green", "square"): 0.003,
+    ("blue", "diamond"): 0.001,
+    ("white", "cross"): 0.001,
+}
+# A prompt of the others can have one canonical form, which is wholly trained or wholly held out.
+RARE_CATEGORIES = ("colour", "spatial", "complex")
 CAPTION_FAULTS = 0.25  # fraction of the corpus whose image and plan contradict the prompt
 PLAN_FAULTS = 0.20  # fraction of the rest whose plan contradicts prompt and image
 HELD_OUT = 6  # one canonical form in six is held out for evaluation
@@ -63,16 +72,28 @@ class World:
     max_objects: int = 3
     prompt_slots: int = 13  # longest prompt in words
     plan_slots: int = 24  # longest plan in words, its end token included
-    min_brightness: float = 0.65  # the brightness of an object is uniform between this and 1
+    brightness: tuple = (0.65, 1.0)  # of an object: uniform between these, drawn for each patch
     noise_std: float = 5.0  # of an object's pixels, in grey levels of 255
+    star_probability: float = 0.2  # mean over patches; it falls from top to bottom
+    star_brightness: float = 45.0  # grey levels; too faint to count as paint (rewards.py)
 
     @property
     def cell(self):
         return self.image_size // self.grid
 
     @property
+    def margin(self):
+        """Pixels between the top and left edges of a cell and its object."""
+        return (self.cell - self.object_size) // 2
+
+    @property
+    def side(self):
+        """Patches per side of an image."""
+        return self.image_size // self.patch
+
+    @property
     def image_tokens(self):
-        return (self.image_size // self.patch) ** 2
+        return self.side**2
 
     @property
     def categories(self):
@@ -93,7 +114,6 @@ class Object(NamedTuple):
     texture: str
     row: int  # cell, from 0 at the top
     column: int  # cell, from 0 at the left
-    shift: tuple  # (down, right) in pixels within the cell
 
 
 class Scene(NamedTuple):
@@ -102,7 +122,7 @@ class Scene(NamedTuple):
     relation: str  # one of RELATIONS, or ""
     prompt: str
     plan: str
-    noise_seed: int  # of brightness and noise
+    noise_seed: int  # of stars, brightness and noise
 
 
 def encode_scenes(world, scenes):
@@ -146,13 +166,13 @@ def relation_holds(relation, a, b):
             "above": a.row < b.row, "below": a.row > b.row}[relation]  # fmt: skip
 
 
-def _sample_kinds(world, category, rng):
-    """Sample (colour, shape, texture) for each object of a scene of this category."""
+def _sample_kinds(world, category, rng, rare_pair=None):
+    """Sample (colour, shape, texture) for each object of a scene of this category.
+
+    rare_pair: (colour, shape) of one of the objects, in the categories of RARE_CATEGORIES.
+    """
     colours, textures = tuple(COLOURS), world.textures
     pair = lambda: (_pick(rng, colours), _pick(rng, SHAPES))
-    if category == "colour":
-        first, second = rng.permutation(len(colours))[:2]
-        return [(colours[i], _pick(rng, SHAPES), "solid") for i in (first, second)]
     if category == "shape":
         colour = _pick(rng, colours)
         return [(colour, SHAPES[i], "solid") for i in rng.permutation(len(SHAPES))[:2]]
@@ -163,23 +183,23 @@ def _sample_kinds(world, category, rng):
         return [(*pair(), "solid")] * rng.randint(1, world.max_objects + 1)
     if category == "knowledge":
         return [(*pair(), "solid")]
-    n = 2 if category == "spatial" else rng.randint(3, world.max_objects + 1)
-    kinds = []  # not a set, whose order depends on Python's hash seed
-    while len(kinds) < n:
-        texture = "solid" if category == "spatial" else _pick(rng, textures)
-        kind = (*pair(), texture)
-        kinds += [kind] * (kind not in kinds)
-    return kinds
+    number = rng.randint(3, world.max_objects + 1) if category == "complex" else 2
+    while True:
+        kinds = []
+        for _ in range(number):
+            texture = _pick(rng, textures) if category == "complex" else "solid"
+            kinds.append((*pair(), texture))
+        if rare_pair:
+            kinds[rng.randint(number)] = (*rare_pair, "solid")
+        distinct = {colour for colour, _, _ in kinds} if category == "colour" else set(kinds)
+        if len(distinct) == number:
+            return kinds
 
 
 def _place(world, kinds, rng):
-    """Place objects of these kinds in cells of their own, anywhere within the cell."""
-    room = world.cell - world.object_size + 1
+    """Place objects of these kinds in cells of their own."""
     cells = rng.permutation(world.grid**2)[: len(kinds)].tolist()
-    return tuple(
-        Object(*kind, *divmod(cell, world.grid), (rng.randint(room), rng.randint(room)))
-        for kind, cell in zip(kinds, cells)
-    )
+    return tuple(Object(*kind, *divmod(cell, world.grid)) for kind, cell in zip(kinds, cells))
 
 
 def _prompt(category, objects, relation, rng):
@@ -221,21 +241,29 @@ def split_of(objects, relation):
     return "eval" if held_out else "train"
 
 
-def make_scene(world, split, seed, index, category=None):
-    """Make scene number `index` of a split. Categories alternate unless one is given."""
+def make_scene(world, split, seed, index, category=None, rare_pair=None):
+    """Make scene number `index` of a split.
+
+    Categories alternate unless one is given, and so do the rare pairs of the splits `rare-train`
+    and `rare`, whose scenes have one rare pair each.
+    """
     rng = _rng("scene", split, seed, index)
+    if split in ("rare-train", "rare"):
+        rare_pair = rare_pair or tuple(RARE_PAIRS)[index % len(RARE_PAIRS)]
+        category = category or RARE_CATEGORIES[index // len(RARE_PAIRS) % len(RARE_CATEGORIES)]
     category = category or world.categories[index % len(world.categories)]
     while True:
-        kinds = _sample_kinds(world, category, rng)
+        kinds = _sample_kinds(world, category, rng, rare_pair)
         relation = _pick(rng, RELATIONS) if category in ("spatial", "complex") else ""
         objects = _place(world, kinds, rng)
         if category == "numeracy":
             objects = tuple(sorted(objects, key=lambda o: (o.row, o.column)))
         possible = not relation or relation_holds(relation, *objects[:2])
-        if possible and split_of(objects, relation) == split:
+        rare = sum((o.colour, o.shape) in RARE_PAIRS for o in objects) == (rare_pair is not None)
+        if possible and rare and split_of(objects, relation) == split:
             prompt = _prompt(category, objects, relation, rng)
-            plan, noise_seed = plan_text(objects), rng.randint(2**31)
-            return Scene(category, objects, relation, prompt, plan, noise_seed)
+            noise_seed = rng.randint(2**31)
+            return Scene(category, objects, relation, prompt, plan_text(objects), noise_seed)
 
 
 def random_scene(world, seed, index):
@@ -249,7 +277,7 @@ def random_scene(world, seed, index):
 def _contradict(world, scene, rng):
     """Return the scene with a wrong attribute, a missing object or two exchanged objects. Never
     adds a rare pair, which would change the frequency of rare pairs in the corpus."""
-    place = lambda o: dict(row=o.row, column=o.column, shift=o.shift)
+    place = lambda o: dict(row=o.row, column=o.column)
     attributes = dict(colour=tuple(COLOURS), shape=SHAPES, texture=world.textures)
     while True:
         objects = list(scene.objects)
@@ -267,13 +295,19 @@ def _contradict(world, scene, rng):
             return scene._replace(objects=wrong, plan=plan_text(wrong))
 
 
-def corpus_item(world, seed, index, rare_fraction=RARE_FRACTION):
-    """Make one item of the noisy pretraining corpus, a Scene. `rare_fraction` of the items have a
-    rare pair. In CAPTION_FAULTS of all, image and plan contradict the prompt; in PLAN_FAULTS of the
-    rest, the plan contradicts prompt and image."""
+def corpus_item(world, seed, index):
+    """Make one item of the noisy pretraining corpus, a Scene.
+
+    Each rare pair has its fraction of the items. In CAPTION_FAULTS of all, image and plan contradict
+    the prompt; in PLAN_FAULTS of the rest, the plan contradicts prompt and image.
+    """
     rng = _rng("corpus", seed, index)
-    split = "rare-train" if rng.rand() < rare_fraction else "train"
-    scene = make_scene(world, split, seed, index)
+    pairs, fractions = zip(*RARE_PAIRS.items())
+    rank = np.searchsorted(np.cumsum(fractions), rng.rand(), side="right")
+    if rank < len(pairs):
+        scene = make_scene(world, "rare-train", seed, index, rare_pair=pairs[rank])
+    else:
+        scene = make_scene(world, "train", seed, index)
     if rng.rand() < CAPTION_FAULTS:
         return _contradict(world, scene, rng)
     if rng.rand() < PLAN_FAULTS:
@@ -316,19 +350,38 @@ def shape_mask(shape, texture, size):
     return mask
 
 
+def _stars(world, rng):
+    """Draw the brightness of the stars of a sky, (h, w) in grey levels: at most one per patch.
+
+    The probability of a star in patch row r of n is star_probability * 2 (n - r) / (n + 1).
+    """
+    n, patch = world.side, world.patch
+    probability = world.star_probability * 2 * (n - np.arange(n)) / (n + 1)
+    stars = np.zeros((n, n, patch * patch))  # by patch and pixel within the patch
+    row, column = np.nonzero(rng.rand(n, n) < probability[:, None])
+    stars[row, column, rng.randint(patch * patch, size=len(row))] = world.star_brightness
+    stars = stars.reshape(n, n, patch, patch).transpose(0, 2, 1, 3)  # rows of pixels together
+    return stars.reshape(world.image_size, world.image_size)
+
+
 def render(world, scene):
     """Render a scene. Returns (h, w, 3) uint8.
 
-    pixel = background + coverage * (brightness * (colour - background) + noise)
+    pixel = background + (1 - coverage) * star
+                       + coverage * (brightness * (colour - background) + noise)
     """
     rng = np.random.RandomState(scene.noise_seed)
-    image = np.empty((world.image_size, world.image_size, 3))
-    image[:] = BACKGROUND
-    size = world.object_size
+    stars = _stars(world, rng)
+    brightness = rng.uniform(*world.brightness, size=(world.side, world.side))
+    brightness = brightness.repeat(world.patch, 0).repeat(world.patch, 1)  # (h, w)
+    noise = world.noise_std * rng.standard_normal((*brightness.shape, 3))
+    image = np.zeros((*brightness.shape, 3))
+    image += np.array(BACKGROUND) + stars[..., None]
     for o in scene.objects:
-        top, left = o.row * world.cell + o.shift[0], o.column * world.cell + o.shift[1]
-        coverage = shape_mask(o.shape, o.texture, size)[..., None]
-        paint = np.subtract(COLOURS[o.colour], BACKGROUND) * rng.uniform(world.min_brightness, 1)
-        noise = world.noise_std * rng.standard_normal((size, size, 3))
-        image[top : top + size, left : left + size] += coverage * (paint + noise)
+        top = o.row * world.cell + world.margin
+        left = o.column * world.cell + world.margin
+        box = slice(top, top + world.object_size), slice(left, left + world.object_size)
+        coverage = shape_mask(o.shape, o.texture, world.object_size)[..., None]
+        paint = brightness[box][..., None] * np.subtract(COLOURS[o.colour], BACKGROUND)
+        image[box] += coverage * (paint + noise[box] - stars[box][..., None])
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)

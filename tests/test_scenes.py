@@ -6,12 +6,14 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
+import torch
 
+from rewards import paint_coverage
 from scenes import (
     CATEGORIES,
     CAPTION_FAULTS,
     PLAN_FAULTS,
-    RARE_FRACTION,
+    RARE_CATEGORIES,
     RARE_PAIRS,
     WORLDS,
     BACKGROUND,
@@ -56,7 +58,7 @@ def test_a_scene_is_the_same_for_ever():
             + [corpus_item(WORLDS[preset], 0, i) for i in range(400)]
         ).encode()
     )
-    assert digest("cpu", "train") == 502286189 and digest("gpu", "rare") == 706085153
+    assert digest("cpu", "train") == 4190923135 and digest("gpu", "rare") == 3099856783
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -66,7 +68,8 @@ def test_every_category_and_relation_occurs_in_every_split(preset):
     expected = set(CATEGORIES) - (set() if len(world.textures) > 1 else {"texture"})
     for split in SPLITS:
         scenes = scenes_of(world, split)
-        assert {s.category for s in scenes} == expected
+        categories = set(RARE_CATEGORIES) if "rare" in split else expected
+        assert {s.category for s in scenes} == categories
         assert {s.relation for s in scenes} == {"", *RELATIONS}
         assert max(len(s.objects) for s in scenes) == world.max_objects
         assert {t for s in scenes for t in (o.texture for o in s.objects)} == set(world.textures)
@@ -82,15 +85,17 @@ def test_splits_share_no_meaning_and_rare_pairs_stay_in_theirs(preset):
     forms = lambda scenes: {canonical_form(s.objects, s.relation) for s in scenes}
     assert not forms(train + rare_train) & forms(held_out + rare)
     assert not any(rare_pairs(s.objects) for s in train + held_out)
-    assert all(rare_pairs(s.objects) for s in rare_train + rare)
-    for scenes in (rare_train, rare):
-        assert set().union(*(rare_pairs(s.objects) for s in scenes)) == set(RARE_PAIRS)
+    for scenes in (rare_train, rare):  # number i has pair i mod 6, once, and no second one
+        for i, scene in enumerate(scenes):
+            pair = tuple(RARE_PAIRS)[i % 6]
+            assert [(o.colour, o.shape) in RARE_PAIRS for o in scene.objects].count(True) == 1
+            assert rare_pairs(scene.objects) == {pair}
 
 
 def test_a_mirrored_relation_has_the_same_meaning():
     a, b = (
-        Object("red", "circle", "solid", 0, 0, (0, 0)),
-        Object("blue", "square", "solid", 1, 2, (0, 0)),
+        Object("red", "circle", "solid", 0, 0),
+        Object("blue", "square", "solid", 1, 2),
     )
     assert (
         canonical_form((a, b), "left of")
@@ -141,46 +146,67 @@ def test_the_corpus_lies_as_often_as_it_says():
     for i in range(n):
         item, true = corpus_item(world, 0, i), scene_of(world, "train", i)
         if item.prompt != true.prompt:
-            true, rare = scene_of(world, "rare-train", i), rare + 1
-            assert item.prompt == true.prompt
+            rare += 1
+            wanted = [make_scene(world, "rare-train", 0, i, rare_pair=pair) for pair in RARE_PAIRS]
+            true = next(s for s in wanted if s.prompt == item.prompt)
         assert rare_pairs(item.objects) <= rare_pairs(true.objects)
         caption += item.objects != true.objects
         plan += item.objects == true.objects and item.plan != true.plan
-    assert abs(rare / n - RARE_FRACTION) < 0.006
-    assert abs(caption / n - CAPTION_FAULTS) < 0.03
-    assert abs(plan / (n - caption) - PLAN_FAULTS) < 0.03
-    rare = [bool(rare_pairs(corpus_item(world, 0, i, 0.5).objects)) for i in range(400)]
-    assert 0.4 < sum(rare) / 400 < 0.55  # a fault can take a rare pair away
+    # bounds: four standard errors
+    assert sum(RARE_PAIRS.values()) == pytest.approx(0.02)
+    assert abs(rare / n - 0.02) < 0.0102
+    assert abs(caption / n - CAPTION_FAULTS) < 0.032
+    assert abs(plan / (n - caption) - PLAN_FAULTS) < 0.034
 
 
-def test_only_objects_vary_and_the_background_is_one_colour():
-    """Two scenes that differ only in the noise seed: same background, other objects."""
+def test_each_rare_pair_has_its_fraction_of_the_corpus(monkeypatch):
+    """A hundred times as frequent, without faults: shares within four standard errors."""
+    monkeypatch.setattr("scenes.CAPTION_FAULTS", 0.0)
+    often = {pair: 25 * fraction for pair, fraction in RARE_PAIRS.items()}  # half of the corpus
+    monkeypatch.setattr("scenes.RARE_PAIRS", often)
+    n = 2000
+    found = [rare_pairs(corpus_item(WORLDS["cpu"], 0, i).objects) for i in range(n)]
+    for pair, fraction in often.items():
+        share = found.count({pair}) / n
+        assert abs(share - fraction) < 4 * (fraction * (1 - fraction) / n) ** 0.5
+
+
+def test_the_sky_has_faint_stars_that_thin_out_downwards():
+    """At most one star per patch, of 45 grey levels, by the probability of its row; rows that the
+    expectation separates by more than four standard errors."""
     world = WORLDS["cpu"]
-    scene = make_scene(world, "train", 0, 3)
-    one, other = render(world, scene), render(world, scene._replace(noise_seed=1))
-    outside = np.ones(one.shape[:2], bool)
-    for o in scene.objects:
-        top, left = o.row * world.cell + o.shift[0], o.column * world.cell + o.shift[1]
-        outside[top : top + world.object_size, left : left + world.object_size] = False
-    assert (one[outside] == BACKGROUND).all() and (other[outside] == BACKGROUND).all()
-    assert (one[~outside] != other[~outside]).mean() > 0.3
+    empty = make_scene(world, "train", 0, 3)._replace(objects=())
+    skies = np.stack([render(world, empty._replace(noise_seed=i)) for i in range(400)])
+    assert set(np.unique(skies - np.array(BACKGROUND))) == {0, 45}
+    stars = (skies != BACKGROUND).all(-1).reshape(400, 6, 5, 6, 5).sum((2, 4))  # (400, rows, cols)
+    assert stars.max() == 1
+    expected = 0.2 * 2 * (6 - np.arange(6)) / 7
+    error = (expected * (1 - expected) / 2400) ** 0.5
+    assert (abs(stars.mean((0, 2)) - expected) < 4 * error).all()
+    assert paint_coverage(torch.from_numpy(skies).permute(0, 3, 1, 2) / 255).max() == 0
 
 
-def test_brightness_and_noise_are_their_dials():
-    """A square's pixels: flat at full brightness without noise, darker or rougher by each dial."""
-    still = replace(WORLDS["cpu"], min_brightness=1.0, noise_std=0.0)
-    scene = make_scene(still, "train", 0, 0)._replace(
-        objects=(Object("white", "square", "solid", 0, 0, (0, 0)),)
-    )
-
-    def inside(world, seed=0):
-        return render(world, scene._replace(noise_seed=seed))[2:7, 2:7].astype(float)
-
-    assert (inside(still) == COLOURS["white"]).all()
-    dark = [inside(replace(still, min_brightness=0.5), seed) for seed in range(20)]
-    assert all(x[..., 0].std() == 0 and x.max() <= 245 for x in dark)
-    assert np.std([x.mean() for x in dark]) > 10
-    assert inside(replace(still, noise_std=9.0)).std(axis=(0, 1)).mean() > 3
+def test_objects_are_lit_by_patch_and_always_stand_at_the_same_place():
+    """A white square's pixels: one brightness in each patch, several in the object; its outline is
+    the same whatever the noise seed, and it hides the stars behind it."""
+    world = replace(WORLDS["cpu"], noise_std=0.0)
+    square = (Object("white", "square", "solid", 1, 1),)
+    scene = make_scene(world, "train", 0, 0)._replace(objects=square)
+    for seed in range(20):
+        image = render(replace(world, star_probability=0.5), scene._replace(noise_seed=seed))
+        inside = image[10:19, 10:19, 0].astype(float)
+        assert (inside > 100).all()
+        patches = [
+            inside[y, x] for y in (slice(0, 5), slice(5, 9)) for x in (slice(0, 5), slice(5, 9))
+        ]
+        assert all(patch.std() == 0 for patch in patches)
+        levels = np.array([(patch.mean() - 40) / 205 for patch in patches])
+        assert (levels > 0.64).all() and (levels < 1.01).all() and len(set(levels)) > 2
+        outside = np.ones((30, 30), bool)
+        outside[10:19, 10:19] = False
+        assert image[outside].max() <= 50 + 45
+    rough = render(WORLDS["cpu"], scene)[10:15, 10:15].astype(float)
+    assert 3 < rough.std(axis=(0, 1)).mean() < 8  # the noise, of 5 grey levels
 
 
 def test_objects_stay_in_their_cells_so_none_can_overlap():
@@ -190,7 +216,7 @@ def test_objects_stay_in_their_cells_so_none_can_overlap():
         for i in range(200):
             objects = random_scene(world, 0, i).objects
             assert len({(o.row, o.column) for o in objects}) == len(objects)
-            assert all(max(o.shift) + world.object_size <= world.cell for o in objects)
+        assert 2 * world.margin <= world.cell - world.object_size
 
 
 def test_shape_masks_are_antialiased_and_all_different():

@@ -30,7 +30,7 @@ class Config(common.BaseConfig):
     lr: float = 2e-3  # after a warm-up of 50 steps, linearly to 0
     width: int = 96  # channels
     blocks: int = 2  # residual blocks of the decoder
-    codebook_size: int = 1024
+    codebook_size: int = 2048
     dim: int = 16  # width of a code's vector
     paint_weight: float = 8.0  # how much more a painted pixel's error weighs than the background's
     commitment: float = 0.25

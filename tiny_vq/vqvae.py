@@ -4,7 +4,7 @@
 
 Patches are folded into channels (pixel-unshuffle), so all convolutions run on the token grid. Those
 of the encoder are 1x1: it sees one patch at a time, equal patches get equal codes, and the plain
-background is one code. Those of the decoder are 3x3, so that it can draw across patch borders.
+sky is one code. Those of the decoder are 3x3, so that it can draw across patch borders.
 """
 
 import torch
