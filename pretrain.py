@@ -3,7 +3,7 @@
     python pretrain.py --preset cpu               -> out/cpu/base.pt, the base policy
 
 Some sequences have no plan, so that the policy can draw without one (the paper's base setting);
-some have no prompt, so that guidance has an empty prompt to compare with.
+some have neither prompt nor plan, so that guidance has something to compare with.
 """
 
 import math
@@ -22,7 +22,7 @@ from tqdm import tqdm
 import common
 from checkpoint import Run
 from model import Policy, forward_logits, token_logp
-from scenes import RARE_FRACTION, WORLDS, corpus_item, encode_scenes, render
+from scenes import WORLDS, corpus_item, encode_scenes, render
 from words import PAD, WORDS
 from tiny_vq import load_tokenizer, stack_images
 
@@ -41,12 +41,11 @@ class Config(common.BaseConfig):
     width: int = 128
     layers: int = 4
     heads: int = 4
-    rare_fraction: float = RARE_FRACTION  # of the corpus with a rare colour-shape pair
-    drop_plan: float = 0.15  # fraction of sequences without plan
-    drop_prompt: float = 0.10  # fraction of sequences without prompt
+    drop_both: float = 0.10  # fraction of sequences without prompt and plan
+    drop_plan: float = 0.15  # fraction of sequences without plan, but with a prompt
     save_every: int = 200  # steps
 
-    RANGES = dict(rare_fraction=(0, 1), drop_plan=(0, 1), drop_prompt=(0, 1))
+    RANGES = dict(drop_both=(0, 1), drop_plan=(0, 1))
 
     def check(self):
         super().check()
@@ -65,10 +64,10 @@ PRESETS = {
 # --- the corpus -----------------------------------------------------------------------------------
 
 
-def corpus_chunk(world, seed, rare_fraction, indices):
+def corpus_chunk(world, seed, indices):
     """Draw some items of the corpus. Returns prompts (n, S), plans (n, C), images (n, h, w, 3), all
     arrays, which are cheap to send from one process to another."""
-    scenes = [corpus_item(world, seed, i, rare_fraction) for i in indices]
+    scenes = [corpus_item(world, seed, i) for i in indices]
     words = (x.to(torch.int16).numpy() for x in encode_scenes(world, scenes))
     return *words, numpy.stack([render(world, s) for s in scenes])
 
@@ -80,7 +79,7 @@ def make_corpus(config, world, tokenizer, device):
     """
     starts = range(0, config.items, CHUNK)
     chunks = [range(start, min(start + CHUNK, config.items)) for start in starts]
-    draw, encoded = partial(corpus_chunk, world, config.seed, config.rare_fraction), []
+    draw, encoded = partial(corpus_chunk, world, config.seed), []
     with ExitStack() as stack:
         drawn = map(draw, chunks)
         if len(chunks) > 10:
@@ -110,9 +109,9 @@ def training_batch(corpus, config, step, device):
     rows = shuffled(config.items, config.seed, epoch)[offset : offset + config.batch]
     prompt, plan, codes = (column[rows].long().to(device) for column in corpus)
     generator = common.generator(config.seed, "drop", step)
-    drop = torch.rand(2, len(rows), 1, generator=generator).to(device)
-    prompt = prompt.masked_fill(drop[0] < config.drop_prompt, PAD)
-    return prompt, plan.masked_fill(drop[1] < config.drop_plan, PAD), codes
+    drop = torch.rand(len(rows), 1, generator=generator).to(device)
+    prompt = prompt.masked_fill(drop < config.drop_both, PAD)
+    return prompt, plan.masked_fill(drop < config.drop_both + config.drop_plan, PAD), codes
 
 
 # --- training -------------------------------------------------------------------------------------
