@@ -5,7 +5,9 @@
     -> out/cpu/results.json, results.md (the printed table), before-after.png
 
 `eval` and `rare` prompts never occur in training, not even as paraphrases; every `rare` prompt has
-a rare colour-shape pair (scenes.py). All policies answer the same prompts with the same noise.
+one rare colour-shape pair (scenes.py), and the pairs take turns. In reinforcement learning a third of
+the prompts have a rare pair too, in other scenes. All policies answer the same prompts with the same
+noise.
 """
 
 import io
@@ -27,12 +29,12 @@ import common
 import rewards
 from model import load_base, load_policy
 from rollout import draw_uniform, load_env, sample_scenes
-from scenes import make_scene, rare_pairs
+from scenes import RARE_PAIRS, make_scene, rare_pairs
 
 
 @dataclass(frozen=True)
 class Config(common.BaseConfig):
-    prompts: int = 1200  # evaluation prompts; a third as many of rare pairs
+    prompts: int = 1200  # evaluation prompts; half as many of rare pairs, 100 of each
     batch: int = 128  # prompts per forward pass: changes memory, not results
 
 
@@ -46,7 +48,7 @@ BLOCK = 128  # prompts whose noise has one key
 
 
 class Scores(NamedTuple):
-    categories: list  # (n,) of str
+    scenes: list  # (n,) of Scene
     rewards: Tensor  # (n,)
     components: dict  # {name: (n,)}, NaN if a component does not apply
     exact: Tensor  # (n,) 0 or 1
@@ -73,7 +75,7 @@ def evaluate(env, policy, split, prompts, batch=128, seed=0, title=None, **optio
     reward, exact = torch.cat(reward).cpu(), torch.cat(exact).cpu()
     components = {k: torch.cat([c[k] for c in components]).cpu() for k in components[0]}
     rewards.check_rewards(reward, components)
-    return Scores([s.category for s in scenes], reward, components, exact)
+    return Scores(scenes, reward, components, exact)
 
 
 def mean_and_half_width(values):
@@ -83,17 +85,35 @@ def mean_and_half_width(values):
 
 
 def summarize(scores):
-    """Reduce Scores to numbers: reward and exact with intervals, components, categories."""
-    values = scores.rewards, scores.exact
-    (reward, reward_half), (exact, exact_half) = map(mean_and_half_width, values)
-    categories = {}
-    for c in dict.fromkeys(scores.categories):
-        rows = torch.tensor([category == c for category in scores.categories])
-        mean, mean_exact = (x[rows].mean().item() for x in values)
-        categories[c] = dict(n=int(rows.sum()), reward=mean, exact=mean_exact)
-    summary = dict(n=len(scores.rewards), reward=reward, reward_half=reward_half, exact=exact)
-    components = {name: values.nanmean().item() for name, values in scores.components.items()}
-    return summary | dict(exact_half=exact_half, **components, categories=categories)
+    """Reduce Scores to numbers: reward and exact with intervals, components, and both by category
+    and by rare pair."""
+    reward, reward_half = mean_and_half_width(scores.rewards)
+    exact, exact_half = mean_and_half_width(scores.exact)
+    return dict(
+        n=len(scores.rewards),
+        reward=reward,
+        reward_half=reward_half,
+        exact=exact,
+        exact_half=exact_half,
+        **{name: values.nanmean().item() for name, values in scores.components.items()},
+        categories=summarize_groups(scores, [s.category for s in scores.scenes]),
+        rare_pairs=summarize_groups(scores, [rare_pair_name(s) for s in scores.scenes]),
+    )
+
+
+def rare_pair_name(scene):
+    """Return for instance "red cross", or None for a scene without a rare pair."""
+    return next((" ".join(pair) for pair in rare_pairs(scene.objects)), None)
+
+
+def summarize_groups(scores, names):
+    """Average reward and exact over the scenes of each name. names: (n,) of str or None."""
+    groups = {}
+    for name in dict.fromkeys(filter(None, names)):
+        rows = torch.tensor([other == name for other in names])
+        mean, exact = scores.rewards[rows].mean().item(), scores.exact[rows].mean().item()
+        groups[name] = dict(n=int(rows.sum()), reward=mean, exact=exact)
+    return groups
 
 
 def markdown_table(head, rows):
@@ -103,18 +123,24 @@ def markdown_table(head, rows):
 
 
 def results_table(results):
-    """Format {policy: {"eval": summary, "rare": summary}} as two Markdown tables; "-" for None."""
+    """Format {policy: {"eval": summary, "rare": summary}} as three Markdown tables; "-" for None."""
     show = lambda value: "-" if value is None else f"{value:.3f}"
-    rows, by_category = [], []
+    rows, by_category, by_pair = [], [], []
     for name, splits in results.items():
         for split, s in splits.items():
             label = f"{name}{'' if split == 'eval' else ', rare pairs'} (n = {s['n']})"
             intervals = [f"{show(s[k])} ± {show(s[f'{k}_half'])}" for k in ("reward", "exact")]
             rows.append([label, *intervals, *(show(s[k]) for k in rewards.REWARDS)])
-        categories = splits["eval"]["categories"]
+        categories, pairs = splits["eval"]["categories"], splits["rare"]["rare_pairs"]
         by_category.append([name, *(f"{c['exact']:.2f}" for c in categories.values())])
-    scores = markdown_table(["held-out prompts", "reward", "exact", *rewards.REWARDS], rows)
-    return f"{scores}\n\n{markdown_table(['exact, by category', *categories], by_category)}"
+        by_pair.append([name, *(f"{c['exact']:.2f}" for c in pairs.values())])
+    percent = lambda pair: f"{pair} ({RARE_PAIRS[tuple(pair.split())]:.1%})"
+    tables = (
+        markdown_table(["held-out prompts", "reward", "exact", *rewards.REWARDS], rows),
+        markdown_table(["exact, by category", *categories], by_category),
+        markdown_table(["exact, by rare pair (of corpus)", *map(percent, pairs)], by_pair),
+    )
+    return "\n\n".join(tables)
 
 
 # --- images ---------------------------------------------------------------------------------------
@@ -194,7 +220,8 @@ def evaluate_and_save_gallery(env, policy, config, folder, step):
     numbers = dict(eval_reward=usual["reward"], eval_exact=usual["exact"],
                    rare_reward=rare["reward"], rare_exact=rare["exact"])  # fmt: skip
     tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
-    return numbers
+    by_pair = {pair: values["exact"] for pair, values in rare["rare_pairs"].items()}
+    return numbers | dict(rare_exact_by_pair=by_pair)
 
 
 def load_policies(config, device):
@@ -219,7 +246,7 @@ def main(argv=None):
     device = common.pick_device(config.device)
     env = load_env(config.preset, config.out, device)
     policies = load_policies(config, device)
-    counts = {"eval": config.prompts, "rare": max(config.prompts // 3, 1)}
+    counts = {"eval": config.prompts, "rare": max(config.prompts // 2, len(RARE_PAIRS))}
     results, rows = {}, []
     for name, (policy, options) in policies.items():
         results[name] = {}
