@@ -29,7 +29,7 @@ import time
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,17 +48,15 @@ from rollout import split_modalities, training_scenes
 class Config(common.BaseConfig):
     method: str = "eggrpo"  # a key of METHODS, which sets some of the fields below
     name: str = ""  # of the run's folder; default: <method>-<seed>
-    steps: int = 300  # batches of rollouts (paper: 1600)
-    prompts: int = 8  # P (paper: 16)
-    plans_per_prompt: int = 8  # G, with one image each (paper: 8)
-    lr: float = 5e-4  # after 10 warm-up steps, linearly to 0 (paper: 1e-6, 7 B parameters)
-    beta: float = 0.01  # weight of the KL term (paper: .01)
+    steps: int = 300  # batches of rollouts (released code: 1600)
+    prompts: int = 8  # P (released code: 16)
+    plans_per_prompt: int = 8  # G, with one image each (released code: 8)
+    lr: float = 5e-4  # after 10 warm-up steps, linearly to 0 (released code: 1e-6, 7 B parameters)
+    beta: float = 0.01  # weight of the KL term (released code: .01)
     low_frac: float = 0.2  # fraction of tokens without reward gradient (paper: .2)
     high_frac: float = 0.5  # fraction of tokens with a bonus (paper: .5)
-    bonus_coef: float = 0.3  # bonus per unit of entropy (paper: .3)
-    bonus_cap: float = 0.3  # largest bonus as a fraction of |A| (paper: .3)
-    modality: Literal["both", "plan", "image"] = "both"  # which is shaped (paper: both)
-    guidance: float = 1.0  # of the policy, sampled and scored (paper: 5, sampled only)
+    kappa: float = 1.0  # bonus as a fraction of what exclusion takes away (paper: in (0, 1])
+    guidance: float = 1.0  # of the policy, sampled and scored (released code: 5, sampled only)
     micro_batch: int = 16  # sequences per forward pass: changes memory, not results
     eval_every: int = 50  # steps between held-out evaluations, each with a gallery
     eval_prompts: int = 192  # per split: usual and rare pairs
@@ -67,7 +65,6 @@ class Config(common.BaseConfig):
     RANGES = dict(
         plans_per_prompt=(2, common.LARGEST),  # rollouts are compared
         low_frac=(0, 1), high_frac=(0, 1),
-        bonus_cap=(0, 1),  # above 1 a bonus would flip signs
     )  # fmt: skip
 
     def check(self):
@@ -88,21 +85,26 @@ PRESETS = {
 
 class Method(NamedTuple):
     about: str
-    values: dict  # of Config's fields
+    values: dict = {}  # of Config's fields
+    modalities: tuple = ("plan", "image")  # those that are shaped
+    exclude: bool = True  # low tokens lose their advantage
+    bonus: bool = True  # high tokens get a bonus
 
 
-GRPO = dict(low_frac=0.0, bonus_coef=0.0)  # nothing masked, no bonus
 METHODS = {  # all share one loop and one loss
-    "grpo": Method("one advantage for every token", GRPO),
-    "eggrpo": Method("the paper: exclusion and bonus, plan and image", {}),
-    "eggrpo-text": Method("the paper's ablation: shaping on the plan only", dict(modality="plan")),
-    "eggrpo-image": Method("the paper's ablation: shaping on the image only",
-                           dict(modality="image")),
-    "bonus": Method("one half of the method: the bonus", dict(low_frac=0.0)),
-    "exclude": Method("one half of the method: exclusion", dict(bonus_coef=0.0)),
-    "top-entropy": Method("the 80/20 rule: reward gradient on the 20 % highest-entropy tokens only",
-                          dict(low_frac=0.8, high_frac=0.2, bonus_coef=0.0)),
-}  # fmt: skip
+    "grpo": Method("one advantage for every token", modalities=()),
+    "eggrpo": Method("the paper: exclusion, and a bonus of what it saves"),
+    "eggrpo-released": Method("the released code's bonus, min(.3 |A|, .3 H)"),
+    "eggrpo-text": Method("the paper's ablation: the plan only", modalities=("plan",)),
+    "eggrpo-image": Method("the paper's ablation: the image only", modalities=("image",)),
+    "exclude": Method("one half of the method: exclusion without bonus", bonus=False),
+    "bonus": Method("the other half: the same bonus without exclusion", exclude=False),
+    "top-entropy": Method(
+        "the 80/20 rule: reward gradient on the 20 % highest-entropy tokens only",
+        values=dict(low_frac=0.8, high_frac=0.2),
+        bonus=False,
+    ),
+}
 
 
 # --- the mathematics ------------------------------------------------------------------------------
@@ -159,41 +161,82 @@ def entropy_masks(entropy, valid, low_frac=0.2, high_frac=0.5):
     return valid & (rank < count(low_frac)), valid & (rank >= n - count(high_frac))
 
 
-def shape_advantages(advantage, entropy, low, high, bonus_coef=0.3, bonus_cap=0.3):
+def bonus_coefficient(advantage, entropy, low, high, valid, kappa=1.0):
+    """Calibrate the bonus: a fraction kappa of what exclusion takes away is spent on it.
+
+        lambda = kappa * sum_i |A_i| n_low,i / T_i  /  sum_i (1 / T_i) sum_{t high} H_t
+
+    The sums go over the sequences i of a step's whole batch, in the weights of the loss: T_i counts
+    the valid tokens of sequence i, n_low,i those that are low. Arguments: as for shape_advantages.
+    Returns a scalar, 0 if no token is high.
+
+    >>> entropy = torch.tensor([[.1, .4, .2, .5], [.3, .6, .0, .0]])
+    >>> low = torch.tensor([[True, False, False, False], [True, False, False, False]])
+    >>> high = torch.tensor([[False, True, False, True], [False, True, False, False]])
+    >>> valid = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    >>> bonus_coefficient(torch.tensor([1.0, -2.0]), entropy, low, high, valid)  # 1.25 / .525
+    tensor(2.3810)
+    """
+    length = valid.sum(1).clamp(min=1)  # (B,)
+    excluded = (advantage.abs() * low.sum(1) / length).sum()
+    entropy_of_high = (torch.where(high, entropy, 0.0).sum(1) / length).sum()
+    return torch.where(entropy_of_high > 0, kappa * excluded / entropy_of_high, 0.0)
+
+
+def shape_advantages(advantage, entropy, low, high, valid, kappa=1.0, exclude=True):
     """Turn one advantage per rollout into one per token: the whole of EG-GRPO.
 
-    advantage: (B,), entropy: (B, T) in [0, 1], low, high: (B, T) bool. Returns (B, T).
-        d_t = min(bonus_cap * |A|, bonus_coef * H_t) on high tokens, 0 elsewhere
-        A_t = (A + d_t) * [t not in low]                    d_t never flips the sign of A
+        A_t = [t not low] A + [t high] lambda H_t                 lambda: see bonus_coefficient
+
+    advantage: (B,); entropy: (B, T) in [0, 1], when the tokens were sampled; low, high, valid: (B,
+    T) bool. The rows are a step's whole batch. kappa: at least 0 (paper: in (0, 1]). exclude: False
+    leaves low tokens their advantage. Returns (B, T).
+    """
+    coefficient = bonus_coefficient(advantage, entropy, low, high, valid, kappa)
+    a = advantage[:, None].expand_as(entropy)  # (B, T)
+    if exclude:
+        a = a.masked_fill(low, 0.0)
+    return a + torch.where(high, coefficient * entropy, 0.0)
+
+
+def shape_advantages_released(advantage, entropy, low, high, bonus_coef=0.3, bonus_cap=0.3):
+    """Shape advantages as the released code does, which is not the paper's rule.
+
+        d_t = min(bonus_cap |A|, bonus_coef H_t) on high tokens, 0 elsewhere
+        A_t = (A + d_t) [t not low]                               d_t never turns the sign of A
+
+    Arguments and result as for shape_advantages.
     """
     a = advantage[:, None]  # (B, 1)
     bonus = torch.minimum(bonus_cap * a.abs(), bonus_coef * entropy)  # (B, T)
-    return (a + torch.where(high, bonus, 0.0)) * ~low
+    return (a + torch.where(high, bonus, 0.0)).masked_fill(low, 0.0)
 
 
-def policy_loss(logp, logp_ref, advantage, valid, beta=0.01, denominator=None):
-    """The objective of GRPO, a mean over valid tokens, with a KL term on all of them.
+def policy_loss(logp, logp_ref, advantage, valid, beta=0.01, sequences=None):
+    """The objective of GRPO: a mean over sequences of means over tokens, with a KL term on all.
 
-        loss    = -sum_valid [ ratio_t A_t - beta KL_t ] / number of valid
-        ratio_t = exp(logp - logp when sampled) = 1, whose gradient is that of logp
+        loss    = -(1/B) sum_i (1/T_i) sum_t [ ratio_t A_t - beta KL_t ]
+        ratio_t = exp(logp - logp_old), which is 1 here; its gradient is that of logp
         KL_t    = exp(ref - logp) - (ref - logp) - 1                   the k3 estimator
 
-    logp, logp_ref, advantage: (B, T); valid: (B, T) bool. logp_ref may be None if beta is 0.
-    denominator: the number of valid tokens of the whole batch, if this is a micro-batch of it.
-    Returns the loss and kl, this micro-batch's shares of the batch's means, scalars; kl has no
-    gradient.
+    logp, logp_ref, advantage: (B, T); valid: (B, T) bool, of which row i has T_i. logp_ref may be
+    None if beta is 0. sequences: number of those of the whole batch, if this is a micro-batch of
+    it. Returns the loss and kl, this micro-batch's shares of the batch's means, scalars; kl has no
+    gradient. The paper's, and the first GRPO's (arXiv 2402.03300); the released code pools all
+    tokens of a batch, as DAPO does, so that long sequences weigh more.
     """
-    denominator = valid.sum() if denominator is None else denominator
-    # One update per batch of rollouts: sampler and learner are one policy, so logp when sampled is
-    # logp itself. That this is so is checked where logp is compared with the rollout's log-probs.
+    sequences = len(valid) if sequences is None else sequences
+    weight = valid / (valid.sum(1, keepdim=True).clamp(min=1) * sequences)  # (B, T)
+    # One update per batch of rollouts: sampler and learner are one policy, and logp_old is logp
+    # itself. That this is so is checked where logp is compared with the rollout's log-probs.
     ratio = torch.where(valid, logp - logp.detach(), 0.0).exp()  # padding may be anything, even NaN
     advantage = torch.where(valid, advantage, 0.0)
     kl = torch.zeros_like(ratio)
     if logp_ref is not None:
         log_ratio_ref = torch.where(valid, logp_ref - logp, 0.0)
         kl = log_ratio_ref.exp() - log_ratio_ref - 1
-    loss = -((ratio * advantage - beta * kl) * valid).sum() / denominator
-    return loss, (kl.detach() * valid).sum() / denominator
+    loss = -((ratio * advantage - beta * kl) * weight).sum()
+    return loss, (kl.detach() * weight).sum()
 
 
 # --- one step -------------------------------------------------------------------------------------
@@ -217,8 +260,15 @@ def make_batch(rollout, config):
     """Turn rewards and entropies into an advantage per token. Returns a Batch."""
     a = group_advantages(rollout.rewards).flatten()  # (B,)                GRPO stops here
     low, high = modality_masks(rollout, config)  # (B, T)
-    coefficients = config.bonus_coef, config.bonus_cap
-    shaped = shape_advantages(a, rollout.entropy, low, high, *coefficients)  # (B, T)     EG
+    shaping = a, rollout.entropy, low, high
+    method = METHODS[config.method]
+    if config.method == "eggrpo-released":
+        shaped = shape_advantages_released(*shaping)  # (B, T)
+    else:
+        kappa = config.kappa if method.bonus else 0.0
+        shaped = shape_advantages(
+            *shaping, rollout.valid, kappa, method.exclude
+        )  # (B, T)   EG-GRPO
     return Batch(rollout.prompt, rollout.plan, rollout.codes, rollout.logp, rollout.valid, a,
                  shaped, low, high)  # fmt: skip
 
@@ -229,12 +279,12 @@ def modality_masks(rollout, config):
     for name, part in split_modalities(rollout.plan.shape[1]).items():
         arguments = rollout.entropy[:, part], rollout.valid[:, part]
         low, high = entropy_masks(*arguments, config.low_frac, config.high_frac)
-        used = config.modality in ("both", name)
-        masks.append((low & used, high & used))
+        shaped = name in METHODS[config.method].modalities
+        masks.append((low & shaped, high & shaped))
     return [torch.cat(mask, 1) for mask in zip(*masks)]
 
 
-def micro_batch_loss(policy, reference, part, denominator, config):
+def micro_batch_loss(policy, reference, part, sequences, config):
     """Compute the loss of some rows of a Batch. Returns it and a dict of scalars to log."""
     tokens = part[:3]  # prompt, plan, codes
     logits = forward_logits(policy, *tokens, config.guidance)  # words (B, C, V), codes (B, L, V)
@@ -243,7 +293,7 @@ def micro_batch_loss(policy, reference, part, denominator, config):
         with torch.no_grad():
             ref_logits = forward_logits(reference, *tokens, config.guidance)
             logp_ref = token_logp(*ref_logits, part.plan, part.codes)
-    loss, kl = policy_loss(logp, logp_ref, part.advantage, part.valid, config.beta, denominator)
+    loss, kl = policy_loss(logp, logp_ref, part.advantage, part.valid, config.beta, sequences)
     difference = (logp.detach() - part.logp_old).abs() * part.valid  # (B, T)
     stats = dict(kl=kl, loss=loss.detach(), logp_diff_mean=difference.sum() / part.valid.sum(),
                  logp_diff_max=(difference / (1 + part.logp_old.abs())).max())  # fmt: skip
@@ -256,10 +306,10 @@ def update(policy, reference, optimizer, batch, config, extra_stats=None):
     extra_stats: other scalars to log. All scalars come to the host in one transfer, before the
     weights change; the host waits for the device only there. Raises TrainingDiverged.
     """
-    denominator, parts = batch.valid.sum(), []  # of the whole batch: micro-batches change nothing
+    sequences, parts = len(batch.plan), []  # of the whole batch: micro-batches change nothing
     for idx in torch.arange(len(batch.plan), device=batch.plan.device).split(config.micro_batch):
         part = Batch(*(x[idx] for x in batch))
-        loss, stats = micro_batch_loss(policy, reference, part, denominator, config)
+        loss, stats = micro_batch_loss(policy, reference, part, sequences, config)
         loss.backward()
         parts.append(stats)
     stats = (extra_stats or {}) | reduce_stats(parts)

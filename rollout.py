@@ -115,19 +115,36 @@ def entropy_stats(entropy, valid, plan_slots):
     return stats
 
 
+def bonus_stats(rollout, batch):
+    """Describe the bonus of a batch. Returns a dict of scalars to log; all are 0 without bonus."""
+    c = rollout.plan.shape[1]
+    a = batch.group_advantage[:, None]  # (B, 1)
+    bonus = torch.where(batch.high, batch.advantage - a, 0.0)  # (B, T); high tokens are never low
+    entropy = torch.where(batch.high, rollout.entropy, 0.0)
+    turned = batch.high & (a < 0) & (batch.advantage > 0)
+    equal = rollout.rewards.amax(1) == rollout.rewards.amin(1)  # (P,)
+    of_equal = bonus * equal.repeat_interleave(rollout.rewards.shape[1])[:, None]
+    share = lambda part, whole: part.sum() / whole.sum().clamp(min=1e-9)
+    return {
+        "lambda": share(bonus, entropy),
+        "plan_bonus": share(bonus[:, :c], rollout.valid[:, :c]),
+        "image_bonus": share(bonus[:, c:], rollout.valid[:, c:]),
+        "turned_signs": share(turned, batch.high),
+        "bonus_to_equal_groups": share(of_equal, bonus),
+    }
+
+
 def rollout_stats(rollout, batch):
     """Describe a Rollout and its eggrpo.Batch. Returns a dict of scalars to log."""
     c, r, n = rollout.plan.shape[1], rollout.rewards, rollout.valid.sum()
-    bonus = batch.advantage - batch.group_advantage[:, None]  # (B, T)
-    bonus = torch.where(rollout.valid & ~batch.low, bonus, 0.0)
     return dict(
         reward=r.mean(), exact=rollout.exact.mean(),
         **{name: value.nanmean() for name, value in rollout.components.items()},
         reward_std=r.std(1).mean(), frac_reward_zero_std=(r.amax(1) == r.amin(1)).float().mean(),
         plan_length=rollout.valid[:, :c].sum(1).float().mean(),
         frac_truncated_plans=(rollout.plan != END).all(1).float().mean(),
-        low_share=batch.low.sum() / n, high_share=batch.high.sum() / n, bonus=bonus.sum() / n,
-        **entropy_stats(rollout.entropy, rollout.valid, c),
+        low_share=batch.low.sum() / n, high_share=batch.high.sum() / n,
+        **bonus_stats(rollout, batch), **entropy_stats(rollout.entropy, rollout.valid, c),
     )  # fmt: skip
 
 

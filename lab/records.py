@@ -98,7 +98,7 @@ def part_gradients(policy, batch, advantages, config):
         gradients = []
         for a in advantages.values():
             loss, _ = eggrpo.policy_loss(
-                logp, None, a[idx], part.valid, beta=0.0, denominator=batch.valid.sum()
+                logp, None, a[idx], part.valid, beta=0.0, sequences=len(batch.plan)
             )
             found = torch.autograd.grad(-loss, parameters, retain_graph=True)
             gradients.append(parameters_to_vector(g.contiguous() for g in found))

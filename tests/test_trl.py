@@ -21,7 +21,7 @@ def trl_loss(logp, old, ref, advantage, valid, beta):
         off_policy_mask_threshold=None,
         importance_sampling_level="token",
         beta=beta,
-        loss_type="bnpo",
+        loss_type="grpo",
         epsilon_low=0.2,
         epsilon_high=0.2,
         use_vllm=False,
@@ -49,7 +49,8 @@ def trl_loss(logp, old, ref, advantage, valid, beta):
 @pytest.mark.parametrize("method", ["grpo", "eggrpo"])
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 def test_policy_loss_is_trls(method, beta):
-    """A mean over valid tokens is what TRL calls bnpo; with one update its clipping is idle."""
+    """A mean over sequences of means over tokens is what TRL calls grpo; with one update its
+    clipping is idle."""
     g = torch.Generator().manual_seed(0)
     logp = (-3 * torch.rand(8, 30, generator=g)).requires_grad_(True)
     ref = logp.detach() + 0.2 * torch.randn(8, 30, generator=g)
@@ -58,7 +59,7 @@ def test_policy_loss_is_trls(method, beta):
     shaped = advantage[:, None].expand(8, 30)
     if method == "eggrpo":
         entropy = torch.rand(8, 30, generator=g)
-        shaped = shape_advantages(advantage, entropy, *entropy_masks(entropy, valid))
+        shaped = shape_advantages(advantage, entropy, *entropy_masks(entropy, valid), valid)
     ours, _ = policy_loss(logp, ref if beta else None, shaped, valid, beta)
     theirs = trl_loss(logp, logp.detach(), ref, shaped, valid, beta)
     assert abs(ours.item() - theirs.item()) < 1e-6
