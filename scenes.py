@@ -46,12 +46,12 @@ from words import SHAPE_DESCRIPTIONS, SHAPES, encode_words, plural
 CATEGORIES = ("colour", "shape", "texture", "numeracy", "spatial", "complex", "knowledge")
 BACKGROUND = (40, 44, 50)  # 0 to 255
 RARE_PAIRS = {  # (colour, shape): fraction of the corpus that has it, before caption faults
-    ("red", "cross"): 0.006,
-    ("yellow", "circle"): 0.006,
-    ("purple", "triangle"): 0.003,
-    ("green", "square"): 0.003,
-    ("blue", "diamond"): 0.001,
-    ("white", "cross"): 0.001,
+    ("red", "cross"): 0.01,
+    ("yellow", "circle"): 0.01,
+    ("purple", "triangle"): 0.005,
+    ("green", "square"): 0.005,
+    ("blue", "diamond"): 0.002,
+    ("white", "cross"): 0.002,
 }
 # A prompt of the others can have one canonical form, which is wholly trained or wholly held out.
 RARE_CATEGORIES = ("colour", "spatial", "complex")

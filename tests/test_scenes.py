@@ -58,7 +58,7 @@ def test_a_scene_is_the_same_for_ever():
             + [corpus_item(WORLDS[preset], 0, i) for i in range(400)]
         ).encode()
     )
-    assert digest("cpu", "train") == 4190923135 and digest("gpu", "rare") == 3099856783
+    assert digest("cpu", "train") == 1881277791 and digest("gpu", "rare") == 2505803587
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -153,8 +153,8 @@ def test_the_corpus_lies_as_often_as_it_says():
         caption += item.objects != true.objects
         plan += item.objects == true.objects and item.plan != true.plan
     # bounds: four standard errors
-    assert sum(RARE_PAIRS.values()) == pytest.approx(0.02)
-    assert abs(rare / n - 0.02) < 0.0102
+    assert sum(RARE_PAIRS.values()) == pytest.approx(0.034)
+    assert abs(rare / n - 0.034) < 0.0132
     assert abs(caption / n - CAPTION_FAULTS) < 0.032
     assert abs(plan / (n - caption) - PLAN_FAULTS) < 0.034
 
@@ -162,7 +162,7 @@ def test_the_corpus_lies_as_often_as_it_says():
 def test_each_rare_pair_has_its_fraction_of_the_corpus(monkeypatch):
     """A hundred times as frequent, without faults: shares within four standard errors."""
     monkeypatch.setattr("scenes.CAPTION_FAULTS", 0.0)
-    often = {pair: 25 * fraction for pair, fraction in RARE_PAIRS.items()}  # half of the corpus
+    often = {pair: 15 * fraction for pair, fraction in RARE_PAIRS.items()}  # half of the corpus
     monkeypatch.setattr("scenes.RARE_PAIRS", often)
     n = 2000
     found = [rare_pairs(corpus_item(WORLDS["cpu"], 0, i).objects) for i in range(n)]
