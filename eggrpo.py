@@ -40,7 +40,7 @@ import rewards
 from checkpoint import Run
 from common import check
 from model import forward_logits, load_base, normalized_entropy, token_logp
-from rollout import check_stats, load_env, make_rollout, reduce_stats, rollout_stats
+from rollout import check_stats, load_env, make_rollout, rollout_stats
 from rollout import split_modalities, training_scenes
 
 
@@ -285,7 +285,7 @@ def modality_masks(rollout, config):
 
 
 def micro_batch_loss(policy, reference, part, sequences, config):
-    """Compute the loss of some rows of a Batch. Returns it and a dict of scalars to log."""
+    """Compute the loss of some rows of a Batch. Returns it, kl and log-probs (B, T)."""
     tokens = part[:3]  # prompt, plan, codes
     logits = forward_logits(policy, *tokens, config.guidance)  # words (B, C, V), codes (B, L, V)
     logp, logp_ref = token_logp(*logits, part.plan, part.codes), None  # (B, T)
@@ -294,10 +294,17 @@ def micro_batch_loss(policy, reference, part, sequences, config):
             ref_logits = forward_logits(reference, *tokens, config.guidance)
             logp_ref = token_logp(*ref_logits, part.plan, part.codes)
     loss, kl = policy_loss(logp, logp_ref, part.advantage, part.valid, config.beta, sequences)
-    difference = (logp.detach() - part.logp_old).abs() * part.valid  # (B, T)
-    stats = dict(kl=kl, loss=loss.detach(), logp_diff_mean=difference.sum() / part.valid.sum(),
-                 logp_diff_max=(difference / (1 + part.logp_old.abs())).max())  # fmt: skip
-    return loss, stats
+    return loss, kl, logp.detach()
+
+
+def sampler_against_learner(batch, logp):
+    """Compare log-probs (B, T) with those of sampling, before the update: sampler and learner must
+    be one policy. Returns the mean difference in nats and the largest over 1 + |logp|."""
+    difference = (logp - batch.logp_old).abs() * batch.valid
+    return dict(
+        logp_diff_mean=difference.sum() / batch.valid.sum(),
+        logp_diff_max=(difference / (1 + batch.logp_old.abs())).max(),
+    )
 
 
 def update(policy, reference, optimizer, batch, config, extra_stats=None):
@@ -306,13 +313,19 @@ def update(policy, reference, optimizer, batch, config, extra_stats=None):
     extra_stats: other scalars to log. All scalars come to the host in one transfer, before the
     weights change; the host waits for the device only there. Raises TrainingDiverged.
     """
-    sequences, parts = len(batch.plan), []  # of the whole batch: micro-batches change nothing
-    for idx in torch.arange(len(batch.plan), device=batch.plan.device).split(config.micro_batch):
+    sequences = len(batch.plan)  # of the whole batch: micro-batches change nothing
+    losses, kls, logps = [], [], []
+    for idx in torch.arange(sequences, device=batch.plan.device).split(config.micro_batch):
         part = Batch(*(x[idx] for x in batch))
-        loss, stats = micro_batch_loss(policy, reference, part, sequences, config)
+        loss, kl, logp = micro_batch_loss(policy, reference, part, sequences, config)
         loss.backward()
-        parts.append(stats)
-    stats = (extra_stats or {}) | reduce_stats(parts)
+        losses.append(loss.detach())
+        kls.append(kl)
+        logps.append(logp)
+    stats = dict(extra_stats or {})
+    stats["kl"] = torch.stack(kls).sum()
+    stats["loss"] = torch.stack(losses).sum()
+    stats |= sampler_against_learner(batch, torch.cat(logps))
     stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
     stats = dict(zip(stats, torch.stack([*stats.values()]).cpu()))
     check_stats(stats, config, batch.plan.device)

@@ -148,13 +148,6 @@ def rollout_stats(rollout, batch):
     )  # fmt: skip
 
 
-def reduce_stats(parts):
-    """Reduce the dicts of scalars of micro-batches key by key: differences of log-probs to their
-    largest, shares of the batch's means to their sum."""
-    reduce = dict(logp_diff_mean=torch.amax, logp_diff_max=torch.amax)
-    return {k: reduce.get(k, torch.sum)(torch.stack([s[k] for s in parts]), 0) for k in parts[0]}
-
-
 # of logp_diff_mean, in nats, by common.network_dtype; docs/reproducibility.md has the measurements
 LOGP_DIFF_BOUND = {torch.float32: 5e-6, torch.bfloat16: 5e-3}
 
