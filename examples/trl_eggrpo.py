@@ -2,18 +2,23 @@
 
     from trl_eggrpo import EGGRPOTrainer                        # then as GRPOTrainer:
     EGGRPOTrainer(model="Qwen/Qwen3-0.6B", reward_funcs=reward, train_dataset=prompts,
-                  args=GRPOConfig(...), low_frac=0.2, high_frac=0.5).train()
+                  args=GRPOConfig(loss_type="grpo", ...), low_frac=0.2, high_frac=0.5).train()
 
 Needs torch and examples/requirements.txt; put examples/ on PYTHONPATH. Runs on what TRL runs on;
-start several processes with accelerate or torchrun. low_frac=high_frac=0 is the stock trainer, bit
-for bit. Truncated samplers are refused: entropies must be those of the distribution sampled from.
+start several processes with accelerate or torchrun. The batch that lambda is calibrated over is
+TRL's generation batch, of all processes: per_device_train_batch_size * steps_per_generation rows of
+each. low_frac=0 is the stock trainer, bit for bit (loss_type="grpo", also with gradient
+accumulation, LoRA, num_iterations=2 and gradient checkpointing). Other losses are refused: the
+bonus is calibrated for a mean over sequences of means over tokens. Truncated samplers are refused:
+entropies must be those of the distribution sampled from.
 
 Estimates, not measurements: memory is GRPOTrainer's; time is one more forward pass per generation
 batch. Run so far: tiny random models on a CPU, one process, and two by torchrun on gloo
 (tests/test_examples_trl.py). Not run: real weights, CUDA, vLLM, DeepSpeed, FSDP. Look first at
 1. eg/low_fraction in TRL's log: low_frac less rounding, because short completions have few tokens;
-2. entropy: if it falls to 0 within some 100 steps, raise beta or lower the learning rate;
-3. frac_reward_zero_std: groups of equal rewards; TRL divides rounding noise by 1e-4 there.
+2. eg/lambda: the bonus on a token is lambda times its entropy, and may outweigh its advantage;
+3. entropy: if it falls to 0 within some 100 steps, raise beta or lower the learning rate;
+4. frac_reward_zero_std: groups of equal rewards; TRL divides rounding noise by 1e-4 there.
 """
 
 import math
@@ -25,9 +30,8 @@ import torch
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
-from eggrpo import entropy_masks, shape_advantages
+from eggrpo import bonus_coefficient, entropy_masks, shape_advantages
 
-LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")  # those that take advantages (B, T)
 OFF = dict(
     top_k=(0, -1),
     top_p=(1,),
@@ -44,13 +48,14 @@ SET_BY_TRL = ("top_k", "top_p", "min_p", "repetition_penalty")
 class EGGRPOTrainer(GRPOTrainer):
     """GRPOTrainer whose advantages are shaped by token entropy.
 
-    low_frac, high_frac, bonus_coef, bonus_cap: as in eggrpo.py. All else: as GRPOTrainer. Raises
-    ValueError for a sampler, loss or model for which the entropies or shapes would be wrong.
+    low_frac, high_frac, kappa: as in eggrpo.py. All else: as GRPOTrainer. Raises ValueError for a
+    sampler, loss or model for which the entropies, the calibration or shapes would be wrong.
     """
 
-    def __init__(self, *args, low_frac=0.2, high_frac=0.5, bonus_coef=0.3, bonus_cap=0.3, **kwargs):
+    def __init__(self, *args, low_frac=0.2, high_frac=0.5, kappa=1.0, **kwargs):
         super().__init__(*args, **kwargs)
-        self.fractions, self.bonus = (low_frac, high_frac), (bonus_coef, bonus_cap)
+        self.fractions = (low_frac, high_frac)
+        self.kappa = kappa
         sampler = {
             name: getattr(
                 self.args if name in SET_BY_TRL else self.model.generation_config, name, None
@@ -63,8 +68,13 @@ class EGGRPOTrainer(GRPOTrainer):
                     f"{name}={value}: EG-GRPO needs the full distribution, "
                     "without truncation, penalties or other generation_kwargs"
                 )
-        if self.args.loss_type not in LOSSES or self.args.off_policy_mask_threshold is not None:
-            raise ValueError(f"loss_type must be one of {LOSSES}, without off-policy masking")
+        if self.args.loss_type != "grpo":
+            raise ValueError(
+                f"loss_type={self.args.loss_type!r}: EG-GRPO's bonus is calibrated for a mean over "
+                "sequences of means over tokens; set loss_type='grpo'"
+            )
+        if self.args.off_policy_mask_threshold is not None:
+            raise ValueError("off_policy_mask_threshold: EG-GRPO needs all sequences in the loss")
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
@@ -85,8 +95,23 @@ class EGGRPOTrainer(GRPOTrainer):
                 compute_entropy=True,
             )
         entropy = nats.float() / math.log(self.model.config.get_text_config().vocab_size)
-        low, high = entropy_masks(entropy, valid, *self.fractions)
-        batch["advantages"] = shape_advantages(batch["advantages"], entropy, low, high, *self.bonus)
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["eg/low_fraction"].append((low.sum() / valid.sum().clamp(min=1)).item())
+        batch["advantages"] = self._shape_advantages(batch["advantages"], entropy, valid)
         return batch
+
+    def _shape_advantages(self, advantage, entropy, valid):
+        """Shape this process's advantages (B,) to (B, T): lambda's sums go over all processes."""
+        rows, length = valid.shape  # of this process
+        advantage = self.accelerator.gather(advantage)  # (N,) of N = B * processes sequences
+        entropy = self._gather_tokens(entropy)  # (N, longest T)
+        valid = self._gather_tokens(valid.int()).bool()  # padding makes integers of a bool
+        low, high = entropy_masks(entropy, valid, *self.fractions)
+        shaping = (advantage, entropy, low, high, valid, self.kappa)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["eg/low_fraction"].append((low.sum() / valid.sum().clamp(min=1)).item())
+        metrics["eg/lambda"].append(bonus_coefficient(*shaping).item())
+        shaped = shape_advantages(*shaping).split(rows)[self.accelerator.process_index]
+        return shaped[:, :length]
+
+    def _gather_tokens(self, x):
+        """Gather (B, T) of every process, T being each one's own longest completion."""
+        return self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1))

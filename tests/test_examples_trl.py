@@ -14,6 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = dict(
+    loss_type="grpo",
     num_generations=4,
     per_device_train_batch_size=8,
     max_completion_length=12,
@@ -26,14 +27,11 @@ COMMON = dict(
     save_strategy="no",
     disable_tqdm=True,
 )
-OFF = dict(low_frac=0.0, high_frac=0.0)
+OFF = dict(low_frac=0.0)
 CASES = {
-    "bnpo": dict(loss_type="bnpo"),
-    "dapo": dict(
-        loss_type="dapo", gradient_accumulation_steps=2, per_device_train_batch_size=4, lora=True
-    ),
-    "grpo": dict(loss_type="grpo", num_iterations=2, gradient_checkpointing=True),
-    "sgd": dict(loss_type="dapo", optim="sgd", learning_rate=0.5, max_grad_norm=100.0),
+    "accumulation": dict(gradient_accumulation_steps=2, per_device_train_batch_size=4, lora=True),
+    "iterations": dict(num_iterations=2, gradient_checkpointing=True),
+    "sgd": dict(optim="sgd", learning_rate=0.5, max_grad_norm=100.0),
 }
 TRUNCATED = [
     dict(top_k=5),
@@ -41,7 +39,7 @@ TRUNCATED = [
     dict(min_p=0.1),
     dict(repetition_penalty=1.1),
     dict(generation_kwargs=dict(temperature=2.0)),
-    dict(loss_type="vespo"),
+    dict(loss_type="dapo"),
     dict(shipped=dict(typical_p=0.5)),
 ]
 
@@ -136,9 +134,9 @@ def worker(kind, case, folder):
         k: v.clone()
         for k, v in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()
     }
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    log = [row for row in trainer.state.log_history if "loss" in row]
     torch.save(
-        dict(weights=weights, before=before, batches=seen, losses=losses),
+        dict(weights=weights, before=before, batches=seen, log=log),
         Path(folder) / f"{kind}-{case}-{rank}.pt",
     )
     trainer.accelerator.wait_for_everyone()
@@ -173,18 +171,8 @@ def start(kind, case, folder, processes=1):
     """Run a worker; return what each of its processes wrote."""
     command = [sys.executable]
     if processes > 1:
-        command += [
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(processes),
-            "--master_port",
-            "0",
-            "--rdzv_backend",
-            "c10d",
-            "--rdzv_endpoint",
-            "localhost:0",
-        ]
+        command += "-m torch.distributed.run --rdzv_backend c10d --rdzv_endpoint".split()
+        command += ["localhost:0", "--master_port", "0", "--nproc_per_node", str(processes)]
     done = subprocess.run(
         [*command, __file__, kind, case, str(folder)],
         capture_output=True,
@@ -210,12 +198,13 @@ def one(tmp_path_factory):
     return start("eg", "sgd", tmp_path_factory.mktemp("one"))[0]
 
 
-@pytest.mark.parametrize("case", ["bnpo", "dapo", "grpo"])
+@pytest.mark.parametrize("case", ["accumulation", "iterations"])
 def test_without_masks_it_is_the_stock_trainer(case, tmp_path):
     """Bit-equal weights, losses and batches, also with accumulation, LoRA, two iterations per batch
     and checkpointing: the subclass adds nothing but the shaping."""
     (stock,), (off,) = (start(kind, case, tmp_path) for kind in ("stock", "off"))
-    assert stock["losses"] == off["losses"] and len(off["losses"]) == 3
+    stock_losses, losses = ([row["loss"] for row in run["log"]] for run in (stock, off))
+    assert stock_losses == losses and len(losses) == 3
     for name, weight in stock["weights"].items():
         assert torch.equal(weight, off["weights"][name]), name
     assert any(not torch.equal(v, stock["before"][k]) for k, v in stock["weights"].items())
@@ -243,18 +232,24 @@ def test_advantages_are_those_of_a_hand_computation(one):
     assert batch["advantages"].shape == (8, size) and scalar.abs().max() > 0.5
     lengths = batch["completion_mask"].sum(1).tolist()
     assert len(set(lengths)) > 1 and not batch["prompt_mask"].all()  # padding to be ignored
+    masks, taken, given = [], 0.0, 0.0
     for row, (a, n) in enumerate(zip(scalar.flatten().tolist(), lengths)):
         order = sorted(range(n), key=lambda t: entropy[row, t].item())
         low, high = order[: int(n * 0.2)], order[n - int(n * 0.5) :]
+        masks.append((a, n, low, high))
+        taken += abs(a) * len(low) / n
+        given += sum(entropy[row, t].item() for t in high) / n
+    assert abs(one["log"][0]["eg/lambda"] - taken / given) < 1e-4 and taken > 0.1
+    for row, (a, n, low, high) in enumerate(masks):
         for t in range(n):
-            bonus = min(0.3 * abs(a), 0.3 * entropy[row, t].item()) if t in high else 0.0
+            bonus = taken / given * entropy[row, t].item() if t in high else 0.0
             expected = 0.0 if t in low else a + bonus
             assert abs(batch["advantages"][row, t].item() - expected) < 1e-5
 
 
 def test_truncated_samplers_are_refused(tmp_path):
-    """With top-k and the like the entropies are not those of the sampler; and a loss that cannot
-    take advantages per token is refused too. No trainer is run."""
+    """With top-k and the like the entropies are not those of the sampler; a loss that the bonus is
+    not calibrated for is refused too. No trainer is run."""
     assert start("eg", "refusals", tmp_path).strip().split(";") == [
         "top_k",
         "top_p",
@@ -267,15 +262,20 @@ def test_truncated_samplers_are_refused(tmp_path):
 
 
 def test_two_processes_agree_with_one(one, tmp_path):
-    """The same completions, one process with 8 rows and two with 4 each: the same weights."""
+    """The same completions, one process with 8 rows and two with 4 each: the same lambda,
+    advantages and weights. Each process has one group, whose own lambda would be another."""
     two = start("eg", "sgd", tmp_path, processes=2)
     for name, weight in one["weights"].items():
         assert torch.equal(two[0]["weights"][name], two[1]["weights"][name]), name
         assert (weight - two[0]["weights"][name]).abs().max() < 1e-5, name
     moved = max((one["weights"][k] - one["before"][k]).abs().max() for k in one["weights"])
     assert moved > 1e-2
-    rows = [len(rank["batches"][0]["completion_ids"]) for rank in two]
-    assert rows == [4, 4] and len(one["batches"][0]["completion_ids"]) == 8
+    for rank in two:
+        for mine, theirs in zip(rank["log"], one["log"]):
+            assert abs(mine["eg/lambda"] - theirs["eg/lambda"]) < 1e-4
+    whole = one["batches"][0]["advantages"]
+    for part, rows in zip((rank["batches"][0]["advantages"] for rank in two), whole.split(4)):
+        assert part.shape[0] == 4 and (part - rows[:, : part.shape[1]]).abs().max() < 1e-5
 
 
 if __name__ == "__main__":
