@@ -34,7 +34,14 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
-from eggrpo import entropy_masks, group_advantages, policy_loss, shape_advantages, token_entropy
+from eggrpo import (
+    bonus_coefficient,
+    entropy_masks,
+    group_advantages,
+    policy_loss,
+    shape_advantages,
+    token_entropy,
+)
 from janus_setup import (
     call_reward,
     check,
@@ -202,17 +209,15 @@ def make_rollout(policy, prompts, config, uniform):
 
 
 def shape_rollout(rollout, advantage, config):
-    """Shape advantages (B,) to (B, C + L), plan and image each by their own entropies."""
-    shaped, c = [], rollout.plan.shape[1]
-    for entropy, valid in (
-        (rollout.entropy[:, :c], rollout.valid[:, :c]),
-        (rollout.entropy[:, c:], rollout.valid[:, c:]),
-    ):
-        masks = entropy_masks(entropy, valid, config.low_frac, config.high_frac)
-        shaped.append(
-            shape_advantages(advantage, entropy, *masks, config.bonus_coef, config.bonus_cap)
-        )
-    return torch.cat(shaped, 1)
+    """Shape advantages (B,) to (B, C + L). Low and high tokens are found in plan and image apart;
+    lambda is one for both, over the whole batch. Returns the shaped advantages and lambda."""
+    c = rollout.plan.shape[1]
+    fractions = config.low_frac, config.high_frac
+    plan = entropy_masks(rollout.entropy[:, :c], rollout.valid[:, :c], *fractions)
+    image = entropy_masks(rollout.entropy[:, c:], rollout.valid[:, c:], *fractions)
+    low, high = (torch.cat(pair, 1) for pair in zip(plan, image))  # (B, C + L)
+    shaping = advantage, rollout.entropy, low, high, rollout.valid, config.kappa
+    return shape_advantages(*shaping), bonus_coefficient(*shaping)
 
 
 def update(policy, optimizer, rollout, advantage, config):
@@ -226,12 +231,7 @@ def update(policy, optimizer, rollout, advantage, config):
         logp = score_rollout(policy, part, config.guidance)
         logp_ref = score_reference(policy, part, config.guidance) if config.beta else None
         loss, kl = policy_loss(
-            logp,
-            logp_ref,
-            advantage[rows],
-            part.valid,
-            config.beta,
-            denominator=rollout.valid.sum(),
+            logp, logp_ref, advantage[rows], part.valid, config.beta, sequences=len(advantage)
         )
         loss.backward()
         sums.append((loss.detach(), kl))
@@ -263,7 +263,8 @@ def train_step(policy, optimizer, reward, prompts, config, step):
     rollout, images = make_rollout(policy, repeated, config, uniform)
     sampled = time.time()
     rewards = call_reward(reward, images, repeated).view(len(prompts), config.group)
-    advantage = shape_rollout(rollout, group_advantages(rewards).flatten(), config)
+    advantage = group_advantages(rewards).flatten()  # (B,)
+    advantage, coefficient = shape_rollout(rollout, advantage, config)  # (B, C + L)
     for group in optimizer.param_groups:  # warm-up
         group["lr"] = config.learning_rate * min(1, (step + 1) / 10)
     stats, c = update(policy, optimizer, rollout, advantage, config), config.plan_tokens
@@ -275,6 +276,7 @@ def train_step(policy, optimizer, reward, prompts, config, step):
         reward_std=rewards.std(1).mean().item(),
         frac_reward_zero_std=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
         **stats,
+        **{"lambda": coefficient.item()},
         entropy_plan=rollout.entropy[:, :c][valid].mean().item(),
         entropy_image=rollout.entropy[:, c:].mean().item(),
         plan_length=valid.sum(1).float().mean().item(),

@@ -77,8 +77,7 @@ class Config:
     beta: float = flag(0.01, "weight of the KL term")
     low_frac: float = flag(0.2, "fraction of tokens without reward gradient")
     high_frac: float = flag(0.5, "fraction of tokens with a bonus")
-    bonus_coef: float = flag(0.3, "bonus per unit of entropy")
-    bonus_cap: float = flag(0.3, "bonus at most, per unit of |advantage|")
+    kappa: float = flag(1.0, "bonus as a fraction of what exclusion takes away; in (0, 1]")
     lora_rank: int = flag(16, "rank of the adapter")
     max_gap: float = flag(0.0, "mean |logp difference| refused, nats; 0: 1e-3, on CUDA 0.1")
     save_every: int = flag(20, "steps between checkpoints and image grids")
@@ -134,8 +133,7 @@ def parse_flags(argv, description):
         ("low_frac", 0),
         ("high_frac", 0),
         ("guidance", 0),
-        ("bonus_coef", 0),
-        ("bonus_cap", 0),
+        ("kappa", 0),
         ("max_gap", 0),
     ):
         check(
