@@ -580,7 +580,7 @@ def test_planted_mismatches_exceed_the_bound_ten_times_and_sound_rollouts_are_fa
     def difference():
         batch = make_batch(make_rollout(policy, env, scenes, config, 0), config)
         _, _, logp = micro_batch_loss(policy, policy, batch, 8, config)
-        return eggrpo.sampler_against_learner(batch, logp).values()
+        return tuple(eggrpo.sampler_against_learner(batch, logp).values())
 
     bound = LOGP_DIFF_BOUND[torch.float32]
     mean, largest = difference()
