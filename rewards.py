@@ -5,8 +5,9 @@
 
 Detection is exact, not learned: cut the image into cells, assign each pixel to a palette colour
 (`paint_coverage`), match every shape and texture against each colour, keep the best match of each
-cell. Stars are too faint to count as paint, so the sky is not scored. The reward is the mean of the functions in REWARDS, each (B,) in [0, 1], over those that
-apply to the prompt (NaN: does not apply; only `relation` returns it). Add your own as one more:
+cell. Stars are too faint to count as paint, so the sky is not scored. The reward is the mean of the
+functions in REWARDS, each (B,) in [0, 1], over those that apply to the prompt (NaN: does not apply;
+only `relation` returns it). Add your own as one more:
 
     rewards.REWARDS["red"] = lambda images, detections, targets: images[:, 0].mean(dim=(1, 2))
 
