@@ -48,7 +48,7 @@ from rollout import split_modalities, training_scenes
 class Config(common.BaseConfig):
     method: str = "eggrpo"  # a key of METHODS, which sets some of the fields below
     name: str = ""  # of the run's folder; default: <method>-<seed>
-    steps: int = 300  # batches of rollouts (released code: 1600)
+    steps: int = 250  # batches of rollouts (released code: 1600)
     prompts: int = 8  # P (released code: 16)
     plans_per_prompt: int = 8  # G, with one image each (released code: 8)
     lr: float = 5e-4  # after 10 warm-up steps, linearly to 0 (released code: 1e-6, 7 B parameters)
