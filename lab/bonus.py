@@ -1,252 +1,316 @@
-"""Measure what each half of EG-GRPO adds to the expected gradient, exactly, on small policies.
+"""Measure what a bonus leaves of expected gradient, on policies small enough to enumerate.
 
     python -m lab.bonus             about a minute; prints tables (docs/bonus.md)
 
-With on-policy sampling a bonus that does not depend on the sampled token is a baseline: E_a[d *
-grad log pi(a)] = 0. To see whether the bonus of EG-GRPO still explores, policies over 3 ^ 10
-sequences are enumerated in float64. The logits of token t depend on the token before it, so that
-entropy differs between contexts; rewards are random sums over tokens and pairs of neighbours. Every
-instance has a policy and rewards of its own seed. Tables:
+A bonus that does not depend on the sampled token or on what follows it is a baseline: its expected
+gradient is 0. EG-GRPO's depends on both: masks rank a token among later ones, 1 / T_i counts them,
+and lambda is of the batch. Tables:
 
-1. the exact expected gradient that each part adds, and the effect of one exact step along it;
-2. the same with samples drawn under guidance and scored without (the released code);
-3. many steps of Adam on sampled groups of 8, computed by the functions of eggrpo.py.
+1. the expected gradient of each part, over all batches of one group of 2 sequences of 2 tokens of
+   2: at equal lengths, at variable lengths, and drawn under guidance but scored without;
+2. the same from samples, at one group of 8 sequences of 10 tokens of 3;
+3. training by Adam on sampled groups of 8, on-policy and under that guidance.
+
+A policy is a table of logits, of token t after token t - 1; rewards are random sums over tokens and
+pairs of neighbours. The functions of eggrpo.py see one batch at a time, in float64; torch.vmap runs
+them over batches, or over the policies that are trained.
+
+Dimension letters: N batches, G sequences per group, B per batch, T tokens, V vocabulary.
 """
 
 import sys
 import time
+from functools import partial
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 import common
-from eggrpo import METHODS, Config, entropy_masks
-from eggrpo import group_advantages, policy_loss, shape_advantages
+from eggrpo import entropy_masks, group_advantages, policy_loss
+from eggrpo import shape_advantages, shape_advantages_released
 from evaluate import markdown_table
+from lab.stats import mean_t_ci
 from model import normalized_entropy
 
-V, T = 3, 10  # vocabulary, tokens
-SEEDS, STEPS, GROUP, PROMPTS = 48, 200, 8, 4  # instances; Adam steps, rollouts and groups per step
+END = 0  # the token after which nothing is valid, if lengths vary
 GUIDANCE = 2.0
-STEP = 0.1  # length of the exact step along GRPO's gradient
+GROUP = 8  # sequences, where groups are sampled
+ESTIMATES, BATCHES = 10, 500  # of a sampled gradient; batches per estimate
+GROUPS, STEPS = 4, 200  # of training: groups per policy and step
+CONSTANT = 0.4  # a lambda that no batch changes, near the mean of EG-GRPO's
+ROUNDING = 1e-12
+
+RULES = {  # as in eggrpo.make_batch
+    "grpo": partial(shape_advantages, kappa=0.0, exclude=False),
+    "eggrpo": shape_advantages,
+    "eggrpo-released": lambda a, h, low, high, valid: shape_advantages_released(a, h, low, high),
+    "exclude": partial(shape_advantages, kappa=0.0),
+    "bonus": partial(shape_advantages, exclude=False),
+}
 
 
-class Instance:
-    """A random tabular policy, the same policy without its prompt, and rewards.
+class Instance(NamedTuple):
+    """A random policy, the same policy without its prompt, and rewards."""
 
-    theta, empty: (T, V + 1, V), the logits of token t after token v, or, at v = V, after none.
-    """
-
-    def __init__(self, seed):
-        def noise(name, *shape):
-            draw = common.generator(seed, name)
-            return torch.randn(*shape, generator=draw, dtype=torch.float64)
-
-        self.theta = 1.5 * noise("theta", T, V + 1, V)
-        self.empty = 0.5 * self.theta + 0.5 * noise("empty", T, V + 1, V)
-        self.token_reward, self.pair_reward = noise("token", T, V), 0.5 * noise("pair", T, V + 1, V)
-
-    def rewards(self, tokens):
-        """Compute the rewards of sequences: (n, T) -> (n,)."""
-        t = torch.arange(T)
-        return (self.token_reward[t, tokens] + self.pair_reward[t, previous(tokens), tokens]).sum(1)
+    theta: Tensor  # (T, V + 1, V) logits of token t after token v, or, at v = V, after none
+    empty: Tensor  # (T, V + 1, V)
+    token_reward: Tensor  # (T, V)
+    pair_reward: Tensor  # (T, V + 1, V)
+    ends: Tensor  # bool: END ends a sequence
 
 
-def previous(tokens):
-    """Shift sequences by one, V standing for the start: (n, T) -> (n, T)."""
-    return torch.cat([torch.full_like(tokens[:, :1], V), tokens[:, :-1]], 1)
+def make_instance(seed, vocabulary, length, ends=False):
+    """Draw an instance. Deterministic for given arguments."""
+    draw = common.generator("bonus", seed)
+    table = length, vocabulary + 1, vocabulary
+    noise = partial(torch.randn, generator=draw, dtype=torch.float64)
+    theta = 1.5 * noise(table)
+    empty = 0.5 * theta + 0.5 * noise(table)
+    return Instance(theta, empty, noise(length, vocabulary), 0.5 * noise(table), torch.tensor(ends))
 
 
-def every_sequence():
-    """Return all sequences, (V ** T, T)."""
-    return torch.cartesian_prod(*[torch.arange(V)] * T)
+def contexts(tokens, vocabulary):
+    """Return position and previous token of tokens: (T,) and (..., T)."""
+    start = torch.full_like(tokens[..., :1], vocabulary)
+    previous = torch.cat([start, tokens[..., :-1]], -1)
+    return torch.arange(tokens.shape[-1]), previous
 
 
 def look_up(theta, tokens):
-    """Return the log-probs and the entropies of the tokens of sequences: (n, T) each."""
-    context, t = previous(tokens), torch.arange(T)
-    table = theta.log_softmax(-1)  # (T, V + 1, V)
-    return table[t, context, tokens], normalized_entropy(table)[t, context]
+    """Return log-probs of tokens, and entropies as fractions of log V: (..., T) each."""
+    row = contexts(tokens, theta.shape[-1])
+    logp = theta.log_softmax(-1)
+    return logp[*row, tokens], normalized_entropy(logp)[row]
 
 
-def guided(instance, theta, weight):
-    """Return the logits under classifier-free guidance."""
-    return instance.empty + weight * (theta - instance.empty)
+def valid_tokens(instance, tokens):
+    """Find the tokens before which there is no END: (..., T) bool."""
+    ended = (tokens == END) & instance.ends
+    return ended.cumsum(-1) - ended.long() == 0
 
 
-# --- exact ----------------------------------------------------------------------------------------
+def rewards(instance, tokens):
+    """Compute the rewards of sequences, sums over their valid tokens: (..., T) -> (...)."""
+    t, previous = contexts(tokens, instance.theta.shape[-1])
+    reward = instance.token_reward[t, tokens] + instance.pair_reward[t, previous, tokens]
+    return (reward * valid_tokens(instance, tokens)).sum(-1)
 
 
-def token_weights(advantage, entropy):
-    """Return the weight of each token's grad log pi in GRPO, in EG-GRPO, and in what EG-GRPO adds.
-
-    advantage: (n,), entropy: (n, T) -> {name: (n, T)}.
-    """
-    a, valid = advantage[:, None], torch.ones_like(entropy, dtype=torch.bool)
-    low, high = entropy_masks(entropy, valid)
-    by_entropy, by_advantage = 0.3 * entropy, 0.3 * a.abs().expand_as(entropy)
-    return {
-        "GRPO: A": a.expand_as(entropy),
-        "0.3 H, every token": by_entropy,
-        "0.3 H, high tokens": by_entropy * high,
-        "bonus where it is 0.3 H": by_entropy * high * (by_entropy <= by_advantage),
-        "bonus where it is 0.3 abs(A)": by_advantage * high * (by_entropy > by_advantage),
-        "bonus: both": torch.minimum(by_entropy, by_advantage) * high,
-        "exclusion: -A on low": -a * low,
-        "EG-GRPO: all of it": shape_advantages(advantage, entropy, low, high),
-    }
+def guided(instance, theta, guidance):
+    """Return the logits under classifier-free guidance; at 1 these are theta."""
+    return instance.empty + guidance * (theta - instance.empty)
 
 
-def exact_gradients(instance, guidance=1.0):
-    """Compute the exact expected gradient of each part of the method, of expected reward and of
-    mean entropy. Returns {part: gradient}, gradient, gradient.
-
-    Samples are drawn under `guidance` and scored without; the advantage is that of an infinite
-    group.
-    """
-    tokens, theta = every_sequence(), instance.theta.clone().requires_grad_(True)
-    reward = instance.rewards(tokens)
-    logp, entropy = look_up(theta, tokens)
-    p = logp.sum(1).exp()  # (n,) exact probabilities
-    with torch.no_grad():
-        drawn = look_up(guided(instance, theta, guidance), tokens)[0].sum(1).exp()
-        mean = (drawn * reward).sum()
-        advantage = (reward - mean) / (drawn * (reward - mean) ** 2).sum().sqrt()
-    gradient = lambda value: torch.autograd.grad(value, theta, retain_graph=True)[0]
-    gradients = {
-        name: gradient((drawn[:, None] * weight * logp).sum() / T)
-        for name, weight in token_weights(advantage, entropy.detach()).items()
-    }
-    high = entropy_masks(entropy.detach(), torch.ones_like(entropy, dtype=torch.bool))[1]
-    gradients["entropy gradient: H on high"] = gradient((drawn[:, None] * high * entropy).sum() / T)
-    return gradients, gradient((p * reward).sum()), gradient((p[:, None] * entropy).sum() / T)
+def sample(theta, uniform):
+    """Sample sequences by inverting cumulative distributions. uniform: (..., T) in [0, 1)."""
+    cumulative = theta.softmax(-1).cumsum(-1)
+    last = theta.shape[-1] - 1
+    token = torch.full_like(uniform[..., 0], last + 1, dtype=torch.long)
+    tokens = []
+    for t in range(len(theta)):
+        passed = cumulative[t, token] < uniform[..., t, None]  # (..., V)
+        token = passed.sum(-1).clamp(max=last)
+        tokens.append(token)
+    return torch.stack(tokens, -1)
 
 
-@torch.no_grad()
+def every_sequence(instance):
+    """Return all sequences, (V ** T, T)."""
+    length, _, vocabulary = instance.theta.shape
+    return torch.cartesian_prod(*[torch.arange(vocabulary)] * length)
+
+
 def reward_and_entropy(instance, theta):
-    """Return exact expected reward and exact mean entropy of a policy, two scalars."""
-    tokens = every_sequence()
+    """Return a policy's exact expected reward and mean entropy, two scalars."""
+    tokens = every_sequence(instance)
     logp, entropy = look_up(theta, tokens)
+    valid = valid_tokens(instance, tokens)
+    entropy = (entropy * valid).sum(1) / valid.sum(1)
     p = logp.sum(1).exp()
-    return torch.stack([(p * instance.rewards(tokens)).sum(), (p[:, None] * entropy).sum() / T])
+    return p @ rewards(instance, tokens), p @ entropy
 
 
-def exact_table(seeds, guidance):
-    """Print medians over instances: the norm of each part's gradient, its cosine with GRPO's, and
-    the change of exact reward and entropy by a step along it. GRPO's step has length STEP, the
-    others in proportion. Returns {part: list of (size, cosine, reward, entropy)}."""
-    rows, lines = {}, []
-    for seed in range(seeds):
-        instance = Instance(seed)
-        gradients, _, _ = exact_gradients(instance, guidance)
-        grpo, before = gradients["GRPO: A"], reward_and_entropy(instance, instance.theta)
-        for name, g in gradients.items():
-            size, cosine = g.norm() / grpo.norm(), (g * grpo).sum() / (g.norm() * grpo.norm())
-            theta = instance.theta + STEP * g / grpo.norm()
-            change = reward_and_entropy(instance, theta) - before
-            rows.setdefault(name, []).append(torch.stack([size, cosine, *change]))
-    grpo_reward = torch.stack(rows["GRPO: A"])[:, 2].abs()
-    for name, values in rows.items():
-        values = torch.stack(values)
-        size, cosine, _, entropy = values.median(0).values.tolist()
-        if size < 1e-12:
-            lines.append([name, f"{size:.0e}", *"----"])
-            continue
-        reward = (values[:, 2] / grpo_reward).median()
-        rises = f"{(values[:, 3] > 0).sum()} of {seeds}"
-        lines.append([name, f"{size:.3f}", f"{cosine:+.2f}", f"{reward:+.3f}", f"{entropy:+.5f}",
-                      rises])  # fmt: skip
-    head = ["part", "size / GRPO's", "cosine with GRPO", "reward of a step / GRPO's"]
-    print(markdown_table([*head, "entropy of a step", "entropy rises in"], lines))
-    return rows
+# --- expected gradients ---------------------------------------------------------------------------
 
 
-# --- sampled --------------------------------------------------------------------------------------
+def token_weights(advantage, entropy, valid, fractions):
+    """Return what each part adds to the advantages of one batch: {part: (B, T)}.
+
+    advantage: (B,); entropy, valid: (B, T); fractions: of low and of high tokens.
+    """
+    low, high = entropy_masks(entropy, valid, *fractions)
+    shaped = {name: rule(advantage, entropy, low, high, valid) for name, rule in RULES.items()}
+    all_high = RULES["bonus"](advantage, entropy, low, valid, valid)
+    grpo, excluded = shaped["grpo"], shaped["exclude"]
+    return {
+        "GRPO": grpo,
+        "constant lambda, every token": CONSTANT * entropy,
+        "constant lambda, high tokens": CONSTANT * torch.where(high, entropy, 0.0),
+        "EG-GRPO's lambda, every token": all_high - grpo,
+        "EG-GRPO's bonus": shaped["bonus"] - grpo,
+        "EG-GRPO's exclusion": excluded - grpo,
+        "EG-GRPO": shaped["eggrpo"],
+        "the released bonus": shaped["eggrpo-released"] - excluded,
+    }
 
 
-def sample(theta, number, draw):
-    """Sample sequences from n policies at once. theta: (n, T, V + 1, V) -> (n, number, T)."""
-    tokens, context = [], torch.full((len(theta), number), V)
-    for t in range(T):
-        rows = context[..., None].expand(-1, -1, V)
-        p = theta[:, t].softmax(-1).gather(1, rows)  # (n, number, V)
-        context = torch.multinomial(p.flatten(0, 1), 1, generator=draw).view(len(theta), number)
-        tokens.append(context)
-    return torch.stack(tokens, 2)
+def expected_gradients(instance, tokens, weight, fractions):
+    """Compute the mean over batches of each part's gradient of -loss: {part: (T, V + 1, V)}.
+
+    tokens: (N, G, T), one group per batch; weight: (N,), which sums to 1.
+    """
+    theta = instance.theta.clone().requires_grad_(True)
+    logp, entropy = look_up(theta, tokens)  # (N, G, T)
+    valid = valid_tokens(instance, tokens)
+    advantage = group_advantages(rewards(instance, tokens))  # (N, G)
+
+    def gain(logp, advantage, valid):
+        loss, _ = policy_loss(logp, None, advantage, valid, beta=0.0)
+        return -loss
+
+    weights = torch.vmap(partial(token_weights, fractions=fractions))
+    gradients = {}
+    for part, values in weights(advantage, entropy.detach(), valid).items():
+        mean = weight @ torch.vmap(gain)(logp, values, valid)
+        gradients[part] = torch.autograd.grad(mean, theta, retain_graph=True)[0]
+    return gradients
 
 
-def sampled_loss(theta, start, tokens, reward, config):
-    """Compute the loss of a method on samples of n policies; a sum over policies of means over
-    tokens. theta, start: (n, T, V + 1, V) logits, now and of the reference; tokens: (n, B, T);
-    reward: (n, B)."""
-    n, context = len(theta), previous(tokens.flatten(0, 1)).view_as(tokens)
-    pick = lambda table: table[torch.arange(n)[:, None, None], torch.arange(T), context]
-    token_logp = lambda x: pick(x.log_softmax(-1)).gather(-1, tokens[..., None])[..., 0]
-    logp, ref = token_logp(theta).flatten(0, 1), token_logp(start).flatten(0, 1)  # (n * B, T)
-    entropy = pick(normalized_entropy(theta.detach().log_softmax(-1))).flatten(0, 1)
-    valid = torch.ones_like(logp, dtype=torch.bool)
-    advantage = group_advantages(reward.view(-1, GROUP)).flatten()
-    low, high = entropy_masks(entropy, valid, config.low_frac, config.high_frac)
-    shaped = shape_advantages(advantage, entropy, low, high, config.bonus_coef, config.bonus_cap)
-    denominator = logp.numel() / n
-    loss, _ = policy_loss(logp, ref, shaped, valid, beta=0.01, denominator=denominator)
-    return loss
+def exact_gradients(instance, draw=None, guidance=1.0):
+    """Compute each part's expected gradient over all groups of 2 sequences. draw: not used."""
+    sequences = every_sequence(instance)
+    index = torch.arange(len(sequences))
+    tokens = sequences[torch.cartesian_prod(index, index)]  # (N, 2, T)
+    logp, _ = look_up(guided(instance, instance.theta, guidance), tokens)
+    return expected_gradients(instance, tokens, logp.sum((1, 2)).exp(), fractions=(0.5, 0.5))
 
 
-@torch.no_grad()
-def reward_gained(instance, theta):
-    """Return what a policy has gained in exact expected reward, in std of the start, and its exact
-    mean entropy: (2,)."""
-    tokens = every_sequence()
-    reward = instance.rewards(tokens)
+def sampled_gradients(instance, draw, guidance=1.0):
+    """Estimate each part's expected gradient from BATCHES groups of GROUP sequences."""
+    theta = guided(instance, instance.theta, guidance)
+    tokens = sample(theta, torch.rand(BATCHES, GROUP, len(theta), generator=draw))
+    weight = torch.full((BATCHES,), 1 / BATCHES)
+    return expected_gradients(instance, tokens, weight, fractions=(0.2, 0.5))
+
+
+def gradient_table(instances, estimate, estimates):
+    """Print each part's gradient, medians over instances, lengths as fractions of GRPO's.
+
+    estimate: instance, generator -> {part: gradient}; estimates: how many of them, 1 if exact. With
+    m their mean and s its standard error, size is sqrt(|m|^2 - |s|^2), which noise does not bias.
+    """
+    found = {}  # {part: [(size, noise, along GRPO's, along entropy's, its standard error), ...]}
+    for number, instance in enumerate(instances):
+        draw = common.generator("bonus", number, "groups")
+        drawn = [estimate(instance, draw) for _ in range(estimates)]
+        gradients = {part: torch.stack([g[part].flatten() for g in drawn]) for part in drawn[0]}
+        grpo = gradients["GRPO"].mean(0)
+        theta = instance.theta.clone().requires_grad_(True)
+        _, entropy = reward_and_entropy(instance, theta)
+        ascent = torch.autograd.grad(entropy, theta)[0].flatten()
+        for part, g in gradients.items():
+            g = g / grpo.norm()  # (estimates, T * (V + 1) * V)
+            mean = g.mean(0)
+            noise = standard_error(g).norm()
+            size = (mean.norm() ** 2 - noise**2).clamp(min=0).sqrt()
+            along_grpo = mean @ grpo / grpo.norm()
+            along = g @ ascent / ascent.norm()  # (estimates,)
+            row = size, noise, along_grpo, along.mean(), standard_error(along)
+            found.setdefault(part, []).append(row)
+
+    rows = []
+    for part, values in found.items():
+        size, noise, along_grpo, along, error = torch.tensor(values).T
+        lengths = size.median(), size.quantile(0.9), noise.median()
+        lengths = [f"{x:.3f}" for x in lengths]
+        signed = along_grpo.median(), along.median()
+        signed = [f"{x:+.3f}" for x in signed]
+        rises = (along > 2 * error + ROUNDING).sum().item()
+        falls = (along < -2 * error - ROUNDING).sum().item()
+        rows.append([part, *lengths, *signed, rises, falls])
+    head = ["part", "size", "upper decile", "noise", "along GRPO's", "along entropy's"]
+    print(markdown_table([*head, "entropy rises in", "falls in"], rows))
+
+
+def standard_error(x):
+    """Return the standard error of the mean of n independent rows; 0 if n is 1, for exact ones."""
+    n = len(x)
+    return (x.var(0, correction=0) / max(n - 1, 1)).sqrt()
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def training_loss(theta, instance, tokens, rule):
+    """Compute the loss of one policy on its batch. tokens: (B, T) in groups of GROUP."""
     logp, entropy = look_up(theta, tokens)
-    p, p_old = logp.sum(1).exp(), look_up(instance.theta, tokens)[0].sum(1).exp()
-    std = (p_old * (reward - (p_old * reward).sum()) ** 2).sum().sqrt()
-    return torch.stack([((p - p_old) * reward).sum() / std, (p[:, None] * entropy).sum() / T])
+    logp_ref, _ = look_up(instance.theta, tokens)
+    valid = valid_tokens(instance, tokens)
+    reward = rewards(instance, tokens).view(-1, GROUP)
+    advantage = group_advantages(reward).flatten()  # (B,)
+    low, high = entropy_masks(entropy.detach(), valid)
+    shaped = rule(advantage, entropy.detach(), low, high, valid)
+    return policy_loss(logp, logp_ref, shaped, valid)[0]
 
 
-def train(instances, method, guidance, steps):
-    """Train every instance by a method, all in parallel. Returns exact expected reward gained and exact mean entropy: (n,) each."""
-    config = Config(**METHODS[method].values)
-    theta = torch.stack([i.theta for i in instances]).requires_grad_(True)  # (n, T, V + 1, V)
-    empty, start = torch.stack([i.empty for i in instances]), theta.detach().clone()
+def train(instances, rule, guidance, steps):
+    """Train the policies of n instances, each by itself. Returns exact reward gained and entropy,
+    (n,) each."""
+    stacked = Instance(*map(torch.stack, zip(*instances)))
+    theta = stacked.theta.clone().requires_grad_(True)  # (n, T, V + 1, V)
     optimizer = torch.optim.Adam([theta], 0.03)
+    losses = torch.vmap(partial(training_loss, rule=rule))  # lambda is per policy
     for step in range(steps):
         draw = common.generator("bonus", step)
+        uniform = torch.rand(len(theta), GROUPS * GROUP, theta.shape[1], generator=draw)
         with torch.no_grad():
-            tokens = sample(empty + guidance * (theta - empty), PROMPTS * GROUP, draw)  # (n, B, T)
-            reward = torch.stack([i.rewards(x) for i, x in zip(instances, tokens)])
+            tokens = torch.vmap(sample)(guided(stacked, theta, guidance), uniform)
         optimizer.zero_grad()
-        sampled_loss(theta, start, tokens, reward, config).backward()
+        losses(theta, stacked, tokens).sum().backward()
         optimizer.step()
-    results = [reward_gained(i, new) for i, new in zip(instances, theta)]
-    return torch.stack(results).unbind(1)
+
+    with torch.no_grad():
+        start = [reward_and_entropy(i, i.theta) for i in instances]
+        end = [reward_and_entropy(i, new) for i, new in zip(instances, theta)]
+    gained = torch.tensor(end) - torch.tensor(start)
+    return gained[:, 0], torch.tensor(end)[:, 1]
 
 
-def sampled_table(seeds, steps, guidance):
-    """Print the results of each method after Adam on groups of 8: means over instances and 95 %
-    half-widths, differences paired with GRPO. Returns {method: (reward gained, entropy)}."""
-    instances, results, lines = [Instance(s) for s in range(seeds)], {}, []
-    show = lambda x: f"{x.mean():+.3f} ± {1.96 * x.std() / len(x) ** 0.5:.3f}"
-    for method in ("grpo", "eggrpo", "bonus", "exclude"):
-        results[method] = train(instances, method, guidance, steps)
-        pairs = zip(results[method], results["grpo"])
-        lines.append([method, *(cell for x, grpo in pairs for cell in (show(x), show(x - grpo)))])
-    head = ["method", "reward gained, in std of the start", "minus GRPO's"]
-    print(markdown_table([*head, "entropy at the end", "minus GRPO's"], lines))
-    return results
+def training_table(instances, guidance, steps):
+    """Print what each method gains: means over instances, 95 % half-widths, paired differences."""
+    results = {name: train(instances, rule, guidance, steps) for name, rule in RULES.items()}
+    grpo_reward, grpo_entropy = results["grpo"]
+    rows = []
+    for name, (reward, entropy) in results.items():
+        columns = reward, reward - grpo_reward, entropy, entropy - grpo_entropy
+        intervals = [mean_t_ci(column.numpy()) for column in columns]
+        rows.append([name, *(f"{i['mean']:+.3f} ± {i['half']:.3f}" for i in intervals)])
+    head = ["method", "reward gained", "minus GRPO's", "entropy at the end", "minus GRPO's"]
+    print(markdown_table(head, rows))
 
 
 def main():
     started = time.time()
     common.check(len(sys.argv) == 1, "usage: python -m lab.bonus")
     torch.set_default_dtype(torch.float64)
+    small = [make_instance(seed, vocabulary=2, length=2) for seed in range(200)]
+    ending = [make_instance(seed, vocabulary=2, length=2, ends=True) for seed in range(200)]
+    large = [make_instance(seed, vocabulary=3, length=10) for seed in range(32)]
     mismatch = f"drawn under guidance {GUIDANCE:g}, scored without"
-    training = f"Groups of {GROUP}, {PROMPTS} groups per step, Adam, {STEPS} steps"
-    for title, guidance in (("on-policy", 1.0), (mismatch, GUIDANCE)):
-        print(f"\nExact expected gradients, {title}; medians over {SEEDS} instances\n")
-        exact_table(SEEDS, guidance)
-        print(f"\n{training}, {title}; {SEEDS} instances\n")
-        sampled_table(SEEDS, STEPS, guidance)
+    settings = ("on-policy", 1.0), (mismatch, GUIDANCE)
+
+    print(f"\nExact, variable lengths, on-policy; {len(ending)} instances\n")
+    gradient_table(ending, exact_gradients, estimates=1)
+    for title, guidance in settings:
+        print(f"\nExact, equal lengths, {title}; {len(small)} instances\n")
+        gradient_table(small, partial(exact_gradients, guidance=guidance), estimates=1)
+    for title, guidance in settings:
+        print(f"\nSampled, {title}; {len(large)} instances of {ESTIMATES} x {BATCHES} batches\n")
+        gradient_table(large, partial(sampled_gradients, guidance=guidance), ESTIMATES)
+    for title, guidance in settings:
+        print(f"\nTraining, {title}; {STEPS} steps, {len(large)} instances\n", flush=True)
+        training_table(large, guidance, STEPS)
     print(f"\n{time.time() - started:.0f} s")
 
 
