@@ -5,7 +5,7 @@ import torch
 
 from lab import bonus
 from lab.bonus import CONSTANT, RULES, every_sequence, exact_gradients, guided, look_up
-from lab.bonus import make_instance, reward_and_entropy, rewards, sample, train
+from lab.bonus import make_instance, reward_and_entropy, rewards, sample, train, valid_tokens
 
 SEEDS = pytest.mark.parametrize("seed", range(4))
 
@@ -114,8 +114,10 @@ def test_under_guidance_the_same_bonus_pulls_toward_the_guided_policy(seed):
     assert torch.allclose(g, reached * CONSTANT * entropy * (q - p) / 2, atol=1e-15)
 
 
-def test_what_follows_the_end_changes_nothing():
+def test_the_end_is_a_token_and_what_follows_it_changes_nothing():
     ending, full = small(0, ends=True), small(0)
+    valid = valid_tokens(ending, every_sequence(ending))
+    assert valid.tolist() == [[True, False], [True, False], [True, True], [True, True]]
     after_end = torch.tensor([[0, 0], [0, 1]])
     assert rewards(ending, after_end).unique().numel() == 1
     assert rewards(full, after_end).unique().numel() == 2
@@ -136,9 +138,9 @@ def test_samples_have_the_probabilities_that_are_looked_up():
 
 def test_each_policy_is_trained_by_itself():
     """Lambda is of a policy's own batch: another policy beside it changes nothing."""
-    one, other = (make_instance(seed, vocabulary=3, length=4) for seed in range(2))
-    alone = train([one], RULES["eggrpo"], 1.0, steps=1)
-    together = train([one, other], RULES["eggrpo"], 1.0, steps=1)
+    one, other = (make_instance(seed, vocabulary=3, length=5) for seed in range(2))
+    alone = train([one], RULES["eggrpo"], 1.0, steps=3)
+    together = train([one, other], RULES["eggrpo"], 1.0, steps=3)
     assert torch.allclose(alone[0], together[0][:1], atol=1e-12)
 
 
