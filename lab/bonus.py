@@ -1,6 +1,6 @@
 """Measure what a bonus leaves of expected gradient, on policies small enough to enumerate.
 
-    python -m lab.bonus             about a minute; prints tables (docs/bonus.md)
+    python -m lab.bonus             one to two minutes; prints tables (docs/bonus.md)
 
 A bonus that does not depend on the sampled token or on what follows it is a baseline: its expected
 gradient is 0. EG-GRPO's depends on both: masks rank a token among later ones, 1 / T_i counts them,
