@@ -1,32 +1,29 @@
-"""Shared helpers: errors, command line, device, random streams, writing files.
+"""Shared helpers: command line, device, random streams, checkpoints and the log of a run.
 
-User errors, refused writes and exhausted memory print one line to stderr and exit with status 2;
-SIGINT and SIGTERM exit with status 130 and 143.
+Nothing here is needed to understand the method. User errors print one line to stderr and exit with
+status 2; bugs keep their traceback.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import hashlib
+import io
+import json
 import math
 import os
+import platform
 import shlex
-import signal
+import subprocess
 import sys
-import typing
 from pathlib import Path
 
 import torch
-
-LARGEST = 2**31 - 1  # number that a flag may have
+from tqdm import tqdm
 
 
 class UserError(ValueError):
-    """An error that the user can correct; run() prints it as one line and exits with status 2."""
-
-
-class TrainingDiverged(UserError):
-    """A value of a training step is not finite or out of bounds; its update was not made."""
+    """An error that the user can correct; run() prints it as one line."""
 
 
 def check(condition, message):
@@ -36,145 +33,115 @@ def check(condition, message):
 
 
 def run(main):
-    """Run a command's main() and turn user errors and signals into one line and an exit status."""
-    status = 2
+    """Run a command's main(), and print what the user can correct as one line."""
+    sys.stdout.reconfigure(errors="replace")  # of a terminal that cannot show every character
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _interrupt)
         return main()
-    except KeyboardInterrupt as interrupt:
-        print(file=sys.stderr)  # ends the line of ^C or of the progress bar
-        message = "interrupted; the same command goes on from what is saved"
-        status = (*interrupt.args, 130)[0]
+    except KeyboardInterrupt:
+        message, status = "interrupted: the same command goes on from the last checkpoint", 130
     except UserError as error:
-        message = f"error: {error}"
-    except (OSError, MemoryError, RuntimeError) as error:
-        memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
-        if memory or "can't allocate memory" in str(error):
-            message = "error: out of memory: lower --micro-batch, where it is missing --batch; "
-            message += "in eggrpo.py then --prompts or --plans-per-prompt"
-        elif isinstance(error, OSError) and error.strerror:
-            message = f"error: {error.filename or 'output'}: {error.strerror}"
-        else:
-            raise  # a bug keeps its traceback
-    print("".join(c if c.isprintable() else " " for c in message), file=sys.stderr)
+        message, status = f"error: {error}", 2
+    except (RuntimeError, MemoryError) as error:
+        words = str(error)
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
+            "can't allocate memory" not in words
+        ):
+            raise
+        message, status = "error: out of memory: lower --micro-batch, or --batch", 2
+    print("\n" * (status == 130) + message, file=sys.stderr)
     sys.exit(status)
-
-
-def _interrupt(number, frame):
-    raise KeyboardInterrupt(128 + number)
 
 
 # --- command line ---------------------------------------------------------------------------------
 
 
-def _flag(name):
+@dataclasses.dataclass(frozen=True)
+class BaseConfig:
+    """The flags of every command."""
+
+    preset: str = "small"  # smoke, small or large
+    device: str = "auto"  # cuda if there is one, else cpu
+    out: str = "out"  # folder of all results
+    seed: int = 0
+
+    def check(self):
+        """Raise UserError if a number is out of its range: counts start at 1, others at 0."""
+        for field in dataclasses.fields(self):
+            if field.type in (int, float) and getattr(self, field.name) != field.default:
+                least = 1 if field.type is int and field.name != "seed" else 0
+                self.check_range(field.name, least)
+
+    def check_range(self, name, least, most=2**31 - 1):
+        """Raise UserError unless a field lies in [least, most]; NaN does not."""
+        value = getattr(self, name)
+        message = f"{flag(name)} {value}: must be at least {least} and at most {most}"
+        check(least <= value <= most, message)
+
+
+def flag(name):
+    """Return the flag of a field: plan_slots -> --plan-slots."""
     return "--" + name.replace("_", "-")
 
 
-def check_at_least(minimum, config, *names, maximum=LARGEST):
-    """Raise UserError unless each of these fields of a config lies in [minimum, maximum]."""
-    for name in names:
-        value, bounds = getattr(config, name), f"at least {minimum} and at most {maximum}"
-        check(minimum <= value <= maximum, f"{_flag(name)} {value}: must be {bounds}")  # or NaN
-
-
-@dataclasses.dataclass(frozen=True)
-class BaseConfig:
-    """The flags of every command. Integers start at 1 and other numbers at 0, unless RANGES says
-    otherwise: {field: (minimum, maximum)}."""
-
-    preset: str = ""  # smoke, cpu or gpu
-    device: str = "auto"
-    out: str = "out"
-    seed: int = 0
-
-    RANGES = {}
-
-    def check(self):
-        """Raise UserError if a number is out of its range."""
-        for field in dataclasses.fields(self):
-            if type(field.default) in (int, float):
-                least = 1 if type(field.default) is int and field.name != "seed" else 0
-                minimum, maximum = self.RANGES.get(field.name, (least, LARGEST))
-                check_at_least(minimum, self, field.name, maximum=maximum)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):  # argparse itself would print 40 flags before the message
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse itself prints all flags before the message
         raise UserError(f"{message} (see --help)")
 
 
-def parse(script, config_class, presets, description, argv=None, methods=None):
+def parse(config_class, presets, description, argv=None, methods=None):
     """Build a config from defaults, preset, method and flags, each overriding those before it.
 
-    config_class: frozen dataclass with a field `preset` and a check() that raises UserError;
-    methods: {name: Method} if it has a field `method`. Returns the config and the command line.
+    config_class: subclass of BaseConfig; presets: {name: {field: value}}; methods: {name: Method},
+    if it has a field `method`.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    for name, method in (methods or {}).items():
-        description += f"\n  --method {name:16} {method.about}"
     style = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(description=description, formatter_class=style, allow_abbrev=False,
-                     argument_default=argparse.SUPPRESS)  # fmt: skip
-    choices = dict(preset=list(presets), method=list(methods or ()))
+    parser = Parser(description=description, formatter_class=style, allow_abbrev=False)
+    choices = {"preset": list(presets), "method": list(methods or ())}
     for field in dataclasses.fields(config_class):
-        kind, allowed = type(field.default), choices.get(field.name) or typing.get_args(field.type)
-        options = dict(type=kind, choices=allowed or None, metavar=kind.__name__)
-        options = dict(action=argparse.BooleanOptionalAction) if kind is bool else options
-        values = [f"{p} {v[field.name]}" for p, v in presets.items() if field.name in v]
-        values += [f"one of {', '.join(allowed)}"] if allowed else []
-        options["help"] = ", ".join([f"default {field.default!r}", *values])
-        parser.add_argument(_flag(field.name), **options)
+        options = dict(type=field.type, choices=choices.get(field.name))
+        if field.type is bool:
+            options = dict(action=argparse.BooleanOptionalAction)
+        help = f"default {field.default!r}"
+        parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=help, **options)
     given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        check(value != "", f"{_flag(name)} '': must be given a value")
-    given.setdefault("preset", default_preset(given.get("device", "auto")))
-    method = methods[given.get("method", config_class.method)].values if methods else {}
-    config = config_class(**{**presets[given["preset"]], **method, **given})
+    values = dict(presets[given.get("preset", config_class.preset)])
+    if methods:
+        values |= methods[given.get("method", config_class.method)].values
+    config = config_class(**values | given)
     config.check()
-    return config, shlex.join(["python", *script.split(), *map(str, argv)])
+    return config
 
 
-def default_preset(device="auto"):
-    """gpu on CUDA, cpu on any other device."""
-    cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
-    return "gpu" if cuda else "cpu"
-
-
-def command_for(script, preset, out):
+def command_for(script, config):
     """Return the command that makes a stage, for messages."""
-    folder = "" if out == "out" else f" --out {shlex.quote(out)}"
-    return f"python {script} --preset {preset}{folder}"
+    out = "" if config.out == "out" else f" --out {shlex.quote(config.out)}"
+    return f"bash train.sh {script} --preset {config.preset}{out}"
 
 
 # --- device and random streams --------------------------------------------------------------------
 
 
 def pick_device(name="auto"):
-    """Choose the device, CUDA if available, and print the reason. MPS is used only if asked for."""
-    reason = "as asked"
+    """Choose the device and print it: CUDA if available, another only if asked for."""
     if name == "auto":
-        cuda = torch.cuda.is_available()
-        name, reason = ("cuda", torch.cuda.get_device_name()) if cuda else ("cpu", "no CUDA")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # some device types cannot hold values
-        if device.type == "cuda":
-            set_up_cuda(device)
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used ({reason}): try --device cpu") from None
-    threads, dtype = torch.get_num_threads(), str(network_dtype(device)).removeprefix("torch.")
-    print(f"device: {device} ({reason}), {dtype}, torch {torch.__version__}, {threads} threads")
+        raise UserError(f"--device {name}: cannot be used ({reason}); try --device cpu") from None
+    if device.type == "cuda":
+        set_up_cuda(device)
+    dtype = str(network_dtype(device)).removeprefix("torch.")
+    print(f"device: {device}, {dtype}, torch {torch.__version__}")
     return device
 
 
 def set_up_cuda(device):
     """Choose the current device and the arithmetic of CUDA, for the whole process."""
-    # Streams and allocations use the current device.
     if device.index is not None:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # allocations without an index go there
     # TF32 rounds factors to 10 bits, and is the default of convolutions. Rewards, tokenizer and
     # log-probs are to be those that the tests check on a CPU; the large products are bf16 anyway.
     torch.set_float32_matmul_precision("highest")
@@ -199,35 +166,192 @@ def generator(*key):
 
 
 def check_finite(terms):
-    """Raise TrainingDiverged unless all terms are finite. terms: {name: float}."""
-    wrong = [f"{name} is {value}" for name, value in terms.items() if not math.isfinite(value)]
-    if wrong:
-        raise TrainingDiverged(", ".join(wrong))
+    """Raise UserError unless all terms, {name: float}, are finite."""
+    for name, value in terms.items():
+        check(math.isfinite(value), f"{name} is {value}: lower --lr")
 
 
-def write(path, data, append=False):
-    """Write bytes to a temporary name and rename it, or append. Raises UserError if that fails."""
+# --- files ----------------------------------------------------------------------------------------
+
+
+def write(path, data):
+    """Write bytes whole or not at all: to a name of this process, then renamed."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path if append else temporary, "ab" if append else "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # a checkpoint must not reach the disk before its log
-        if not append:
-            os.replace(temporary, path)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        message = f"cannot write {path}: {error.strerror}; correct that and run the same command"
-        raise UserError(f"{message} again: what was saved is kept") from None
+        message = f"cannot write {path}: {error.strerror}; what was saved before is kept"
+        raise UserError(message) from None
 
 
 def to_jsonable(value):
     """Round floats to six digits; replace NaN and infinity, which JSON lacks, by None."""
     if isinstance(value, dict):
-        return {k: to_jsonable(v) for k, v in value.items()}
+        return {name: to_jsonable(item) for name, item in value.items()}
     if not isinstance(value, float):
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def save_checkpoint(path, record):
+    """Write tensors and plain values, after the SHA-256 of what follows."""
+    buffer = io.BytesIO()
+    torch.save(record, buffer)
+    data = buffer.getvalue()
+    write(path, hashlib.sha256(data).hexdigest().encode() + data)
+
+
+def load_checkpoint(path, command):
+    """Read a checkpoint. command: what makes it. Raises UserError if it is missing or damaged."""
+    path = Path(path)
+    check(path.is_file(), f"{path} is not there: make it by `{command}`")
+    content = path.read_bytes()
+    digest, data = content[:64], content[64:]
+    whole = digest == hashlib.sha256(data).hexdigest().encode()
+    check(whole, f"{path} is damaged, or of another version: remove it and run `{command}`")
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def load_finished(path, kind, preset, command):
+    """Read the checkpoint of a finished stage. Raises UserError if it is another one, or not
+    finished."""
+    record = load_checkpoint(path, command)
+    found = record["kind"], record["config"]["preset"]
+    check(found == (kind, preset), f"{path} is a {found[1]} {found[0]}, not a {preset} {kind}")
+    done, steps = record["step"], record["config"]["steps"]
+    check(done == steps, f"{path} stands at step {done} of {steps}: go on by `{command}`")
+    return record
+
+
+def digest(weights):
+    """Return a short digest of a state_dict, which tells one trained model from another."""
+    sha = hashlib.sha256()
+    for name, value in weights.items():
+        sha.update(name.encode())
+        sha.update(value.cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+class Run:
+    """Checkpoint and log of one run of a training stage, which an earlier process may have begun.
+
+    kind: tokenizer, base or policy; path, log_path: of checkpoint and log; made_from: {file:
+    digest} of what the run is made from; command: how to go on, for messages. Raises UserError if
+    the run was begun with other settings or files.
+    """
+
+    # fields of a config that do not change results
+    FREE = ("device", "out", "name", "micro_batch", "save_every", "eval_every", "eval_prompts")
+
+    def __init__(self, kind, path, log_path, config, command, made_from):
+        self.kind = kind
+        self.path = Path(path)
+        self.log_path = Path(log_path)
+        self.command = command
+        self.made_from = made_from
+        self.steps = config.steps
+        self.save_every = config.save_every
+        settings = dataclasses.asdict(config)
+        self.config = {name: value for name, value in settings.items() if name not in self.FREE}
+        self.record = load_checkpoint(path, command) if self.path.exists() else None
+        self.first_step = 0
+        if self.record:
+            self.first_step = self.record["step"]
+            check_made_from(self.path, self.record, made_from, command)
+            for name, value in self.config.items():
+                old = self.record["config"].get(name)
+                problem = f"{self.path} was made with {flag(name)} {old}, not {value}"
+                check(old == value, f"{problem}: use that, another --out, or remove it")
+        self.finished = self.first_step == self.steps
+
+    def start(self, device, model, optimizer):
+        """Begin the log, or load the weights and optimizer of the earlier process and drop the log
+        of steps that will be run again."""
+        if self.record:
+            model.load_state_dict(self.record["model"])
+            optimizer.load_state_dict(self.record["optimizer"])
+            lines = read_log(self.log_path, self.first_step)
+        else:
+            versions = dict(torch=torch.__version__, python=platform.python_version())
+            head = dict(commit=commit(), device=str(device), **versions, config=self.config)
+            lines = [json.dumps(head)]
+        write(self.log_path, "".join(line + "\n" for line in lines).encode())
+
+    def progress(self, title):
+        """Return a progress bar over the steps that are left."""
+        steps = range(self.first_step, self.steps)
+        return tqdm(steps, title, total=self.steps, initial=self.first_step)
+
+    def log(self, **values):
+        """Append a line to the log."""
+        try:
+            with open(self.log_path, "a") as file:
+                file.write(json.dumps(to_jsonable(values)) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.log_path}: {error.strerror}") from None
+
+    def save(self, step, model, optimizer, **more):
+        """Write the checkpoint after the first step, every save_every steps and after the last."""
+        done = step + 1
+        if done not in (1, self.steps) and done % self.save_every:
+            return
+        weights = model.state_dict()
+        finite = all(value.isfinite().all() for value in weights.values())
+        check(finite, f"step {step} made weights that are not finite: {self.advice()}")
+        record = dict(
+            kind=self.kind,
+            config=self.config,
+            made_from=self.made_from,
+            step=done,
+            model_config=model.config,
+            model=weights,
+            optimizer=optimizer.state_dict() if done < self.steps else {},
+        )
+        save_checkpoint(self.path, record | more)
+
+    def advice(self):
+        """Say how to go on after a run has diverged."""
+        last = self.path if self.path.exists() else "none"
+        return f"lower --lr, and use another --name or --out; last checkpoint: {last}"
+
+
+def check_made_from(path, record, made_from, command):
+    """Raise UserError if a checkpoint was made from other files than those at hand.
+
+    made_from: {file: digest} of those at hand.
+    """
+    for file, found in made_from.items():
+        problem = f"{path} was made from another {file}"
+        check(record["made_from"].get(file) == found, f"{problem}: remove it and run `{command}`")
+
+
+def read_log(path, steps):
+    """Return the lines of a log up to a step. Raises UserError if a line is not JSON."""
+    check(path.is_file(), f"{path} is missing: remove the checkpoint too, to start over")
+    lines = path.read_text(encoding="utf-8").split("\n")
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            step = json.loads(line).get("step", -1)
+        except ValueError:
+            cut_off = number >= len(lines) - 1  # by a kill, while it was written
+            check(cut_off, f"{path}, line {number}: not JSON; remove that line")
+            break
+        if step >= steps:
+            break
+        kept.append(line)
+    return kept
+
+
+def commit():
+    """Return the commit of this code, or "unknown" outside of a repository."""
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    return "unknown"

@@ -1,21 +1,24 @@
 """Entropy-Guided Group Relative Policy Optimization (EG-GRPO, ICLR 2026, arXiv 2604.02355).
 
-    python eggrpo.py --preset cpu                           -> out/cpu/eggrpo-0/
-    python eggrpo.py --preset cpu --method grpo --seed 1    -> out/cpu/grpo-1/
+    python eggrpo.py                            -> out/small/eggrpo-0/
+    python eggrpo.py --method grpo --seed 1     -> out/small/grpo-1/
 
-The file reads in the order of the data: Config, the mathematics (plain tensors in and out, usable
-in another trainer), one step, the loop. EG-GRPO is GRPO and one function, shape_advantages.
+The file reads in the order of the data: Config and methods, the mathematics (plain tensors in and
+out, usable in another trainer), one training step from prompts to optimizer.step, the run. EG-GRPO
+is GRPO and one function, shape_advantages.
 
 Differences from the paper and its released code:
+- The bonus is the paper's, calibrated per batch; the released code's is the method eggrpo-released.
+- The loss is a mean over sequences of means over their tokens, as in the paper; the released code
+  pools all tokens.
 - Masks go by rank, so that counts are exact if entropies tie; the released code compares strictly
   with the entropies at sorted[int(.2 T)] and sorted[int(.5 T)] (of 576 image tokens 115 low and 287
   high; by rank 115 and 288).
-- One update per batch of rollouts, as the released code makes: the ratio is 1, and there is nothing
-  to clip, no inner epochs and no minibatches.
+- One update per batch of rollouts, as in the released code: the ratio is 1, and nothing is clipped.
 - Plan statistics go over the valid tokens; the released code takes "entropy > 0" for valid, which
   padding passes.
-- Sampling and scoring use one policy: no top-k, and guidance, if used, on both sides. Rollout
-  log-probs are compared with re-scored ones at every step.
+- Sampling and scoring use one policy: guidance, if used, on both sides, and no top-k, which the
+  released code applies to words. Log-probs of both are compared at every step.
 - Probabilities, entropies and ratios are float32, not bf16.
 - A group of equal rewards gives advantages of exactly 0, and is counted in the log.
 - All weights are trained; the released code freezes image head and embeddings of its 7 B model.
@@ -24,6 +27,8 @@ Dimension letters: P prompts per step, G rollouts per prompt, B = P * G sequence
 plan slots, L image tokens, T = C + L, V vocabulary.
 """
 
+import copy
+import math
 import re
 import time
 from dataclasses import dataclass
@@ -32,55 +37,47 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 import common
 import evaluate
-import rewards
-from checkpoint import Run
 from common import check
-from model import forward_logits, load_base, normalized_entropy, token_logp
-from rollout import check_stats, load_env, make_rollout, rollout_stats
-from rollout import split_modalities, training_scenes
+from model import generate, normalized_entropy, score
+from rewards import check_rewards, compute_rewards, encode_targets
+from scenes import END, encode_scenes, make_scene
 
 
 @dataclass(frozen=True)
 class Config(common.BaseConfig):
-    method: str = "eggrpo"  # a key of METHODS, which sets some of the fields below
+    method: str = "eggrpo"  # a key of METHODS
     name: str = ""  # of the run's folder; default: <method>-<seed>
     steps: int = 250  # batches of rollouts (released code: 1600)
     prompts: int = 8  # P (released code: 16)
-    plans_per_prompt: int = 8  # G, with one image each (released code: 8)
+    group_size: int = 8  # G (released code: 8)
     lr: float = 5e-4  # after 10 warm-up steps, linearly to 0 (released code: 1e-6, 7 B parameters)
     beta: float = 0.01  # weight of the KL term (released code: .01)
     low_frac: float = 0.2  # fraction of tokens without reward gradient (paper: .2)
     high_frac: float = 0.5  # fraction of tokens with a bonus (paper: .5)
     kappa: float = 1.0  # bonus as a fraction of what exclusion takes away (paper: in (0, 1])
-    guidance: float = 1.0  # of the policy, sampled and scored (released code: 5, sampled only)
+    guidance: float = 1.0  # sampled and scored (released code: 5, sampled only)
     micro_batch: int = 16  # sequences per forward pass: changes memory, not results
     eval_every: int = 50  # steps between held-out evaluations, each with a gallery
     eval_prompts: int = 192  # per split: usual and rare pairs
     save_every: int = 25  # steps
 
-    RANGES = dict(
-        plans_per_prompt=(2, common.LARGEST),  # rollouts are compared
-        low_frac=(0, 1), high_frac=(0, 1),
-    )  # fmt: skip
-
     def check(self):
         super().check()
-        low, high = self.low_frac, self.high_frac
-        check(low + high <= 1, f"--low-frac {low}, --high-frac {high}: must add up to at most 1")
+        self.check_range("group_size", 2)  # rollouts are compared
+        fractions = f"--low-frac {self.low_frac}, --high-frac {self.high_frac}"
+        check(self.low_frac + self.high_frac <= 1, f"{fractions}: must add up to at most 1")
         valid = re.fullmatch(r"[\w.-]*\w", self.name or "a")
         check(valid, f"--name {self.name!r}: letters, digits, '_', '-' and '.' only")
 
 
 PRESETS = {
-    "smoke": dict(steps=4, prompts=2, plans_per_prompt=4, eval_every=2, eval_prompts=12),
-    "cpu": dict(),
-    "gpu": dict(steps=600, prompts=16, plans_per_prompt=16, lr=1e-4, micro_batch=64,
-                eval_prompts=384),
-}  # fmt: skip
+    "smoke": dict(steps=4, prompts=2, group_size=4, eval_every=2, eval_prompts=12),
+    "small": dict(),
+    "large": dict(steps=600, prompts=16, group_size=16, lr=1e-4, micro_batch=64, eval_prompts=384),
+}
 
 
 class Method(NamedTuple):
@@ -91,7 +88,7 @@ class Method(NamedTuple):
     bonus: bool = True  # high tokens get a bonus
 
 
-METHODS = {  # all share one loop and one loss
+METHODS = {  # all share one step and one loss
     "grpo": Method("one advantage for every token", modalities=()),
     "eggrpo": Method("the paper: exclusion, and a bonus of what it saves"),
     "eggrpo-released": Method("the released code's bonus, min(.3 |A|, .3 H)"),
@@ -242,138 +239,242 @@ def policy_loss(logp, logp_ref, advantage, valid, beta=0.01, sequences=None):
 # --- one step -------------------------------------------------------------------------------------
 
 
-class Batch(NamedTuple):
-    """What an update needs of each sequence; every field has B rows."""
-
-    prompt: Tensor  # (B, S)
-    plan: Tensor  # (B, C)
-    codes: Tensor  # (B, L)
-    logp_old: Tensor  # (B, T) log-probs when sampled
-    valid: Tensor  # (B, T) bool
-    group_advantage: Tensor  # (B,) of GRPO
-    advantage: Tensor  # (B, T) shaped
-    low: Tensor  # (B, T) bool
-    high: Tensor  # (B, T) bool
+def training_scenes(world, config, step):
+    """Make the P scenes of a step. Every third has a rare pair."""
+    scenes = []
+    seed = 1000 + config.seed
+    for i in range(step * config.prompts, (step + 1) * config.prompts):
+        if i % 3 == 2:
+            scenes.append(make_scene(world, "rare-train", seed, i // 3))
+        else:
+            scenes.append(make_scene(world, "train", seed, i - i // 3))
+    return scenes
 
 
-def make_batch(rollout, config):
-    """Turn rewards and entropies into an advantage per token. Returns a Batch."""
-    a = group_advantages(rollout.rewards).flatten()  # (B,)                GRPO stops here
-    low, high = modality_masks(rollout, config)  # (B, T)
-    shaping = a, rollout.entropy, low, high
-    method = METHODS[config.method]
+def method_masks(rollout, config):
+    """Find the low and high tokens that a method shapes, plan and image each by itself. Returns
+    low, high: (B, T) bool."""
+    c = rollout.plan.shape[1]
+    lows = []
+    highs = []
+    for modality, slots in (("plan", slice(None, c)), ("image", slice(c, None))):
+        valid = rollout.valid[:, slots] & (modality in METHODS[config.method].modalities)
+        entropy = rollout.entropy[:, slots]
+        low, high = entropy_masks(entropy, valid, config.low_frac, config.high_frac)
+        lows.append(low)
+        highs.append(high)
+    return torch.cat(lows, 1), torch.cat(highs, 1)
+
+
+def method_advantages(advantage, rollout, low, high, config):
+    """Turn advantages (B,) into one per token, (B, T), by the method of a config."""
     if config.method == "eggrpo-released":
-        shaped = shape_advantages_released(*shaping)  # (B, T)
-    else:
-        kappa = config.kappa if method.bonus else 0.0
-        shaped = shape_advantages(
-            *shaping, rollout.valid, kappa, method.exclude
-        )  # (B, T)   EG-GRPO
-    return Batch(rollout.prompt, rollout.plan, rollout.codes, rollout.logp, rollout.valid, a,
-                 shaped, low, high)  # fmt: skip
-
-
-def modality_masks(rollout, config):
-    """Find low and high tokens, plan and image each by itself. Returns low, high: (B, T) bool."""
-    masks = []
-    for name, part in split_modalities(rollout.plan.shape[1]).items():
-        arguments = rollout.entropy[:, part], rollout.valid[:, part]
-        low, high = entropy_masks(*arguments, config.low_frac, config.high_frac)
-        shaped = name in METHODS[config.method].modalities
-        masks.append((low & shaped, high & shaped))
-    return [torch.cat(mask, 1) for mask in zip(*masks)]
-
-
-def micro_batch_loss(policy, reference, part, sequences, config):
-    """Compute the loss of some rows of a Batch. Returns it, kl and log-probs (B, T)."""
-    tokens = part[:3]  # prompt, plan, codes
-    logits = forward_logits(policy, *tokens, config.guidance)  # words (B, C, V), codes (B, L, V)
-    logp, logp_ref = token_logp(*logits, part.plan, part.codes), None  # (B, T)
-    if config.beta:
-        with torch.no_grad():
-            ref_logits = forward_logits(reference, *tokens, config.guidance)
-            logp_ref = token_logp(*ref_logits, part.plan, part.codes)
-    loss, kl = policy_loss(logp, logp_ref, part.advantage, part.valid, config.beta, sequences)
-    return loss, kl, logp.detach()
-
-
-def sampler_against_learner(batch, logp):
-    """Compare log-probs (B, T) with those of sampling, before the update: sampler and learner must
-    be one policy. Returns the mean difference in nats and the largest over 1 + |logp|."""
-    difference = (logp - batch.logp_old).abs() * batch.valid
-    return dict(
-        logp_diff_mean=difference.sum() / batch.valid.sum(),
-        logp_diff_max=(difference / (1 + batch.logp_old.abs())).max(),
+        return shape_advantages_released(advantage, rollout.entropy, low, high)
+    method = METHODS[config.method]
+    kappa = config.kappa if method.bonus else 0.0
+    return shape_advantages(
+        advantage, rollout.entropy, low, high, rollout.valid, kappa, method.exclude
     )
 
 
-def update(policy, reference, optimizer, batch, config, extra_stats=None):
-    """Update the policy on a batch of rollouts, once. Returns floats to log.
+def train_step(policy, reference, optimizer, env, config, step):
+    """Make one step of reinforcement learning: the paper, from the prompts to optimizer.step.
 
-    extra_stats: other scalars to log. All scalars come to the host in one transfer, before the
-    weights change; the host waits for the device only there. Raises TrainingDiverged.
+    Returns a dict of floats to log. Raises UserError, with the weights unchanged, if a value is not
+    finite or sampler and learner are not one policy.
     """
-    sequences = len(batch.plan)  # of the whole batch: micro-batches change nothing
-    losses, kls, logps = [], [], []
-    for idx in torch.arange(sequences, device=batch.plan.device).split(config.micro_batch):
-        part = Batch(*(x[idx] for x in batch))
-        loss, kl, logp = micro_batch_loss(policy, reference, part, sequences, config)
+    P = config.prompts
+    G = config.group_size
+    B = P * G
+    T = policy.C + policy.L
+    world = env.world
+    device = env.device
+
+    # Sample G plans, and an image for each, for each of P prompts.
+    scenes = training_scenes(world, config, step)
+    prompts = encode_scenes(world, scenes)[0].to(device)  # (P, S)
+    noise = torch.rand(B, T, generator=common.generator(config.seed, "rollout", step))
+    rollout = generate(policy, prompts, noise.to(device), config.guidance)  # B sequences
+    images = env.tokenizer.decode(rollout.codes)  # (B, 3, h, w)
+
+    # Score the images, and compare each with the others of its prompt.
+    targets = encode_targets(world, [scene for scene in scenes for _ in range(G)], device)
+    rewards, components, exact = compute_rewards(images, targets, world)  # (B,) each
+    A = group_advantages(rewards.view(P, G)).flatten()  # (B,)                 GRPO stops here
+
+    # Give each token an advantage of its own, by its entropy.
+    low, high = method_masks(rollout, config)  # (B, T) each
+    A_t = method_advantages(A, rollout, low, high, config)  # (B, T)           EG-GRPO goes on
+
+    # Add up the gradients of micro-batches.
+    logps = []
+    losses = []
+    kls = []
+    for rows in torch.arange(B, device=device).split(config.micro_batch):
+        part = rollout.rows(rows)
+        tokens = part.prompt, part.plan, part.codes
+        logp = score(policy, *tokens, config.guidance)  # (rows, T)
+        logp_ref = None
+        if config.beta:
+            with torch.no_grad():
+                logp_ref = score(reference, *tokens, config.guidance)
+        loss, kl = policy_loss(logp, logp_ref, A_t[rows], part.valid, config.beta, B)
         loss.backward()
+        logps.append(logp.detach())
         losses.append(loss.detach())
         kls.append(kl)
-        logps.append(logp)
-    stats = dict(extra_stats or {})
-    stats["kl"] = torch.stack(kls).sum()
-    stats["loss"] = torch.stack(losses).sum()
-    stats |= sampler_against_learner(batch, torch.cat(logps))
-    stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-    stats = dict(zip(stats, torch.stack([*stats.values()]).cpu()))
-    check_stats(stats, config, batch.plan.device)
+
+    # Look at the numbers, then update.
+    stats = dict(
+        **reward_stats(rewards.view(P, G), components, exact),
+        **rollout_stats(rollout, low, high),
+        **bonus_stats(A, A_t, rollout, high, rewards.view(P, G)),
+        loss=torch.stack(losses).sum(),
+        kl=torch.stack(kls).sum(),
+        **sampler_against_learner(rollout, torch.cat(logps)),
+        grad_norm=torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0),
+    )
+    # All come to the host in one transfer: it waits for the device only here.
+    stats = dict(zip(stats, torch.stack([*stats.values()]).tolist()))
+    check_rewards(rewards, components)
+    check_stats(stats, config, device)
     optimizer.step()
     optimizer.zero_grad()
-    return {name: value.item() for name, value in stats.items()}
+    return stats
 
 
-# --- the loop -------------------------------------------------------------------------------------
+# --- what is logged, and checked ------------------------------------------------------------------
+
+
+def reward_stats(rewards, components, exact):
+    """Describe rewards (P, G), their components and exact. Returns a dict of scalars."""
+    equal = rewards.amax(1) == rewards.amin(1)
+    return dict(
+        reward=rewards.mean(),
+        exact=exact.mean(),
+        **{f"reward/{name}": value.nanmean() for name, value in components.items()},
+        reward_std=rewards.std(1).mean(),
+        frac_reward_zero_std=equal.float().mean(),
+    )
+
+
+def entropy_moments(entropy, valid):
+    """Mean and std of each row's entropy over its valid tokens. (B, T) -> (B,), (B,)."""
+    n = valid.sum(1).clamp(min=1)
+    mean = (entropy * valid).sum(1) / n
+    return mean, (((entropy - mean[:, None]) ** 2 * valid).sum(1) / n).sqrt()
+
+
+def rollout_stats(rollout, low, high):
+    """Describe plans, entropies and masks of a Rollout. Returns a dict of scalars."""
+    c = rollout.plan.shape[1]
+    n = rollout.valid.sum()
+    plan_mean, plan_std = entropy_moments(rollout.entropy[:, :c], rollout.valid[:, :c])
+    image_mean, image_std = entropy_moments(rollout.entropy[:, c:], rollout.valid[:, c:])
+    return dict(
+        plan_length=rollout.valid[:, :c].sum(1).float().mean(),
+        frac_truncated_plans=(rollout.plan != END).all(1).float().mean(),
+        plan_entropy=plan_mean.mean(),
+        plan_entropy_std=plan_std.mean(),
+        image_entropy=image_mean.mean(),
+        image_entropy_std=image_std.mean(),
+        low_share=low.sum() / n,
+        high_share=high.sum() / n,
+    )
+
+
+def bonus_stats(A, A_t, rollout, high, rewards):
+    """Describe the bonus of a batch. Returns a dict of scalars; all are 0 without bonus."""
+    c = rollout.plan.shape[1]
+    bonus = torch.where(high, A_t - A[:, None], 0.0)  # (B, T); high tokens are never low
+    entropy = torch.where(high, rollout.entropy, 0.0)
+    turned = high & (A[:, None] < 0) & (A_t > 0)
+    equal = rewards.amax(1) == rewards.amin(1)  # (P,)
+    of_equal = bonus * equal.repeat_interleave(rewards.shape[1])[:, None]
+    share = lambda part, whole: part.sum() / whole.sum().clamp(min=1e-9)
+    return {
+        "lambda": share(bonus, entropy),
+        "plan_bonus": share(bonus[:, :c], rollout.valid[:, :c]),
+        "image_bonus": share(bonus[:, c:], rollout.valid[:, c:]),
+        "turned_signs": share(turned, high),
+        "bonus_to_equal_groups": share(of_equal, bonus),
+    }
+
+
+def sampler_against_learner(rollout, logp):
+    """Compare log-probs (B, T) with those of sampling, before the update: sampler and learner must
+    be one policy. Returns the mean difference in nats and the largest over 1 + |logp|."""
+    difference = (logp - rollout.logp).abs() * rollout.valid
+    return dict(
+        logp_diff_mean=difference.sum() / rollout.valid.sum(),
+        logp_diff_max=(difference / (1 + rollout.logp.abs())).max(),
+    )
+
+
+# of logp_diff_mean, in nats, by common.network_dtype; docs/reproducibility.md has the measurements
+LOGP_DIFF_BOUND = {torch.float32: 5e-6, torch.bfloat16: 5e-3}
+
+
+def check_stats(stats, config, device):
+    """Raise UserError if a value is not finite or sampler and learner are not one policy.
+
+    Log-probs when sampled equal the re-scored ones up to rounding. In bf16 a whole sequence is
+    rounded differently from a single slot, and guidance g multiplies differences by up to |g| + |1
+    - g|. The largest difference of a sound run grows with the logits: it is logged, and no bound on
+    it holds. A component that no prompt of the batch asks for is NaN.
+    """
+    for name, value in stats.items():
+        finite = math.isfinite(value) or name.startswith("reward/")
+        check(finite, f"{name} is {value}: lower --lr")
+    bound = LOGP_DIFF_BOUND[common.network_dtype(device)]
+    bound *= abs(config.guidance) + abs(1 - config.guidance)
+    excess = f"logp_diff_mean is {stats['logp_diff_mean']:.1e}, more than {bound:.0e}"
+    same = stats["logp_diff_mean"] <= bound
+    check(same, f"{excess}: sampler and learner are not the same policy")
+
+
+# --- the run --------------------------------------------------------------------------------------
 
 
 def main(argv=None):
-    config, command = common.parse("eggrpo.py", Config, PRESETS, __doc__, argv, METHODS)
+    config = common.parse(Config, PRESETS, __doc__, argv, METHODS)
     folder = Path(config.out) / config.preset / (config.name or f"{config.method}-{config.seed}")
-    run = Run("policy", folder / "policy.pt", folder / "log.jsonl", config, command)
+    device = common.pick_device(config.device)
+    env = evaluate.load_env(config, device)
+    reference, made_from = evaluate.load_base(config, env)
+    command = common.command_for(f"eggrpo --method {config.method} --seed {config.seed}", config)
+    run = common.Run(
+        "policy", folder / "policy.pt", folder / "log.jsonl", config, command, made_from
+    )
     if run.finished:
-        return print(f"{config.method}: finished earlier, {run.path}")
-    device, started = common.pick_device(config.device), time.time()
-    env = load_env(config.preset, config.out, device)
-    reference = load_base(config.preset, config.out, device)
-    policy = load_base(config.preset, config.out, device).requires_grad_(True)
-    optimizer = torch.optim.AdamW(policy.parameters(), config.lr, (0.9, 0.95), weight_decay=0.0,
-                                  fused=device.type == "cuda")  # fmt: skip
+        print(f"{config.method}: finished earlier, {run.path}")
+        return
+    policy = copy.deepcopy(reference).requires_grad_(True)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(),
+        lr=config.lr,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        fused=device.type == "cuda",
+    )
     run.start(device, policy, optimizer)
-    held_out = lambda step: evaluate.evaluate_and_save_gallery(env, policy, config, folder, step)
-    if not run.first_step:
-        run.log(step=-1, **held_out(0))
-
-    scenes = training_scenes(env.world, config, run.first_step)
-    with run.progress(config.method) as bar:
-        for step in bar:
-            step_started = time.time()
-            rollout = make_rollout(policy, env, scenes, config, step)
-            scenes = training_scenes(env.world, config, step + 1)  # while the device is sampling
-            batch = make_batch(rollout, config)
-            lr = config.lr * min((step + 1) / 10, 1 - step / config.steps)
-            optimizer.param_groups[0]["lr"] = lr
-            explain = lambda: rewards.check_rewards(rollout.rewards, rollout.components)
-            with run.guard(step, batch._asdict(), explain):
-                extra = rollout_stats(rollout, batch)
-                stats = update(policy, reference, optimizer, batch, config, extra)
-            stats["seconds"] = time.time() - step_started
-            bar.set_postfix({k: f"{stats[k]:.2f}" for k in ("reward", "exact", "kl")})
-            if step + 1 == config.steps or (step + 1) % config.eval_every == 0:
-                stats |= held_out(step + 1)
-            run.log(step=step, **stats)
-            run.save(step, policy, optimizer)
-    print(f"{config.method}: {config.steps} steps, {time.time() - started:.0f} s; see {folder}")
+    if run.first_step == 0:
+        run.log(step=-1, **evaluate.evaluate_in_training(env, policy, config, folder, 0))
+    begun = time.time()
+    bar = run.progress(config.method)
+    for step in bar:
+        started = time.time()
+        rate = config.lr * min((step + 1) / 10, 1 - step / config.steps)
+        optimizer.param_groups[0]["lr"] = rate
+        stats = train_step(policy, reference, optimizer, env, config, step)
+        stats["seconds"] = time.time() - started
+        bar.set_postfix({name: f"{stats[name]:.2f}" for name in ("reward", "exact", "kl")})
+        done = step + 1
+        if done % config.eval_every == 0 or done == config.steps:
+            stats |= evaluate.evaluate_in_training(env, policy, config, folder, done)
+        run.log(step=step, **stats)
+        run.save(step, policy, optimizer)
+    print(f"{config.method}: {config.steps} steps, {time.time() - begun:.0f} s; see {folder}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Score policies on held-out prompts, print the table, draw the galleries.
+"""Score policies on held-out prompts, print the table, draw the galleries and learning curves.
 
-    python evaluate.py --preset cpu     the base policy without and with plan, every finished run
+    python evaluate.py     the base policy without and with plan, and every finished run
 
-    -> out/cpu/results.json, results.md (the printed table), before-after.png
+    -> out/small/results.json, results.md (the printed table), before-after.png, curves.png
 
 `eval` and `rare` prompts never occur in training, not even as paraphrases; every `rare` prompt has
 one rare colour-shape pair (scenes.py), and the pairs take turns. In reinforcement learning a third of
@@ -15,21 +15,18 @@ import json
 import textwrap
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
 import common
-import rewards
-from model import load_base, load_policy
-from rollout import draw_uniform, load_env, sample_scenes
-from scenes import RARE_PAIRS, make_scene, rare_pairs
+from model import Policy, generate
+from rewards import REWARDS, check_rewards, compute_rewards, encode_targets
+from scenes import RARE_PAIRS, WORLDS, World, encode_scenes, make_scene, rare_pairs
+from tiny_vq import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,77 @@ class Config(common.BaseConfig):
     batch: int = 128  # prompts per forward pass: changes memory, not results
 
 
-PRESETS = {"smoke": dict(prompts=24, batch=24), "cpu": dict(), "gpu": dict(prompts=2304, batch=256)}
+PRESETS = {
+    "smoke": dict(prompts=24, batch=24),
+    "small": dict(),
+    "large": dict(prompts=2304, batch=256),
+}
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+class Env(NamedTuple):
+    """What turns the codes of a policy into images and rewards."""
+
+    tokenizer: torch.nn.Module
+    world: World
+    device: torch.device
+    made_from: dict  # {file: digest} of world and tokenizer
+
+
+def load_env(config, device):
+    """Read the finished tokenizer of a preset. Returns an Env."""
+    tokenizer, made_from = load_tokenizer(config, device)
+    return Env(tokenizer, WORLDS[config.preset], device, made_from)
+
+
+def load_policy(path, kind, config, env, made_from, command):
+    """Read a finished policy, which must be made from the files at hand. Returns the frozen model,
+    and the settings that it was trained with."""
+    record = common.load_finished(path, kind, config.preset, command)
+    common.check_made_from(path, record, made_from, command)
+    return make_policy(record, env), record["config"]
+
+
+def make_policy(record, env):
+    """Make the frozen model of a checkpoint."""
+    policy = Policy(**record["model_config"])
+    policy.load_state_dict(record["model"])
+    return policy.to(env.device).requires_grad_(False)
+
+
+def load_base(config, env):
+    """Read the base policy of a preset. Returns the frozen model, and {file: digest} of what runs of
+    reinforcement learning are made from."""
+    path = f"{config.out}/{config.preset}/base.pt"
+    command = common.command_for("pretrain", config)
+    policy, _ = load_policy(path, "base", config, env, env.made_from, command)
+    return policy, env.made_from | {"base.pt": common.digest(policy.state_dict())}
+
+
+def load_run(path, config, env, made_from):
+    """Read a finished run of eggrpo.py. Returns the frozen model, and its guidance."""
+    command = common.command_for("eggrpo", config)
+    policy, trained = load_policy(path, "policy", config, env, made_from, command)
+    return policy, trained["guidance"]
+
+
+def load_policies(config, env):
+    """Load the base policy and every finished run. Returns {name: (policy, options to sample it)}."""
+    base, made_from = load_base(config, env)
+    policies = {"base": (base, dict(no_plan=True)), "base + plan": (base, {})}
+    folder = Path(config.out) / config.preset
+    command = common.command_for("eggrpo", config)
+    for path in sorted(folder.glob("*/policy.pt")):
+        record = common.load_checkpoint(path, command)
+        common.check_made_from(path, record, made_from, command)
+        if record["step"] == record["config"]["steps"]:
+            options = dict(guidance=record["config"]["guidance"])
+            policies[path.parent.name] = make_policy(record, env), options
+    if len(policies) == 2:
+        print(f"no finished run in {folder}: only the base policy is scored; make one: `{command}`")
+    return policies
 
 
 # --- scoring --------------------------------------------------------------------------------------
@@ -49,32 +116,46 @@ BLOCK = 128  # prompts whose noise has one key
 
 class Scores(NamedTuple):
     scenes: list  # (n,) of Scene
-    rewards: Tensor  # (n,)
+    rewards: torch.Tensor  # (n,)
     components: dict  # {name: (n,)}, NaN if a component does not apply
-    exact: Tensor  # (n,) 0 or 1
+    exact: torch.Tensor  # (n,) 0 or 1
 
 
-def sample_and_score(env, policy, scenes, uniform, **options):
-    """Draw one image for each scene's prompt. uniform: (n, T) noise; options: as for
-    model.generate. Returns images (n, 3, h, w), and rewards, components and exact as
-    rewards.compute_rewards."""
-    _, images = sample_scenes(env, policy, scenes, uniform, **options)
-    targets = rewards.encode_targets(env.world, scenes, env.device)
-    return images, *rewards.compute_rewards(images, targets, env.world)
+def draw_noise(policy, number, *key):
+    """Draw the noise of sequences, (number, T) in [0, 1). key: as for common.generator."""
+    return torch.rand(number, policy.C + policy.L, generator=common.generator(*key))
+
+
+def sample_images(env, policy, prompts, noise, **options):
+    """Sample and decode. prompts: (P, S); noise: (B, T); options: as for model.generate. Returns a
+    Rollout of B sequences and images (B, 3, h, w) in [0, 1]."""
+    rollout = generate(policy, prompts.to(env.device), noise.to(env.device), **options)
+    return rollout, env.tokenizer.decode(rollout.codes)
+
+
+def sample_and_score(env, policy, scenes, noise, **options):
+    """Draw one image for each scene's prompt. Returns images (n, 3, h, w), and rewards, components
+    and exact as rewards.compute_rewards."""
+    prompts, _ = encode_scenes(env.world, scenes)
+    _, images = sample_images(env, policy, prompts, noise, **options)
+    targets = encode_targets(env.world, scenes, env.device)
+    return images, *compute_rewards(images, targets, env.world)
 
 
 def evaluate(env, policy, split, prompts, batch=128, seed=0, title=None, **options):
     """Score one image for each of the first `prompts` scenes of a split. Returns Scores."""
-    scenes, scored = [make_scene(env.world, split, seed, i) for i in range(prompts)], []
-    keys = [(seed, "evaluate", split, start) for start in range(0, prompts, BLOCK)]
-    uniform = torch.cat([draw_uniform(policy, BLOCK, 1, *key) for key in keys])[:prompts]
+    scenes = [make_scene(env.world, split, seed, i) for i in range(prompts)]
+    blocks = range(0, prompts, BLOCK)
+    noise = torch.cat([draw_noise(policy, BLOCK, seed, "evaluate", split, i) for i in blocks])
+    scored = []
     for start in tqdm(range(0, prompts, batch), title, disable=title is None, leave=False):
-        part = slice(start, start + batch)
-        scored.append(sample_and_score(env, policy, scenes[part], uniform[part], **options)[1:])
+        part = slice(start, min(start + batch, prompts))
+        scored.append(sample_and_score(env, policy, scenes[part], noise[part], **options)[1:])
     reward, components, exact = zip(*scored)
-    reward, exact = torch.cat(reward).cpu(), torch.cat(exact).cpu()
-    components = {k: torch.cat([c[k] for c in components]).cpu() for k in components[0]}
-    rewards.check_rewards(reward, components)
+    reward = torch.cat(reward).cpu()
+    exact = torch.cat(exact).cpu()
+    components = {name: torch.cat([c[name] for c in components]).cpu() for name in components[0]}
+    check_rewards(reward, components)
     return Scores(scenes, reward, components, exact)
 
 
@@ -82,6 +163,22 @@ def mean_and_half_width(values):
     """Mean and half-width of its normal 95 % interval. values: (n,)."""
     half = 1.96 * values.std().item() / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return values.mean().item(), half
+
+
+def rare_pair_name(scene):
+    """Return for instance "red cross", or None for a scene without a rare pair."""
+    return next((" ".join(pair) for pair in rare_pairs(scene.objects)), None)
+
+
+def summarize_groups(scores, names):
+    """Average reward and exact over the scenes of each name. names: (n,) of str or None."""
+    groups = {}
+    for name in dict.fromkeys(filter(None, names)):
+        rows = torch.tensor([other == name for other in names])
+        reward = scores.rewards[rows].mean().item()
+        exact = scores.exact[rows].mean().item()
+        groups[name] = dict(n=int(rows.sum()), reward=reward, exact=exact)
+    return groups
 
 
 def summarize(scores):
@@ -95,25 +192,13 @@ def summarize(scores):
         reward_half=reward_half,
         exact=exact,
         exact_half=exact_half,
-        **{name: values.nanmean().item() for name, values in scores.components.items()},
+        components={name: value.nanmean().item() for name, value in scores.components.items()},
         categories=summarize_groups(scores, [s.category for s in scores.scenes]),
         rare_pairs=summarize_groups(scores, [rare_pair_name(s) for s in scores.scenes]),
     )
 
 
-def rare_pair_name(scene):
-    """Return for instance "red cross", or None for a scene without a rare pair."""
-    return next((" ".join(pair) for pair in rare_pairs(scene.objects)), None)
-
-
-def summarize_groups(scores, names):
-    """Average reward and exact over the scenes of each name. names: (n,) of str or None."""
-    groups = {}
-    for name in dict.fromkeys(filter(None, names)):
-        rows = torch.tensor([other == name for other in names])
-        mean, exact = scores.rewards[rows].mean().item(), scores.exact[rows].mean().item()
-        groups[name] = dict(n=int(rows.sum()), reward=mean, exact=exact)
-    return groups
+# --- tables and pictures --------------------------------------------------------------------------
 
 
 def markdown_table(head, rows):
@@ -124,53 +209,63 @@ def markdown_table(head, rows):
 
 def results_table(results):
     """Format {policy: {"eval": summary, "rare": summary}} as three Markdown tables; "-" for None."""
-    show = lambda value: "-" if value is None else f"{value:.3f}"
+
+    def show(value, half=None):
+        if value is None:
+            return "-"
+        return f"{value:.3f}" if half is None else f"{value:.3f} ± {half:.3f}"
+
     rows, by_category, by_pair = [], [], []
     for name, splits in results.items():
         for split, s in splits.items():
-            label = f"{name}{'' if split == 'eval' else ', rare pairs'} (n = {s['n']})"
-            intervals = [f"{show(s[k])} ± {show(s[f'{k}_half'])}" for k in ("reward", "exact")]
-            rows.append([label, *intervals, *(show(s[k]) for k in rewards.REWARDS)])
-        categories, pairs = splits["eval"]["categories"], splits["rare"]["rare_pairs"]
+            label = name if split == "eval" else f"{name}, rare pairs"
+            reward = show(s["reward"], s["reward_half"])
+            exact = show(s["exact"], s["exact_half"])
+            components = [show(s["components"][key]) for key in REWARDS]
+            rows.append([f"{label} (n = {s['n']})", reward, exact, *components])
+        categories = splits["eval"]["categories"]
+        pairs = splits["rare"]["rare_pairs"]
         by_category.append([name, *(f"{c['exact']:.2f}" for c in categories.values())])
         by_pair.append([name, *(f"{c['exact']:.2f}" for c in pairs.values())])
-    percent = lambda pair: f"{pair} ({RARE_PAIRS[tuple(pair.split())]:.1%})"
+    pair_heads = [f"{pair} ({RARE_PAIRS[tuple(pair.split())]:.1%})" for pair in pairs]
     tables = (
-        markdown_table(["held-out prompts", "reward", "exact", *rewards.REWARDS], rows),
+        markdown_table(["held-out prompts", "reward", "exact", *REWARDS], rows),
         markdown_table(["exact, by category", *categories], by_category),
-        markdown_table(["exact, by rare pair (of corpus)", *map(percent, pairs)], by_pair),
+        markdown_table(["exact, by rare pair (of corpus)", *pair_heads], by_pair),
     )
     return "\n\n".join(tables)
 
 
-# --- images ---------------------------------------------------------------------------------------
-
-
-def gallery(rows, prompts, titles=None, exact=None, colours=("#c83232", "#28a03c"), size=144):
+def gallery(rows, prompts, titles=None, exact=None, size=144):
     """Arrange images in a grid, a prompt above each column. Returns a PIL image.
 
-    rows: list of (n, 3, h, w) in [0, 1]; titles: a name for each row; exact: list of (n,), which of
-    the colours an image's frame has: red if 0, green if 1; size: of an image, in pixels.
+    rows: list of (n, 3, h, w) in [0, 1]; titles: a name for each row; exact: list of (n,), which
+    gives each image a frame: red if 0, green if 1; size: of an image, in pixels.
     """
-    wrap = partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
-    pad, head, side = 6, 62, 96 if titles else 0
-    width, height = side + len(prompts) * (size + pad) + pad, head + len(rows) * (size + pad)
-    sheet = Image.new("RGB", (width, height), "white")
+    pad, head = 6, 62
+    side = 96 if titles else 0
+    width = side + len(prompts) * (size + pad) + pad
+    sheet = Image.new("RGB", (width, head + len(rows) * (size + pad)), "white")
     pen = ImageDraw.Draw(sheet)
+
+    def write(text, left, top, columns, lines):
+        wrapped = textwrap.wrap(text, columns, break_long_words=False, break_on_hyphens=False)
+        pen.text((left, top), "\n".join(wrapped[:lines]), fill="black")
+
     for column, prompt in enumerate(prompts):
-        for i, line in enumerate(wrap(prompt, size // 6)[:4]):
-            pen.text((side + pad + column * (size + pad), 4 + 14 * i), line, fill="black")
+        write(prompt, side + pad + column * (size + pad), 4, size // 6, 4)
     for row, images in enumerate(rows):
         top = head + row * (size + pad)
-        for i, line in enumerate(wrap(titles[row], 14) if titles else []):
-            pen.text((pad, top + size // 2 - 8 + 14 * i), line, fill="black")
-        pixels = (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        if titles:
+            write(titles[row], pad, top + size // 2 - 8, 14, 4)
+        pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         for column, image in enumerate(pixels):
             left = side + pad + column * (size + pad)
             if exact is not None:
-                frame = left - 3, top - 3, left + size + 2, top + size + 2
-                pen.rectangle(frame, fill=colours[int(exact[row][column])])
-            sheet.paste(Image.fromarray(image).resize((size, size), Image.NEAREST), (left, top))
+                colour = "#28a03c" if exact[row][column] else "#c83232"
+                pen.rectangle((left - 3, top - 3, left + size + 2, top + size + 2), fill=colour)
+            picture = Image.fromarray(image).resize((size, size), Image.NEAREST)
+            sheet.paste(picture, (left, top))
     return sheet
 
 
@@ -181,15 +276,19 @@ def gallery_scenes(world, number=8):
 
 
 def gallery_titles(world):
-    return [("rare: " if rare_pairs(s.objects) else "") + s.prompt for s in gallery_scenes(world)]
+    titles = []
+    for scene in gallery_scenes(world):
+        rare = "rare: " if rare_pairs(scene.objects) else ""
+        titles.append(rare + scene.prompt)
+    return titles
 
 
 def gallery_row(env, policy, **options):
     """Draw the gallery, always with the same noise. Returns images (n, 3, h, w) and exact (n,)."""
     scenes = gallery_scenes(env.world)
-    uniform = draw_uniform(policy, len(scenes), 1, "gallery")
-    scored = sample_and_score(env, policy, scenes, uniform, **options)
-    return scored[0], scored[-1].cpu()
+    noise = draw_noise(policy, len(scenes), "gallery")
+    images, _, _, exact = sample_and_score(env, policy, scenes, noise, **options)
+    return images, exact.cpu()
 
 
 def save_image(image, path, **options):
@@ -199,70 +298,103 @@ def save_image(image, path, **options):
     common.write(path, buffer.getvalue())
 
 
-def evaluate_and_save_gallery(env, policy, config, folder, step):
-    """Evaluate a policy in training and save a gallery; after the last step join all galleries to
-    training.gif. config: of eggrpo.py. Returns what is logged."""
+def save_animation(folder):
+    """Join the galleries of a run to training.gif."""
+    frames = []
+    for path in sorted(folder.glob("gallery-*.png")):
+        frames.append(Image.open(path).convert("P", palette=Image.ADAPTIVE))
+    duration = [700] * (len(frames) - 1) + [3000]  # milliseconds
+    more = dict(save_all=True, append_images=frames[1:], duration=duration, loop=0)
+    save_image(frames[0], folder / "training.gif", **more)
+
+
+def evaluate_in_training(env, policy, config, folder, step):
+    """Evaluate a policy in training and save a gallery; after the last step, save the animation.
+    config: of eggrpo.py. Returns what is logged."""
     if step == 0:
         for old in folder.glob("gallery-*.png"):
             old.unlink()
-    draw = dict(guidance=config.guidance)
-    scores = [evaluate(env, policy, s, config.eval_prompts, **draw) for s in ("eval", "rare")]
-    usual, rare = map(summarize, scores)
-    images, exact = gallery_row(env, policy, **draw)
+    options = dict(guidance=config.guidance)
+    usual = summarize(evaluate(env, policy, "eval", config.eval_prompts, **options))
+    rare = summarize(evaluate(env, policy, "rare", config.eval_prompts, **options))
+    images, exact = gallery_row(env, policy, **options)
     sheet = gallery([images], gallery_titles(env.world), [f"step {step}"], [exact])
     save_image(sheet, folder / f"gallery-{step:05d}.png")
     if step == config.steps:
-        paths = sorted(folder.glob("gallery-*.png"))
-        frames = [Image.open(p).convert("P", palette=Image.ADAPTIVE) for p in paths]
-        duration = [700] * (len(frames) - 1) + [3000]  # milliseconds
-        save_image(frames[0], folder / "training.gif", save_all=True, append_images=frames[1:],
-                   duration=duration, loop=0)  # fmt: skip
-    numbers = dict(eval_reward=usual["reward"], eval_exact=usual["exact"],
-                   rare_reward=rare["reward"], rare_exact=rare["exact"])  # fmt: skip
+        save_animation(folder)
+    numbers = dict(
+        eval_reward=usual["reward"],
+        eval_exact=usual["exact"],
+        rare_reward=rare["reward"],
+        rare_exact=rare["exact"],
+    )
     tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
     by_pair = {pair: values["exact"] for pair, values in rare["rare_pairs"].items()}
     return numbers | dict(rare_exact_by_pair=by_pair)
 
 
-def load_policies(config, device):
-    """Load the base policy and every finished run. Returns {name: (policy, options)}."""
-    base = load_base(config.preset, config.out, device)
-    policies = {"base, no plan": (base, dict(no_plan=True)), "base + plan": (base, {})}
-    folder = Path(config.out) / config.preset
-    command = common.command_for("eggrpo.py", config.preset, config.out)
-    for path in sorted(folder.glob("*/policy.pt")):
-        record = checkpoint.load(path, command)
-        if record["step"] == record["steps"]:
-            policy, trained = load_policy(path, "policy", config.preset, command, device)
-            policies[path.parent.name] = policy, dict(guidance=trained["guidance"])
-    if len(policies) == 2:
-        print(f"no finished run in {folder}: only the base policy is scored; make one: `{command}`")
-    return policies
+def plot_curves(folder, names):
+    """Draw the learning curves of runs, from their logs, to curves.png."""
+    import matplotlib  # here: training does not need it
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = dict(
+        eval_reward="reward, held-out prompts",
+        eval_exact="exact, held-out prompts",
+        rare_exact="exact, rare pairs",
+        image_entropy="entropy of image tokens",
+    )
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(14, 3), layout="constrained")
+    for name in names:
+        lines = (folder / name / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        log = [json.loads(line) for line in lines[1:]]
+        for axis, (key, title) in zip(axes, panels.items()):
+            points = [(record["step"] + 1, record[key]) for record in log if key in record]
+            axis.plot(*zip(*points), label=name)
+            axis.set(title=title, xlabel="step")
+    axes[0].legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    pyplot.close(figure)
+    common.write(folder / "curves.png", buffer.getvalue())
+
+
+# --- the command ----------------------------------------------------------------------------------
 
 
 def main(argv=None):
-    config, _ = common.parse("evaluate.py", Config, PRESETS, __doc__, argv)
-    folder, started = Path(config.out) / config.preset, time.time()
+    config = common.parse(Config, PRESETS, __doc__, argv)
+    folder = Path(config.out) / config.preset
+    started = time.time()
     device = common.pick_device(config.device)
-    env = load_env(config.preset, config.out, device)
-    policies = load_policies(config, device)
-    counts = {"eval": config.prompts, "rare": max(config.prompts // 2, len(RARE_PAIRS))}
+    env = load_env(config, device)
+    policies = load_policies(config, env)
+    numbers = {"eval": config.prompts, "rare": max(config.prompts // 2, len(RARE_PAIRS))}
     results, rows = {}, []
     for name, (policy, options) in policies.items():
         results[name] = {}
-        for split, n in counts.items():
-            arguments = (n, config.batch, config.seed, f"{name}, {split}")
-            scores = evaluate(env, policy, split, *arguments, **options)
+        for split, number in numbers.items():
+            title = f"{name}, {split}"
+            scores = evaluate(
+                env, policy, split, number, config.batch, config.seed, title, **options
+            )
             results[name][split] = summarize(scores)
         rows.append(gallery_row(env, policy, **options))
     images, exact = zip(*rows)
     sheet = gallery(images, gallery_titles(env.world), list(policies), exact)
     save_image(sheet, folder / "before-after.png")
     results = common.to_jsonable(results)  # rounded, so that the table is that of the file
+    table = results_table(results)
     common.write(folder / "results.json", json.dumps(results, indent=1).encode())
-    common.write(folder / "results.md", (results_table(results) + "\n").encode())
-    print(results_table(results))
-    print(f"evaluated in {time.time() - started:.0f} s; images in {folder / 'before-after.png'}")
+    common.write(folder / "results.md", (table + "\n").encode())
+    runs = list(policies)[2:]
+    if runs:
+        plot_curves(folder, runs)
+    print(table)
+    print("A single pair of runs decides nothing between two methods: see docs/results.md.")
+    print(f"evaluated in {time.time() - started:.0f} s; pictures: {folder / 'before-after.png'}")
 
 
 if __name__ == "__main__":

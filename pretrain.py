@@ -1,6 +1,6 @@
 """Train the base policy to imitate a noisy corpus of prompt, plan and image.
 
-    python pretrain.py --preset cpu               -> out/cpu/base.pt, the base policy
+    python pretrain.py         -> out/small/base.pt, the base policy
 
 Some sequences have no plan, so that the policy can draw without one (the paper's base setting);
 some have neither prompt nor plan, so that guidance has something to compare with.
@@ -9,25 +9,23 @@ some have neither prompt nor plan, so that guidance has something to compare wit
 import math
 import multiprocessing
 import os
-import signal
 import time
-from contextlib import ExitStack
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
+from pathlib import Path
 
 import numpy
 import torch
 from tqdm import tqdm
 
 import common
-from checkpoint import Run
-from model import Policy, forward_logits, token_logp
-from scenes import WORLDS, corpus_item, encode_scenes, render
-from words import PAD, WORDS
+from model import Policy, score
+from scenes import PAD, WORDS, WORLDS, corpus_item, encode_scenes, render
 from tiny_vq import load_tokenizer, stack_images
 
 CHUNK = 500  # items of the corpus that are drawn and encoded at a time
-MAX_PROCESSES = 16  # that draw the corpus; more would still import torch when it is done
+PROCESSES = min(os.cpu_count() or 1, 16)  # that draw the corpus
 
 
 @dataclass(frozen=True)
@@ -45,54 +43,72 @@ class Config(common.BaseConfig):
     drop_plan: float = 0.15  # fraction of sequences without plan, but with a prompt
     save_every: int = 200  # steps
 
-    RANGES = dict(drop_both=(0, 1), drop_plan=(0, 1))
-
     def check(self):
         super().check()
-        multiple = f"--width {self.width} must be a multiple of --heads {self.heads}"
+        self.check_range("drop_both", 0, 1)
+        self.check_range("drop_plan", 0, 1)
+        multiple = f"--width {self.width}: must be a multiple of --heads {self.heads}"
         common.check(self.width % self.heads == 0, multiple)
 
 
 PRESETS = {
     "smoke": dict(items=300, steps=20, batch=32, width=64, layers=2),
-    "cpu": dict(),
-    "gpu": dict(items=200000, steps=12000, batch=128, lr=6e-4, warm_up=400, width=512, layers=8,
-                heads=8, save_every=2000),
-}  # fmt: skip
+    "small": dict(),
+    "large": dict(
+        items=200000,
+        steps=12000,
+        batch=128,
+        lr=6e-4,
+        warm_up=400,
+        width=512,
+        layers=8,
+        heads=8,
+        save_every=2000,
+    ),
+}
 
 
 # --- the corpus -----------------------------------------------------------------------------------
 
 
-def corpus_chunk(world, seed, indices):
+def corpus_chunk(world, seed, start, stop):
     """Draw some items of the corpus. Returns prompts (n, S), plans (n, C), images (n, h, w, 3), all
     arrays, which are cheap to send from one process to another."""
-    scenes = [corpus_item(world, seed, i) for i in indices]
-    words = (x.to(torch.int16).numpy() for x in encode_scenes(world, scenes))
-    return *words, numpy.stack([render(world, s) for s in scenes])
+    scenes = [corpus_item(world, seed, i) for i in range(start, stop)]
+    prompts, plans = encode_scenes(world, scenes)
+    images = numpy.stack([render(world, scene) for scene in scenes])
+    return prompts.to(torch.int16).numpy(), plans.to(torch.int16).numpy(), images
+
+
+def draw_corpus(config, world):
+    """Yield the chunks of the corpus in order; a large one is drawn by several processes."""
+    chunks = []
+    for start in range(0, config.items, CHUNK):
+        chunks.append((world, config.seed, start, min(start + CHUNK, config.items)))
+    if len(chunks) <= 10:
+        for chunk in chunks:
+            yield corpus_chunk(*chunk)
+        return
+    # spawned, not forked: threads of torch are running
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(PROCESSES, context) as pool:
+        waiting = []
+        for chunk in chunks:
+            waiting.append(pool.submit(corpus_chunk, *chunk))
+            if len(waiting) > 2 * PROCESSES:  # what is ahead is held in memory
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()
 
 
 def make_corpus(config, world, tokenizer, device):
-    """Draw and encode the corpus. Returns prompts (n, S), plans (n, C), codes (n, L), int16.
-
-    A large one is drawn by one process per core, at most MAX_PROCESSES.
-    """
-    starts = range(0, config.items, CHUNK)
-    chunks = [range(start, min(start + CHUNK, config.items)) for start in starts]
-    draw, encoded = partial(corpus_chunk, world, config.seed), []
-    with ExitStack() as stack:
-        drawn = map(draw, chunks)
-        if len(chunks) > 10:
-            # only the main process handles Ctrl-C: the others inherit that it is ignored
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            # spawned, not forked: threads of torch are running
-            processes = min(os.cpu_count() or 1, MAX_PROCESSES)
-            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes))
-            signal.signal(signal.SIGINT, handler)
-            drawn = pool.imap(draw, chunks)
-        for *words, images in tqdm(drawn, "corpus", len(chunks), leave=False):
-            codes = tokenizer.encode(stack_images(images).to(device) / 255).cpu().to(torch.int16)
-            encoded.append((*map(torch.from_numpy, words), codes))
+    """Draw and encode the corpus. Returns prompts (n, S), plans (n, C), codes (n, L), int16."""
+    encoded = []
+    total = math.ceil(config.items / CHUNK)
+    for prompts, plans, images in tqdm(draw_corpus(config, world), "corpus", total, leave=False):
+        codes = tokenizer.encode(stack_images(images).to(device) / 255)
+        codes = codes.cpu().to(torch.int16)
+        encoded.append((torch.from_numpy(prompts), torch.from_numpy(plans), codes))
     return [torch.cat(column) for column in zip(*encoded)]
 
 
@@ -111,34 +127,47 @@ def training_batch(corpus, config, step, device):
     generator = common.generator(config.seed, "drop", step)
     drop = torch.rand(len(rows), 1, generator=generator).to(device)
     prompt = prompt.masked_fill(drop < config.drop_both, PAD)
-    return prompt, plan.masked_fill(drop < config.drop_both + config.drop_plan, PAD), codes
+    plan = plan.masked_fill(drop < config.drop_both + config.drop_plan, PAD)
+    return prompt, plan, codes
 
 
 # --- training -------------------------------------------------------------------------------------
 
 
 def make_policy(config, world, codebook):
-    """Make an untrained policy for a world and a tokenizer's codebook (V, code_dim)."""
-    policy = Policy(len(WORDS), *codebook.shape, world.prompt_slots, world.plan_slots,
-                    world.image_tokens, config.width, config.layers, config.heads)  # fmt: skip
+    """Make a policy for a world and a tokenizer's codebook (V, code_dim)."""
+    codebook_size, code_dim = codebook.shape
+    policy = Policy(
+        word_vocab_size=len(WORDS),
+        codebook_size=codebook_size,
+        code_dim=code_dim,
+        prompt_slots=world.prompt_slots,
+        plan_slots=world.plan_slots,
+        image_tokens=world.image_tokens,
+        width=config.width,
+        layers=config.layers,
+        heads=config.heads,
+    )
     policy.set_codebook(codebook)
     return policy
 
 
 def update(policy, optimizer, prompt, plan, codes, micro_batch):
     """Make one step of maximum likelihood. Returns plan_nll and image_nll, nats per token, and
-    grad_norm. Raises TrainingDiverged, the weights unchanged."""
-    plan_tokens, parts = (plan != PAD).sum().clamp(min=1), []  # of all micro-batches
-    for tokens in zip(*(x.split(micro_batch) for x in (prompt, plan, codes))):
-        logp = token_logp(*forward_logits(policy, *tokens), *tokens[1:])  # (micro_batch, T)
+    grad_norm. Raises UserError, the weights unchanged, if one of them is not finite."""
+    plan_tokens = (plan != PAD).sum().clamp(min=1)  # of all micro-batches
+    plan_nlls, image_nlls = [], []
+    for rows in torch.arange(len(plan), device=plan.device).split(micro_batch):
+        logp = score(policy, prompt[rows], plan[rows], codes[rows])  # (micro_batch, T)
         plan_nll = -logp[:, : policy.C].sum() / plan_tokens
         image_nll = -logp[:, policy.C :].sum() / codes.numel()
         # each modality's mean: plans are short and would have little weight in a common mean
         (plan_nll + image_nll).backward()
-        parts.append(torch.stack([plan_nll.detach(), image_nll.detach()]))
+        plan_nlls.append(plan_nll.detach())
+        image_nlls.append(image_nll.detach())
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-    values = torch.cat([torch.stack(parts).sum(0), norm[None]]).tolist()
-    terms = dict(zip(("plan_nll", "image_nll", "grad_norm"), values))
+    values = torch.stack([torch.stack(plan_nlls).sum(), torch.stack(image_nlls).sum(), norm])
+    terms = dict(zip(("plan_nll", "image_nll", "grad_norm"), values.tolist()))
     common.check_finite(terms)
     optimizer.step()
     optimizer.zero_grad()
@@ -146,35 +175,43 @@ def update(policy, optimizer, prompt, plan, codes, micro_batch):
 
 
 def main(argv=None):
-    config, command = common.parse("pretrain.py", Config, PRESETS, __doc__, argv)
-    folder = f"{config.out}/{config.preset}"
-    run = Run("base", f"{folder}/base.pt", f"{folder}/base.jsonl", config, command)
+    config = common.parse(Config, PRESETS, __doc__, argv)
+    folder = Path(config.out) / config.preset
+    world = WORLDS[config.preset]
+    device = common.pick_device(config.device)
+    tokenizer, made_from = load_tokenizer(config, device)
+    command = common.command_for("pretrain", config)
+    run = common.Run("base", folder / "base.pt", folder / "base.jsonl", config, command, made_from)
     if run.finished:
-        return print(f"base policy: finished earlier, {run.path}")
-    device, started = common.pick_device(config.device), time.time()
-    tokenizer = load_tokenizer(config.preset, config.out, device)
-    corpus = make_corpus(config, WORLDS[config.preset], tokenizer, device)
-    torch.manual_seed(config.seed)
-    codebook = tokenizer.quantizer.codebook.cpu()
-    policy = make_policy(config, WORLDS[config.preset], codebook).to(device)
-    size = sum(p.numel() for p in policy.parameters()) / 1e6
-    print(f"policy: {size:.2f} M parameters, {policy.slots} slots")
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(0.9, 0.95),
-                                  weight_decay=0.05, fused=device.type == "cuda")  # fmt: skip
+        print(f"base policy: finished earlier, {run.path}")
+        return
+    started = time.time()
+    corpus = make_corpus(config, world, tokenizer, device)
+    with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
+        torch.manual_seed(config.seed)
+        policy = make_policy(config, world, tokenizer.quantizer.codebook.cpu())
+    policy = policy.to(device)
+    parameters = sum(p.numel() for p in policy.parameters())
+    print(f"policy: {parameters / 1e6:.2f} M parameters, {policy.slots} slots")
+    optimizer = torch.optim.AdamW(
+        policy.parameters(),
+        lr=config.lr,
+        betas=(0.9, 0.95),
+        weight_decay=0.05,
+        fused=device.type == "cuda",
+    )
     run.start(device, policy, optimizer)
-
-    with run.progress("base policy") as bar:
-        for step in bar:
-            cosine = math.cos(math.pi * step / config.steps)
-            warm_up = min(1, (step + 1) / config.warm_up)
-            optimizer.param_groups[0]["lr"] = config.lr * warm_up * (0.55 + 0.45 * cosine)
-            batch = training_batch(corpus, config, step, device)
-            with run.guard(step, dict(zip(("prompt", "plan", "codes"), batch))):
-                terms = update(policy, optimizer, *batch, config.micro_batch)
-            if step % 20 == 0 or step + 1 == config.steps:
-                run.log(step=step, **terms)
-                bar.set_postfix({k: f"{v:.2f}" for k, v in terms.items()})
-            run.save(step, policy, optimizer)
+    bar = run.progress("base policy")
+    for step in bar:
+        cosine = math.cos(math.pi * step / config.steps)
+        warm_up = min(1, (step + 1) / config.warm_up)
+        optimizer.param_groups[0]["lr"] = config.lr * warm_up * (0.55 + 0.45 * cosine)
+        batch = training_batch(corpus, config, step, device)
+        terms = update(policy, optimizer, *batch, config.micro_batch)
+        if step % 20 == 0 or step + 1 == config.steps:
+            run.log(step=step, **terms)
+            bar.set_postfix({name: f"{value:.2f}" for name, value in terms.items()})
+        run.save(step, policy, optimizer)
     nll = f"plan {terms['plan_nll']:.2f}, image {terms['image_nll']:.2f} nats per token"
     print(f"base policy: {nll}, {time.time() - started:.0f} s")
 

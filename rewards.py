@@ -14,22 +14,20 @@ only `relation` returns it). Add your own as one more:
 `exact` is 1 if the image has the right objects, no others, a true relation and no smears. It is
 measured, not optimised.
 
-Dimension letters: B images, C colours, K kinds (colour x texture x shape, in this order), M cells,
-h x w pixels.
+Shapes: B images of h x w pixels; `colours`, `textures`, `shapes` and `cells` are numbers of these; a
+kind is a colour, a texture and a shape, numbered in this order.
 """
 
 import math
 from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, check
-from scenes import BACKGROUND, shape_mask
-from words import COLOURS, RELATIONS, SHAPES
+from scenes import BACKGROUND, COLOURS, RELATIONS, SHAPES, shape_mask
 
 NO_PAINT = 0.25  # contrast with the background, of which less is no paint
 FULL_PAINT = 0.6  # contrast of which more is full paint, because objects differ in brightness
@@ -38,38 +36,43 @@ CLEAN_THRESHOLD = 0.9  # least cleanliness of an exact image
 
 
 class Targets(NamedTuple):
-    counts: Tensor  # (B, K) number of objects of each kind
+    counts: Tensor  # (B, kinds) number of objects of each kind
     relation: Tensor  # (B,) index into RELATIONS, -1 if the prompt names none
     pair: Tensor  # (B, 2) kinds of the relation's subject and object
 
 
 class Detections(NamedTuple):
-    counts: Tensor  # (B, K) number of objects of each kind
-    kind: Tensor  # (B, M) kind of the object in each cell, -1 in an empty cell
-    score: Tensor  # (B, M) Dice overlap of its paint and template
+    counts: Tensor  # (B, kinds) number of objects of each kind
+    kind: Tensor  # (B, cells) kind of the object in each cell, -1 in an empty cell
+    score: Tensor  # (B, cells) Dice overlap of its paint and template
     paint: Tensor  # (B,) total paint, in pixels
     explained: Tensor  # (B,) paint that lies on a detected object of its colour
-    kind_dims: tuple  # (colours, textures, shapes), with K their product
+    kind_dims: tuple  # (colours, textures, shapes)
     grid: int  # cells per side
 
 
-def kind_index(world, colour, shape, texture):
-    """Return the number of a kind, from 0 to K - 1."""
-    c, t = list(COLOURS).index(colour), world.textures.index(texture)
-    return (c * len(world.textures) + t) * len(SHAPES) + SHAPES.index(shape)
+def kind_index(world, obj):
+    """Return the number of an object's kind."""
+    colour = list(COLOURS).index(obj.colour)
+    texture = world.textures.index(obj.texture)
+    shape = SHAPES.index(obj.shape)
+    return (colour * len(world.textures) + texture) * len(SHAPES) + shape
 
 
 def encode_targets(world, scenes, device="cpu"):
     """Encode what the prompts of scenes ask for. Returns Targets."""
-    number = len(world.textures) * len(COLOURS) * len(SHAPES)
-    counts, pair = np.zeros((len(scenes), number), np.float32), np.zeros((len(scenes), 2), np.int64)
+    kinds = len(COLOURS) * len(world.textures) * len(SHAPES)
+    counts = torch.zeros(len(scenes), kinds)
+    relation = torch.full((len(scenes),), -1)
+    pair = torch.zeros(len(scenes), 2, dtype=torch.long)
     for i, scene in enumerate(scenes):
-        kinds = [kind_index(world, o.colour, o.shape, o.texture) for o in scene.objects]
-        np.add.at(counts[i], kinds, 1)
+        wanted = [kind_index(world, obj) for obj in scene.objects]
+        for kind in wanted:
+            counts[i, kind] += 1
         if scene.relation:
-            pair[i] = kinds[:2]
-    relation = [RELATIONS.index(s.relation) if s.relation else -1 for s in scenes]
-    return Targets(*(torch.as_tensor(x).to(device) for x in (counts, relation, pair)))
+            relation[i] = RELATIONS.index(scene.relation)
+            pair[i] = torch.tensor(wanted[:2])
+    return Targets(counts.to(device), relation.to(device), pair.to(device))
 
 
 # --- detection ------------------------------------------------------------------------------------
@@ -77,10 +80,11 @@ def encode_targets(world, scenes, device="cpu"):
 
 @lru_cache(maxsize=8)
 def _palette(device):
-    """Background (3,) and the offsets of the palette colours from it (C, 3). Cached, because a copy
-    from the host synchronises."""
+    """Background (3,) and the offsets of the palette colours from it (colours, 3). Cached, because a
+    copy from the host synchronises."""
     background = torch.tensor(BACKGROUND, device=device) / 255
-    return background, torch.tensor(list(COLOURS.values()), device=device) / 255 - background
+    colours = torch.tensor(list(COLOURS.values()), device=device) / 255
+    return background, colours - background
 
 
 def _saturate(contrast):
@@ -89,27 +93,31 @@ def _saturate(contrast):
 
 
 def paint_coverage(images):
-    """How much of each pixel is painted in each colour. (B, 3, h, w) -> (B, C, h, w), in [0, 1].
+    """How much of each pixel is painted in each colour. (B, 3, h, w) -> (B, colours, h, w), in [0, 1].
 
     A pixel is background + contrast * (colour - background); it belongs to the colour that leaves
     the smallest residual.
     """
     background, axes = _palette(str(images.device))
     offset = images.float() - background[:, None, None]
-    square = (axes**2).sum(1)[:, None, None]  # (C, 1, 1)
+    square = (axes**2).sum(1)[:, None, None]  # (colours, 1, 1)
     dot = torch.einsum("bkhw,ck->bchw", offset, axes)
     contrast = (dot / square).clamp_(0, 1)
     # |offset - contrast axis|^2 without |offset|^2, which is the same for all colours
     residual = (contrast * square - 2 * dot) * contrast
-    return _saturate(contrast * (residual == residual.amin(1, keepdim=True)))
+    nearest = residual == residual.amin(1, keepdim=True)
+    return _saturate(contrast * nearest)
 
 
 @lru_cache(maxsize=8)
 def _templates(world, device):
-    """Coverage of every texture x shape at mean brightness, in its place in a cell.
-    (textures * shapes, cell, cell)."""
-    masks = [shape_mask(s, t, world.object_size) for t in world.textures for s in SHAPES]
-    contrast = torch.from_numpy(np.stack(masks)).float() * sum(world.brightness) / 2
+    """Coverage of every texture and shape at mean brightness, in its place in a cell: (textures *
+    shapes, cell, cell)."""
+    masks = []
+    for texture in world.textures:
+        for shape in SHAPES:
+            masks.append(torch.from_numpy(shape_mask(shape, texture, world.object_size).copy()))
+    contrast = torch.stack(masks).float() * sum(world.brightness) / 2
     before = world.margin
     after = world.cell - world.object_size - before
     return F.pad(_saturate(contrast), (before, after, before, after)).to(device)
@@ -122,33 +130,33 @@ def detect(images, world):
     its colour, 2 sum(paint * template) / (sum(paint^2) + sum(template^2)), if that is above
     MATCH_THRESHOLD. sum(paint^2) is over the box that objects fill, where no neighbour's edge is.
     """
-    grid, cell = world.grid, world.cell
-    dims = len(COLOURS), len(world.textures), len(SHAPES)
-    kinds_per_colour = dims[1] * dims[2]
-    templates = _templates(world, str(images.device))  # (t*s, cell, cell)
-    paint = paint_coverage(images)  # (B, C, h, w)
-    cells = paint.unflatten(3, (grid, cell)).unflatten(2, (grid, cell))  # (B, C, row, y, column, x)
-    cells = cells.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (B, M, C, cell, cell)
+    grid = world.grid
+    templates = _templates(world, str(images.device))  # (textures * shapes, cell, cell)
+    paint = paint_coverage(images)  # (B, colours, h, w)
+    cells = paint.unflatten(3, (grid, world.cell)).unflatten(2, (grid, world.cell))
+    cells = cells.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (B, cells, colours, cell, cell)
 
     box = slice(world.margin, world.margin + world.object_size)
-    energy = cells[..., box, box].square().sum((3, 4))  # (B, M, C)
+    energy = cells[..., box, box].square().sum((3, 4))  # (B, cells, colours)
     overlap = torch.einsum("bmcyx,kyx->bmck", cells, templates)
-    dice = 2 * overlap / (energy[..., None] + templates.square().sum((1, 2)))  # (B, M, C, t*s)
-    score, kind = dice.flatten(2).max(2)  # (B, M)
+    size = templates.square().sum((1, 2))  # (textures * shapes,)
+    dice = 2 * overlap / (energy[..., None] + size)  # (B, cells, colours, textures * shapes)
+    score, kind = dice.flatten(2).max(2)  # (B, cells)
     found = score > MATCH_THRESHOLD
-    counts = F.one_hot(kind, math.prod(dims)) * found[..., None]  # (B, M, K)
+    kind_dims = len(COLOURS), len(world.textures), len(SHAPES)
+    counts = F.one_hot(kind, math.prod(kind_dims)) * found[..., None]  # (B, cells, kinds)
 
-    dilated = F.max_pool2d((templates > 0).float(), 3, stride=1, padding=1)  # by one pixel
-    cover = dilated[kind % kinds_per_colour] * found[..., None, None]  # (B, M, cell, cell)
-    colour = F.one_hot(kind // kinds_per_colour, dims[0]).float()  # (B, M, C)
-    explained = torch.einsum("bmcyx,bmyx,bmc->b", cells, cover, colour)
+    # Explained is the paint of an object's colour under its template, dilated by one pixel.
+    colour = F.one_hot(kind // len(templates), len(COLOURS)).float()  # (B, cells, colours)
+    dilated = F.max_pool2d((templates > 0).float(), 3, stride=1, padding=1)
+    cover = dilated[kind % len(templates)] * found[..., None, None]  # (B, cells, cell, cell)
     return Detections(
         counts=counts.sum(1).float(),
         kind=kind.masked_fill(~found, -1),
         score=score,
         paint=paint.sum((1, 2, 3)),
-        explained=explained,
-        kind_dims=dims,
+        explained=torch.einsum("bmcyx,bmyx,bmc->b", cells, cover, colour),
+        kind_dims=kind_dims,
         grid=grid,
     )
 
@@ -170,18 +178,20 @@ def objects(images, detections, targets):
 def attributes(images, detections, targets):
     """The same for each attribute by itself (shapes, colours, textures), averaged: partial credit
     for an object of the right colour and the wrong shape."""
-    shape = (-1, *detections.kind_dims)  # (B, colours, textures, shapes)
-    found, wanted = detections.counts.reshape(shape), targets.counts.reshape(shape)
-    others = [(1, 2), (2, 3)]  # summed out: what is left are shapes, and colours
+    found = detections.counts.unflatten(1, detections.kind_dims)  # (B, colours, textures, shapes)
+    wanted = targets.counts.unflatten(1, detections.kind_dims)
+    summed_out = [(1, 2), (2, 3)]  # what is left are shapes, and colours
     if detections.kind_dims[1] > 1:
-        others.append((1, 3))  # textures
-    return torch.stack([_overlap(found.sum(d), wanted.sum(d)) for d in others]).mean(0)
+        summed_out.append((1, 3))  # textures
+    overlaps = [_overlap(found.sum(dims), wanted.sum(dims)) for dims in summed_out]
+    return torch.stack(overlaps).mean(0)
 
 
 def count(images, detections, targets):
     """The smaller number of objects over the larger."""
-    total = lambda x: x.counts.sum(1, keepdim=True)
-    return _overlap(total(detections), total(targets))
+    found = detections.counts.sum(1, keepdim=True)
+    wanted = targets.counts.sum(1, keepdim=True)
+    return _overlap(found, wanted)
 
 
 def relation(images, detections, targets):
@@ -203,8 +213,13 @@ def cleanliness(images, detections, targets):
     return fraction.clamp(max=1)  # the two sums are rounded in different orders
 
 
-REWARDS = dict(objects=objects, attributes=attributes, count=count, relation=relation,
-               cleanliness=cleanliness)  # fmt: skip
+REWARDS = {
+    "objects": objects,
+    "attributes": attributes,
+    "count": count,
+    "relation": relation,
+    "cleanliness": cleanliness,
+}
 
 
 def _call_reward(name, function, images, detections, targets):
@@ -215,10 +230,10 @@ def _call_reward(name, function, images, detections, targets):
         value = function(images, detections, targets)
     except Exception as error:  # a user's code may raise anything
         raise UserError(f"{where} raised {type(error).__name__}: {error}") from error
-    right, got = False, type(value).__name__
+    right = isinstance(value, Tensor) and value.is_floating_point()
+    right = right and value.shape == (len(images),) and value.device == images.device
+    got = type(value).__name__
     if isinstance(value, Tensor):
-        right = value.is_floating_point() and value.shape == (len(images),)
-        right = right and value.device == images.device
         got = f"{value.dtype} {tuple(value.shape)} on {value.device}"
     check(right, f"{where} must return floats ({len(images)},) on {images.device}, not {got}")
     return value
@@ -230,21 +245,24 @@ def check_rewards(rewards, components):
     Synchronises with the device, so callers do it where they wait anyway. rewards: any shape,
     components: {name: same shape}.
     """
-    if not rewards.isfinite().all():
-        infinite = [name for name, value in components.items() if value.isinf().any()]
-        problem = "all of them returned NaN for some image, as if none applied to it"
-        problem = f"{infinite[0]!r} returned an infinite value" if infinite else problem
-        raise UserError(f"the reward functions in rewards.REWARDS: {problem}")
+    if rewards.isfinite().all():
+        return
+    problem = "all of them returned NaN for some image, as if none applied to it"
+    for name, value in components.items():
+        if value.isinf().any():
+            problem = f"{name!r} returned an infinite value"
+    raise UserError(f"the reward functions in rewards.REWARDS: {problem}")
 
 
 def compute_rewards(images, targets, world):
     """Score images (B, 3, h, w) in [0, 1]. Returns rewards (B,), components {name: (B,)} and exact
     (B,), 0 or 1."""
     detections = detect(images, world)
-    arguments = images, detections, targets
-    components = {name: _call_reward(name, f, *arguments) for name, f in REWARDS.items()}
+    components = {}
+    for name, function in REWARDS.items():
+        components[name] = _call_reward(name, function, images, detections, targets)
     rewards = torch.stack(list(components.values())).nanmean(0)
-    related = relation(*arguments).nan_to_num(1.0) == 1
-    clean = cleanliness(*arguments) >= CLEAN_THRESHOLD
-    exact = (detections.counts == targets.counts).all(1) & related & clean
-    return rewards, components, exact.float()
+    right_objects = (detections.counts == targets.counts).all(1)
+    related = relation(images, detections, targets).nan_to_num(1.0) == 1
+    clean = cleanliness(images, detections, targets) >= CLEAN_THRESHOLD
+    return rewards, components, (right_objects & related & clean).float()

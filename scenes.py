@@ -3,7 +3,7 @@
 A `Scene` holds a few coloured shapes on a grid of cells, the prompt that asks for them, the plan
 (the chain of thought) that spells them out, and the seed of everything the prompt leaves open.
 
-    scene = make_scene(WORLDS["cpu"], "train", seed=0, index=3)      deterministic
+    scene = make_scene(WORLDS["small"], "train", seed=0, index=3)      deterministic
     scene.prompt    "a green triangle left of a blue circle"
     scene.plan      "green triangle at row 1 column 1 ; blue circle at row 2 column 3"
     render(world, scene)                                             (h, w, 3) uint8
@@ -31,6 +31,8 @@ The pretraining corpus is noisy, like captions from the web: a policy that imita
 which reinforcement learning can correct.
 """
 
+import difflib
+import hashlib
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,8 +42,35 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from words import COLOUR_DESCRIPTIONS, COLOURS, NUMBERS, OPPOSITE, RELATIONS
-from words import SHAPE_DESCRIPTIONS, SHAPES, encode_words, plural
+from common import UserError
+
+COLOURS = {
+    "red": (225, 50, 50),
+    "green": (60, 190, 70),
+    "blue": (60, 105, 245),
+    "yellow": (240, 215, 50),
+    "purple": (180, 70, 220),
+    "white": (245, 245, 245),
+}
+SHAPES = ("circle", "square", "triangle", "diamond", "cross")
+RELATIONS = ("left of", "right of", "above", "below")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+NUMBERS = ("one", "two", "three", "four")
+COLOUR_DESCRIPTIONS = {
+    "red": ("blood", "tomatoes"),
+    "green": ("grass", "leaves"),
+    "blue": ("oceans", "sapphires"),
+    "yellow": ("lemons", "bananas"),
+    "purple": ("violets", "plums"),
+    "white": ("snow", "milk"),
+}
+SHAPE_DESCRIPTIONS = {
+    "circle": ("with no corners", "like a wheel"),
+    "square": ("with four equal sides", "like a chessboard"),
+    "triangle": ("with three sides", "like a pyramid"),
+    "diamond": ("like a kite", "like a square on its tip"),
+    "cross": ("like a plus sign", "with four arms"),
+}
 
 CATEGORIES = ("colour", "shape", "texture", "numeracy", "spatial", "complex", "knowledge")
 BACKGROUND = (40, 44, 50)  # 0 to 255
@@ -58,6 +87,63 @@ RARE_CATEGORIES = ("colour", "spatial", "complex")
 CAPTION_FAULTS = 0.25  # fraction of the corpus whose image and plan contradict the prompt
 PLAN_FAULTS = 0.20  # fraction of the rest whose plan contradicts prompt and image
 HELD_OUT = 6  # one canonical form in six is held out for evaluation
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def _vocabulary():
+    words = set("a and both shape in the colour of at row column ; 1 2 3 4".split())
+    words |= {"solid", "striped", "hollow", *COLOURS, *SHAPES, *NUMBERS}
+    words |= {plural(shape, 2) for shape in SHAPES}
+    for phrases in (RELATIONS, *COLOUR_DESCRIPTIONS.values(), *SHAPE_DESCRIPTIONS.values()):
+        words |= {word for phrase in phrases for word in phrase.split()}
+    return ("<pad>", "<plan>", "<image>", "<end>", *sorted(words))
+
+
+def plural(shape, number):
+    return shape if number == 1 else shape + ("es" if shape.endswith("s") else "s")
+
+
+WORDS = _vocabulary()
+WORD_ID = {word: i for i, word in enumerate(WORDS)}
+PAD, PLAN, IMAGE, END = range(4)  # the first three are placed, never sampled
+GRAMMAR = (
+    'grammar: "a red circle [left of|right of|above|below|and] a blue square [and a green '
+    'cross]", "three red circles", "a circle and a square both red", "a shape with three '
+    'sides in the colour of grass"'
+)
+
+
+def encode_words(text, slots, end=False):
+    """Encode text as a list of `slots` word ids, padded with PAD.
+
+    end: append the end token. Raises UserError if the text is empty, too long, or has an unknown
+    word (the message names the nearest known ones).
+    """
+    words = text.lower().split()
+    if not words:
+        raise UserError(f"the prompt is empty; {GRAMMAR}")
+    for word in words:
+        if word not in WORD_ID or word.startswith("<"):
+            known = [w for w in WORDS if w[0] != "<"]
+            near = difflib.get_close_matches(word[:40], known, n=3, cutoff=0.4)
+            hint = f"nearest known: {', '.join(near)}" if near else "nothing like it is known"
+            raise UserError(f"unknown word {word[:40]!r} ({hint}); {GRAMMAR}")
+    ids = [WORD_ID[word] for word in words] + [END] * end
+    if len(ids) > slots:
+        raise UserError(f"{len(words)} words are too many: at most {slots - end} fit; {GRAMMAR}")
+    return ids + [PAD] * (slots - len(ids))
+
+
+def decode_words(ids):
+    """Decode word ids to text, up to the end token and without padding."""
+    ids = [int(i) for i in ids]
+    ids = ids[: ids.index(END)] if END in ids else ids
+    return " ".join(WORDS[i] for i in ids if i != PAD)
+
+
+# --- the world ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -95,6 +181,11 @@ class World:
     def image_tokens(self):
         return self.side**2
 
+    def made_from(self):
+        """Return {file: digest} of this world, for the files that are made from it."""
+        constants = (self, BACKGROUND, COLOURS, RARE_PAIRS, CAPTION_FAULTS, PLAN_FAULTS)
+        return {"scenes.py": hashlib.sha256(repr(constants).encode()).hexdigest()[:16]}
+
     @property
     def categories(self):
         return tuple(c for c in CATEGORIES if c != "texture" or len(self.textures) > 1)
@@ -102,10 +193,18 @@ class World:
 
 WORLDS = {
     "smoke": World(),
-    "cpu": World(),
-    "gpu": World(image_size=64, patch=4, grid=4, object_size=14, max_objects=4, prompt_slots=20,
-                 plan_slots=36, textures=("solid", "striped", "hollow")),
-}  # fmt: skip
+    "small": World(),
+    "large": World(
+        image_size=64,
+        patch=4,
+        grid=4,
+        object_size=14,
+        textures=("solid", "striped", "hollow"),
+        max_objects=4,
+        prompt_slots=20,
+        plan_slots=36,
+    ),
+}
 
 
 class Object(NamedTuple):
@@ -162,8 +261,12 @@ def _pick(rng, options):
 
 def relation_holds(relation, a, b):
     """Return whether `a relation b` is true of two objects."""
-    return {"left of": a.column < b.column, "right of": a.column > b.column,
-            "above": a.row < b.row, "below": a.row > b.row}[relation]  # fmt: skip
+    return {
+        "left of": a.column < b.column,
+        "right of": a.column > b.column,
+        "above": a.row < b.row,
+        "below": a.row > b.row,
+    }[relation]
 
 
 def _sample_kinds(world, category, rng, rare_pair=None):
@@ -171,7 +274,8 @@ def _sample_kinds(world, category, rng, rare_pair=None):
 
     rare_pair: (colour, shape) of one of the objects, in the categories of RARE_CATEGORIES.
     """
-    colours, textures = tuple(COLOURS), world.textures
+    colours = tuple(COLOURS)
+    textures = world.textures
     pair = lambda: (_pick(rng, colours), _pick(rng, SHAPES))
     if category == "shape":
         colour = _pick(rng, colours)

@@ -3,8 +3,8 @@
 import numpy
 import torch
 
-import checkpoint
 import common
+from scenes import WORLDS
 from tiny_vq.vqvae import VQVAE
 
 
@@ -13,8 +13,15 @@ def stack_images(images):
     return torch.from_numpy(numpy.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-def load_tokenizer(preset, out="out", device="cpu"):
-    """Read the finished tokenizer of a preset. Returns the frozen model."""
-    command = common.command_for("-m tiny_vq.train", preset, out)
-    path = f"{out}/{preset}/tokenizer.pt"
-    return checkpoint.load_model(VQVAE, path, "tokenizer", preset, command, device)[0]
+def load_tokenizer(config, device):
+    """Read the finished tokenizer of a preset. Returns the frozen model, and {file: digest} of what
+    later stages are made from: the world and the tokenizer."""
+    path = f"{config.out}/{config.preset}/tokenizer.pt"
+    command = common.command_for("tiny_vq.train", config)
+    record = common.load_finished(path, "tokenizer", config.preset, command)
+    made_from = WORLDS[config.preset].made_from()
+    common.check_made_from(path, record, made_from, command)
+    tokenizer = VQVAE(**record["model_config"])
+    tokenizer.load_state_dict(record["model"])
+    made_from["tokenizer.pt"] = common.digest(record["model"])
+    return tokenizer.to(device).requires_grad_(False), made_from

@@ -42,7 +42,8 @@ class Quantizer(nn.Module):
     def update(self, z, codes):
         """Move the entries toward the vectors assigned to them. z: (n, dim), codes: (n,)."""
         z = z.float()
-        self.counts.mul_(self.decay).index_add_(0, codes, torch.full_like(z[:, 0], 1 - self.decay))
+        ones = torch.ones_like(z[:, 0])
+        self.counts.mul_(self.decay).index_add_(0, codes, (1 - self.decay) * ones)
         self.sums.mul_(self.decay).index_add_(0, codes, (1 - self.decay) * z)
         self.codebook.copy_(self.sums / self.counts.clamp(min=1e-5)[:, None])
 
@@ -54,12 +55,14 @@ class Quantizer(nn.Module):
 
         z: (n, dim), codes: (n,). Returns the number of entries moved.
         """
-        z, dead = z.float(), (self.counts < min_count).nonzero()[:, 0]
+        z = z.float()
+        dead = (self.counts < min_count).nonzero()[:, 0]
         if len(dead) == 0:
             return 0
         error = (z - self.codebook[codes]).square().sum(1).cpu() + 1e-12
         chosen = torch.multinomial(error, len(dead), True, generator=generator).to(z.device)
-        self.codebook[dead] = self.sums[dead] = z[chosen]
+        self.codebook[dead] = z[chosen]
+        self.sums[dead] = z[chosen]
         self.counts[dead] = 1.0
         return len(dead)
 

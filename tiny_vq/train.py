@@ -1,6 +1,6 @@
 """Train the tokenizer and measure its ceiling.
 
-    python -m tiny_vq.train --preset cpu          -> out/cpu/tokenizer.pt
+    python -m tiny_vq.train          -> out/small/tokenizer.pt
 
 The images are crowded scenes with every colour-shape pair. The ceiling is the mean reward of true
 evaluation scenes after encoding and decoding: what the tokenizer loses of an image that is right.
@@ -8,14 +8,14 @@ evaluation scenes after encoding and decoding: what the tokenizer loses of an im
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
-import rewards
-from checkpoint import Run
+from rewards import check_rewards, compute_rewards, encode_targets, paint_coverage
 from scenes import WORLDS, make_scene, random_scene, render
 from tiny_vq import stack_images
 from tiny_vq.quantizer import perplexity
@@ -37,24 +37,23 @@ class Config(common.BaseConfig):
     scored: int = 420  # true scenes that the ceiling is the mean of
     save_every: int = 200
 
-    RANGES = dict(blocks=(0, common.LARGEST), codebook_size=(2, 2**15))  # pretrain.py has int16
-
     def check(self):
         super().check()
-        common.check(self.width % 8 == 0, f"--width {self.width} must be a multiple of 8")
+        self.check_range("codebook_size", 2, 2**15)  # pretrain.py keeps codes as int16
+        common.check(self.width % 8 == 0, f"--width {self.width}: must be a multiple of 8")
 
 
 PRESETS = {
     "smoke": dict(scored=60, images=300, steps=30, width=32, batch=32, codebook_size=128),
-    "cpu": dict(),
-    "gpu": dict(images=40000, steps=2000, batch=256, width=128),
+    "small": dict(),
+    "large": dict(images=40000, steps=2000, batch=256, width=128),
 }
 
 
 def loss_terms(model, images, paint_weight):
     """Return weighted squared error and commitment, features (n, dim), codes (n,)."""
     restored, features, codes, commitment = model(images)
-    painted = (rewards.paint_coverage(images).sum(1, keepdim=True) > 0).float()
+    painted = (paint_coverage(images).sum(1, keepdim=True) > 0).float()
     weight = 1 + paint_weight * F.max_pool2d(painted, 3, stride=1, padding=1)  # edges are paint too
     error = ((restored - images) ** 2 * weight).mean() / weight.mean()
     return error, commitment, features.detach(), codes
@@ -64,20 +63,24 @@ def loss_terms(model, images, paint_weight):
 def ceiling(model, world, device, number, seed=0):
     """Score true evaluation scenes after encoding and decoding. Returns what is logged."""
     scenes = [make_scene(world, "eval", seed, i) for i in range(number)]
-    images = stack_images([render(world, s) for s in scenes]).to(device) / 255
+    images = stack_images([render(world, scene) for scene in scenes]).to(device) / 255
     codes = torch.cat([model.encode(batch) for batch in images.split(64)])
     restored = torch.cat([model.decode(batch) for batch in codes.split(64)])
-    targets = rewards.encode_targets(world, scenes, device)
-    reward, components, exact = rewards.compute_rewards(restored, targets, world)
-    rewards.check_rewards(reward, components)
-    return dict(ceiling=reward.mean().item(), ceiling_exact=exact.mean().item(),
-                codes_in_use=len(codes.unique()),
-                perplexity=perplexity(codes, model.codebook_size))  # fmt: skip
+    reward, components, exact = compute_rewards(
+        restored, encode_targets(world, scenes, device), world
+    )
+    check_rewards(reward, components)
+    return dict(
+        ceiling=reward.mean().item(),
+        ceiling_exact=exact.mean().item(),
+        codes_in_use=len(codes.unique()),
+        perplexity=perplexity(codes, model.codebook_size),
+    )
 
 
 def update(model, optimizer, images, config, step, generator):
-    """Make one step on images (B, 3, h, w) in [0, 1]. Returns terms to log, codes and the number of
-    restarted entries. Raises TrainingDiverged, the weights unchanged."""
+    """Make one step on images (B, 3, h, w) in [0, 1]. Returns terms to log and codes. Raises
+    UserError, the weights unchanged, if a term is not finite."""
     error, commitment, features, codes = loss_terms(model, images, config.paint_weight)
     # 20 brings an error of squared [0, 1] pixels to the commitment's size
     (20 * error + config.commitment * commitment).backward()
@@ -88,45 +91,57 @@ def update(model, optimizer, images, config, step, generator):
     optimizer.step()
     optimizer.zero_grad()
     model.quantizer.update(features, codes)
-    restarted = 0
+    terms["restarted"] = 0
     if step % 20 == 0 and step < 0.7 * config.steps:  # after that the codebook settles
-        restarted = model.quantizer.restart(features, codes, generator)
-    return terms, codes, restarted
+        terms["restarted"] = model.quantizer.restart(features, codes, generator)
+    return terms, codes
 
 
 def main(argv=None):
-    config, command = common.parse("-m tiny_vq.train", Config, PRESETS, __doc__, argv)
-    folder, world = f"{config.out}/{config.preset}", WORLDS[config.preset]
-    run = Run("tokenizer", f"{folder}/tokenizer.pt", f"{folder}/tokenizer.jsonl", config, command)
+    config = common.parse(Config, PRESETS, __doc__, argv)
+    folder = Path(config.out) / config.preset
+    world = WORLDS[config.preset]
+    run = common.Run(
+        "tokenizer",
+        folder / "tokenizer.pt",
+        folder / "tokenizer.jsonl",
+        config,
+        common.command_for("tiny_vq.train", config),
+        world.made_from(),
+    )
     if run.finished:
         reward = run.record["results"]["ceiling"]
-        return print(f"tokenizer: finished earlier, {run.path} (ceiling {reward:.3f})")
-    device, started, results = common.pick_device(config.device), time.time(), {}
+        print(f"tokenizer: finished earlier, {run.path} (ceiling {reward:.3f})")
+        return
+    device = common.pick_device(config.device)
+    started = time.time()
     indices = tqdm(range(config.images), "render", leave=False)
     images = stack_images([render(world, random_scene(world, config.seed, i)) for i in indices])
-    torch.manual_seed(config.seed)
-    model = VQVAE(world.patch, config.width, config.blocks, config.codebook_size, config.dim)
+    with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
+        torch.manual_seed(config.seed)
+        model = VQVAE(world.patch, config.width, config.blocks, config.codebook_size, config.dim)
     model = model.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01
+    )
     run.start(device, model, optimizer)
-
-    with run.progress("tokenizer") as bar:
-        for step in bar:
-            generator = common.generator(config.seed, "tokenizer", step)
-            rows = torch.randint(len(images), (config.batch,), generator=generator)
-            batch = images[rows].to(device) / 255
-            lr = config.lr * min((step + 1) / 50, 1 - step / config.steps)
-            optimizer.param_groups[0]["lr"] = lr
-            with run.guard(step, dict(images=batch)):
-                terms, codes, restarted = update(model, optimizer, batch, config, step, generator)
-            last = step + 1 == config.steps
-            if step % 20 == 0 or last:
-                run.log(step=step, **terms, codes_in_use=len(codes.unique()), restarted=restarted,
-                        perplexity=perplexity(codes, config.codebook_size))  # fmt: skip
-            if last:
-                results = ceiling(model, world, device, config.scored)
-                run.log(step=config.steps, **results, seconds=time.time() - started)
-            run.save(step, model, optimizer, results=results)
+    results = {}
+    for step in run.progress("tokenizer"):
+        generator = common.generator(config.seed, "tokenizer", step)
+        rows = torch.randint(len(images), (config.batch,), generator=generator)
+        batch = images[rows].to(device) / 255
+        rate = config.lr * min((step + 1) / 50, 1 - step / config.steps)
+        optimizer.param_groups[0]["lr"] = rate
+        terms, codes = update(model, optimizer, batch, config, step, generator)
+        last = step + 1 == config.steps
+        if step % 20 == 0 or last:
+            terms["codes_in_use"] = len(codes.unique())
+            terms["perplexity"] = perplexity(codes, config.codebook_size)
+            run.log(step=step, **terms)
+        if last:
+            results = ceiling(model, world, device, config.scored)
+            run.log(step=config.steps, **results, seconds=time.time() - started)
+        run.save(step, model, optimizer, results=results)
     used = f"{results['codes_in_use']} of {config.codebook_size} codes in use"
     print(f"tokenizer: ceiling {results['ceiling']:.3f}, {used}, {time.time() - started:.0f} s")
 

@@ -33,15 +33,18 @@ class VQVAE(nn.Module):
 
     def __init__(self, patch=4, width=96, blocks=2, codebook_size=512, dim=16):
         super().__init__()
-        self.config = dict(patch=patch, width=width, blocks=blocks, codebook_size=codebook_size,
-                           dim=dim)  # fmt: skip
+        self.config = dict(
+            patch=patch, width=width, blocks=blocks, codebook_size=codebook_size, dim=dim
+        )
         channels = 3 * patch * patch
         self.patch, self.codebook_size = patch, codebook_size
         self.encoder = nn.Sequential(
-            nn.Conv2d(channels, 4 * width, 1), nn.GELU(),
-            nn.Conv2d(4 * width, width, 1), nn.GELU(),
+            nn.Conv2d(channels, 4 * width, 1),
+            nn.GELU(),
+            nn.Conv2d(4 * width, width, 1),
+            nn.GELU(),
             nn.Conv2d(width, dim, 1),
-        )  # fmt: skip
+        )
         self.quantizer = Quantizer(codebook_size, dim)
         self.decoder = nn.Sequential(
             nn.Conv2d(dim, width, 3, padding=1),
