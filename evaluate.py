@@ -12,6 +12,7 @@ noise.
 
 import io
 import json
+import math
 import textwrap
 import time
 from dataclasses import dataclass
@@ -70,7 +71,8 @@ def load_policy(path, kind, config, env, made_from, command):
 
 def make_policy(record, env):
     """Make the frozen model of a checkpoint."""
-    policy = Policy(**record["model_config"])
+    with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
+        policy = Policy(**record["model_config"])
     policy.load_state_dict(record["model"])
     return policy.to(env.device).requires_grad_(False)
 
@@ -348,7 +350,7 @@ def plot_curves(folder, names):
     )
     figure, axes = pyplot.subplots(1, len(panels), figsize=(14, 3), layout="constrained")
     for name in names:
-        lines = (folder / name / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = common.read_log(folder / name / "log.jsonl", math.inf)
         log = [json.loads(line) for line in lines[1:]]
         for axis, (key, title) in zip(axes, panels.items()):
             points = [(record["step"] + 1, record[key]) for record in log if key in record]

@@ -21,7 +21,8 @@ def load_tokenizer(config, device):
     record = common.load_finished(path, "tokenizer", config.preset, command)
     made_from = WORLDS[config.preset].made_from()
     common.check_made_from(path, record, made_from, command)
-    tokenizer = VQVAE(**record["model_config"])
+    with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
+        tokenizer = VQVAE(**record["model_config"])
     tokenizer.load_state_dict(record["model"])
     made_from["tokenizer.pt"] = common.digest(record["model"])
     return tokenizer.to(device).requires_grad_(False), made_from
