@@ -16,6 +16,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 import torch
@@ -41,6 +42,8 @@ def run(main):
         message, status = "interrupted: the same command goes on from the last checkpoint", 130
     except UserError as error:
         message, status = f"error: {error}", 2
+    except BrokenExecutor:
+        message, status = "error: a child process was killed, perhaps for lack of memory", 2
     except (RuntimeError, MemoryError) as error:
         words = str(error)
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (

@@ -9,6 +9,7 @@ some have neither prompt nor plan, so that guidance has something to compare wit
 import math
 import multiprocessing
 import os
+import signal
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -91,7 +92,8 @@ def draw_corpus(config, world):
         return
     # spawned, not forked: threads of torch are running
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(PROCESSES, context) as pool:
+    ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    with ProcessPoolExecutor(PROCESSES, context, *ignore) as pool:
         waiting = []
         for chunk in chunks:
             waiting.append(pool.submit(corpus_chunk, *chunk))
