@@ -1,12 +1,10 @@
-"""What many tests share: a tiny random policy and tokenizer, and the smoke preset's pipeline, run
-once. No weights and no network."""
+"""Shared by the tests: a tiny random policy and tokenizer, and the smoke preset's pipeline, run once.
+No trained weights and no network."""
 
 import os
-import re
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -16,12 +14,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, he
 import torch
 
 import common
+from evaluate import Env
 from model import Policy
-from rollout import Env
-from scenes import WORLDS
-from stages import ROOT, STAGES, launch_stage, prepare
-from words import WORDS
+from scenes import WORDS, WORLDS
 from tiny_vq.vqvae import VQVAE
+
+ROOT = Path(__file__).parent.parent
 
 
 def pytest_sessionstart():
@@ -35,70 +33,44 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no CUDA"))
 
 
-def run(*command, status=0):
-    """Run a command in the repository; return what it printed (both streams)."""
+def run(*command, status=0, cwd=ROOT):
+    """Run a command; return what it printed (both streams)."""
     done = subprocess.run(
         [*map(str, command)],
-        cwd=ROOT,
+        cwd=cwd,
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHON": sys.executable},
     )
-    assert done.returncode == status, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
+    printed = done.stdout + done.stderr
+    assert done.returncode == status and "Traceback" not in printed, printed
+    return printed
 
 
-def one_line(capsys, status, function, *arguments):
-    """Call a function that must exit with this status; return the one line it has to say."""
+def one_line(capsys, status, main, *arguments):
+    """Run a command's main() that must exit with this status; return the one line it prints."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        function(*arguments)
+        common.run(lambda: main(*arguments))
     printed = capsys.readouterr().err
-    lines = [line for line in printed.split("\n") if re.match("error|interrupted", line)]
-    assert stop.value.code == status and len(lines) == 1 and "Traceback" not in printed
+    lines = [line for line in printed.splitlines() if line.startswith(("error", "interrupted"))]
+    assert stop.value.code == status and len(lines) == 1 and "Traceback" not in printed, printed
     return lines[0]
 
 
-def run_pipeline(folder):
-    """Run the whole pipeline by train.sh. Returns its folder, what it printed and seconds."""
-    started = time.time()
-    printed = run("bash", "train.sh", "--preset", "smoke", "--out", folder)
-    return folder, printed, time.time() - started
-
-
-@pytest.fixture(scope="session", autouse=True)
-def pipeline(request, tmp_path_factory):
-    """Start the pipeline, if a test needs it, beside the first tests: these use one core."""
-    needed = any("out" in item.fixturenames for item in request.session.items)
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(run_pipeline, tmp_path_factory.mktemp("out")) if needed else None
-
-
 @pytest.fixture(scope="session")
-def out(pipeline):
-    """The whole pipeline, once, by train.sh: its folder, what it printed and seconds."""
-    return pipeline.result()
-
-
-@pytest.fixture(scope="session")
-def whole(out, tmp_path_factory):
-    """A function: name of a stage -> the output folder of its run, uninterrupted."""
-    made = {}
-
-    def make(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("whole") / name
-            prepare(STAGES[name], out[0], made[name])
-            assert launch_stage(STAGES[name], made[name]).wait() == 0
-        return made[name]
-
-    return make
+def out(tmp_path_factory):
+    """Run the pipeline by train.sh, through a link and from another folder. Returns its output
+    folder and what it printed."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "link.sh").symlink_to(ROOT / "train.sh")
+    folder = tmp_path_factory.mktemp("out")
+    return folder, run("bash", "link.sh", "--preset=smoke", "--out", folder, cwd=elsewhere)
 
 
 @pytest.fixture
 def world():
-    return WORLDS["cpu"]
+    return WORLDS["small"]
 
 
 def tiny_policy(world, codes=32, seed=0, scale=8.0):
@@ -129,6 +101,5 @@ def policy(world):
 @pytest.fixture
 def env(world):
     torch.manual_seed(0)
-    return Env(
-        VQVAE(world.patch, width=16, blocks=1, codebook_size=32, dim=4), world, torch.device("cpu")
-    )
+    tokenizer = VQVAE(world.patch, width=16, blocks=1, codebook_size=32, dim=4)
+    return Env(tokenizer, world, torch.device("cpu"), {})

@@ -1,12 +1,13 @@
-"""Every command as a person runs it, in the smoke preset: outputs, skipping, going on, bad
-input."""
+"""Every command in the smoke preset: what it writes, going on after a failure, what it refuses."""
 
 import json
+import os
 import re
-import shlex
+import shutil
 import signal
+import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
 
 import pytest
 import torch
@@ -16,239 +17,290 @@ import common
 import eggrpo
 import evaluate
 import pretrain
+import rewards
 import sample
-from conftest import one_line, run
-from model import load_base
-from stages import ROOT, STAGES, assert_same, launch, launch_stage, prepare, wait_until
+import scenes
+from common import UserError
+from conftest import ROOT, one_line, run
 from tiny_vq import train as tiny_vq_train
+
+STAGES = {  # module, its checkpoint, its log, flags that make it short
+    "tokenizer": (
+        tiny_vq_train,
+        "tokenizer.pt",
+        "tokenizer.jsonl",
+        "--images 16 --steps 5 --batch 4 --scored 7",
+    ),
+    "base": (pretrain, "base.pt", "base.jsonl", "--items 16 --steps 5 --batch 4"),
+    "eggrpo": (
+        eggrpo,
+        "eggrpo-0/policy.pt",
+        "eggrpo-0/log.jsonl",
+        "--steps 5 --prompts 1 --group-size 2 --eval-prompts 2",
+    ),
+}
+PROMPT = "a red circle and a blue square"
+
+
+def inputs(out, folder):
+    """Copy the tokenizer and the base policy of the pipeline. Returns the new output folder."""
+    (folder / "smoke").mkdir(parents=True)
+    for name in ("tokenizer.pt", "base.pt"):
+        shutil.copy(out[0] / "smoke" / name, folder / "smoke" / name)
+    return folder
+
+
+def call(module, folder, flags=""):
+    """Call the main() of a command in this process."""
+    argv = [PROMPT] if module is sample else []
+    module.main([*argv, *flags.split(), "--preset", "smoke", "--out", str(folder)])
+
+
+@pytest.fixture
+def stage(out, tmp_path, request):
+    """A function: folder, flags -> run the stage in a folder that has its inputs. Returns its
+    checkpoint, its log without header and seconds, and its pictures."""
+    module, path, log_path, short = STAGES[request.param]
+
+    def make(name, flags=""):
+        folder = tmp_path / name
+        if not folder.exists():
+            inputs(out, folder)
+            (folder / "smoke" / path).unlink(missing_ok=True)
+        call(module, folder, f"{short} --save-every 2 {flags}")
+        path_of_log = folder / "smoke" / log_path
+        records = [json.loads(line) for line in path_of_log.read_text().splitlines()[1:]]
+        log = [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+        pictures = {p.name: p.read_bytes() for p in path_of_log.parent.glob("*.[pg][ni][gf]")}
+        return common.load_checkpoint(folder / "smoke" / path, ""), log, pictures
+
+    return make
+
+
+# --- the pipeline ---------------------------------------------------------------------------------
 
 
 def test_train_sh_runs_all_stages_and_writes_all_outputs(out):
-    folder, printed, seconds = out
-    smoke = folder / "smoke"
-    for name in (
-        "tokenizer.pt",
-        "tokenizer.jsonl",
-        "base.pt",
-        "base.jsonl",
-        "results.json",
-        "results.md",
-        "before-after.png",
-        "eggrpo-0/policy.pt",
-        "eggrpo-0/log.jsonl",
-        "eggrpo-0/gallery-00000.png",
-        "eggrpo-0/training.gif",
-    ):
-        assert (smoke / name).stat().st_size > 0, name
-    assert Image.open(smoke / "eggrpo-0" / "training.gif").n_frames == 3  # steps 0, 2 and 4
-    assert "| base + plan (n = 24) |" in printed and "| eggrpo-0 (n = 24) |" in printed
-    assert seconds < 120  # under 60 on an idle laptop
+    folder, printed = out
+    for name in ("results.json", "results.md", "eggrpo-0/gallery-00000.png", "grpo-0/policy.pt"):
+        assert (folder / "smoke" / name).stat().st_size > 0, name
+    assert Image.open(folder / "smoke" / "before-after.png").width > 1000
+    assert Image.open(folder / "smoke" / "eggrpo-0" / "training.gif").n_frames == 3  # 0, 2 and 4
+    assert "stage 5 of 5: evaluation" in printed
+    for name in ("base", "base + plan", "eggrpo-0", "grpo-0"):
+        assert f"| {name} (n = 24) |" in printed
 
 
 def test_finished_stages_are_skipped_with_a_line_that_says_so(out, capsys):
-    folder, _, _ = out
-    before = {p: p.stat().st_mtime_ns for p in (folder / "smoke").rglob("*.pt")}
+    before = {p: p.stat().st_mtime_ns for p in out[0].rglob("*.pt")}
     for module in (tiny_vq_train, pretrain, eggrpo):
-        module.main(["--preset", "smoke", "--out", str(folder)])
-    assert len(re.findall("finished earlier", capsys.readouterr().out)) == 3
-    assert before == {p: p.stat().st_mtime_ns for p in (folder / "smoke").rglob("*.pt")}
+        call(module, out[0])
+    assert capsys.readouterr().out.count("finished earlier") == 3
+    assert before == {p: p.stat().st_mtime_ns for p in out[0].rglob("*.pt")}
 
 
 def test_the_log_has_every_key_of_the_table(out):
     """docs/methods.md documents each logged key, and nothing that is not logged."""
-    records = [
-        json.loads(line)
-        for line in (out[0] / "smoke" / "eggrpo-0" / "log.jsonl").read_text().splitlines()
-    ]
-    logged = {key for r in records[2:] for key in r}
+    lines = (out[0] / "smoke" / "eggrpo-0" / "log.jsonl").read_text().splitlines()
+    logged = {key for line in lines[1:] for key in json.loads(line)}
     page = (ROOT / "docs" / "methods.md").read_text()
-    table = page[page.index("| key |") :].split("\n\n")[0]
-    documented = {
-        key for row in table.splitlines()[2:] for key in re.findall(r"`(\w+)`", row.split("|")[1])
-    }
+    rows = page[page.index("| key |") :].split("\n\n")[0].splitlines()[2:]
+    documented = {key for row in rows for key in re.findall(r"`(\w+)`", row.split("|")[1])}
     assert logged == documented
 
 
+def test_the_learning_curves_are_drawn_from_logs_alone(tmp_path):
+    keys = ("eval_reward", "eval_exact", "rare_exact", "image_entropy")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        records = [{}, *(dict.fromkeys(keys, None if step == 1 else step) for step in range(4))]
+        lines = [json.dumps(record | dict(step=i)) for i, record in enumerate(records)]
+        (tmp_path / name / "log.jsonl").write_text("\n".join(lines))
+    evaluate.plot_curves(tmp_path, ["a", "b"])
+    picture = Image.open(tmp_path / "curves.png").convert("RGB")
+    assert picture.width > 1000 and len(picture.getcolors(10**6)) > 10
+
+
+def test_train_sh_refuses_what_it_does_not_know_before_the_first_stage(tmp_path):
+    for flags, words in (
+        ("--epochs 3", "unknown argument --epochs"),
+        ("--preset", "--preset without a value"),
+        ("--preset=big", "invalid choice: 'big'"),
+        ("--preset=smoke --method ppo", "invalid choice: 'ppo'"),
+        ("--preset=smoke --device abacus", "--device abacus: cannot be used"),
+    ):
+        printed = run("bash", "train.sh", "--out", tmp_path, *flags.split(), status=2)
+        assert words in printed and "stage 1" not in printed
+
+
 def test_sample_draws_what_is_typed(out, capsys):
-    """By train.sh, which knows the Python that has the packages."""
-    prompt = "a red circle left of a blue square"
-    printed = run("bash", "train.sh", "sample", prompt, "--preset", "smoke", "--out", out[0])
-    name = "a-red-circle-left-of-a-blue-square.png"
-    assert (out[0] / "smoke" / "samples" / name).exists() and "image:" in printed
-    sample.main(
-        [
-            "three green crosses",
-            "--preset",
-            "smoke",
-            "--out",
-            str(out[0]),
-            "--policy",
-            "base",
-            "--no-plan",
-        ]
-    )
-    assert "(no plan)" in capsys.readouterr().out
+    printed = run("bash", "train.sh", "sample", PROMPT, "--preset", "smoke", "--out", out[0])
+    path = out[0] / "smoke" / "samples" / "a-red-circle-and-a-blue-square.png"
+    assert path.exists() and "image:" in printed
+    call(sample, out[0], "--policy base --no-plan --number 2")
+    assert capsys.readouterr().out.count("(no plan)\n") == 2
 
 
-def test_sample_uses_the_guidance_that_the_policy_was_trained_under(out, tmp_path, monkeypatch):
-    prepare(STAGES["eggrpo"], out[0], tmp_path / "out")
-    flags = ["--preset", "smoke", "--out", str(tmp_path / "out")]
-    eggrpo.main(
-        [
-            *flags,
-            "--steps",
-            "1",
-            "--prompts",
-            "1",
-            "--plans-per-prompt",
-            "2",
-            "--eval-prompts",
-            "1",
-            "--guidance",
-            "3",
-        ]
-    )
-    used, original = [], sample.sample_images
-    monkeypatch.setattr(
-        sample,
-        "sample_images",
-        lambda *x, **how: used.append(how["guidance"]) or original(*x, **how),
-    )
-    for more in ([], ["--guidance", "2"], ["--policy", "base"]):
-        sample.main(["a red circle and a blue square", *flags, *more])
+@pytest.mark.parametrize(
+    "prompt, name",
+    [
+        ("A red  circle", "a-red-circle.png"),
+        ("../../etc/passwd", "etc-passwd.png"),
+        ("\0 🟥", "prompt.png"),
+        ("a " * 1000, "a-" * 39 + "a.png"),
+    ],
+)
+def test_any_prompt_becomes_the_name_of_a_file_in_the_folder(prompt, name):
+    assert sample.file_name(prompt, 0) == name
+    assert sample.file_name(prompt, 7) == name.replace(".png", "-7.png")
+
+
+def test_sample_uses_the_guidance_that_the_policy_was_trained_with(out, tmp_path, monkeypatch):
+    folder = inputs(out, tmp_path / "out")
+    call(eggrpo, folder, "--steps 1 --prompts 1 --group-size 2 --eval-prompts 1 --guidance 3")
+    used, sample_images = [], sample.sample_images
+
+    def noted(*arguments, **options):
+        used.append(options["guidance"])
+        return sample_images(*arguments, **options)
+
+    monkeypatch.setattr(sample, "sample_images", noted)
+    for flags in ("", "--guidance 2", "--policy base"):
+        call(sample, folder, flags)
     assert used == [3.0, 2.0, 1.0]
 
 
 @pytest.mark.parametrize(
-    "command, words",
+    "prompt, words",
     [
-        (["sample.py", "a rde circle"], "unknown word 'rde' .nearest known: .*red.*grammar"),
-        (["sample.py", ""], "prompt is empty"),
-        (
-            ["eggrpo.py", "--method", "ppo"],
-            "--method: invalid choice: 'ppo' .choose from .?grpo.?, .?eggrpo",
-        ),
-        (["eggrpo.py", "--plans-per-prompt", "1"], "--plans-per-prompt 1: .* at least 2"),
-        (["eggrpo.py", "--low-frac", "0.6", "--high-frac", "0.5"], "add up to at most 1"),
-        (["eggrpo.py", "--colour", "red"], "unrecognized arguments: --colour red"),
-        (
-            ["pretrain.py", "--preset", "huge"],
-            "--preset: invalid choice: 'huge' .choose from .?smoke.?, .?cpu.?, .?gpu",
-        ),
-        (["pretrain.py", "--width", "65"], "must be a multiple of --heads"),
-        (["pretrain.py", "--save-every", "0"], "--save-every 0: must be at least 1"),
-        (["-m", "tiny_vq.train", "--width", "20"], "must be a multiple of 8"),
-        (["eggrpo.py", "--seed", "9", "--device", "abacus"], "device 'abacus' cannot be used"),
+        ("a rde circle", "unknown word 'rde' .nearest known: .*red.*grammar"),
+        ("", "prompt is empty"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(out, capsys, command, words):
-    module = {
-        "-m": tiny_vq_train,
-        "eggrpo.py": eggrpo,
-        "pretrain.py": pretrain,
-        "sample.py": sample,
-    }[command[0]]
-    argv = [*command[1 + (command[0] == "-m") :], "--out", str(out[0])]
-    argv += [] if "--preset" in command else ["--preset", "smoke"]
-    line = one_line(capsys, 2, common.run, lambda: module.main(argv))
-    assert re.search("error: .*" + words, line)
+def test_a_prompt_outside_of_the_grammar_is_one_line(capsys, prompt, words):
+    assert re.search("error: .*" + words, one_line(capsys, 2, sample.main, [prompt]))
+
+
+def test_the_large_preset_runs_in_every_stage(tmp_path):
+    """Its pictures, textures and slots, with less depth and width."""
+    for module, flags in (
+        (tiny_vq_train, "--images 8 --steps 2 --batch 4 --scored 7"),
+        (pretrain, "--items 8 --steps 2 --batch 4 --layers 2 --width 128"),
+        (eggrpo, "--steps 1 --prompts 1 --group-size 2 --eval-prompts 1"),
+    ):
+        module.main(["--preset", "large", "--out", str(tmp_path), *flags.split()])
+    assert (tmp_path / "large" / "eggrpo-0" / "training.gif").exists()
+
+
+# --- going on -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES, indirect=True)
+def test_a_killed_run_goes_on_and_ends_as_if_it_never_was(stage, monkeypatch):
+    """Killed after step 3 was logged, with the checkpoint of step 2: bit for bit the same weights,
+    log and pictures. The caller's random state and thread count are left alone."""
+    before = torch.get_rng_state(), torch.get_num_threads()
+    whole = stage("whole")
+    log = common.Run.log
+
+    def killed(run, **values):
+        log(run, **values)
+        if values["step"] in (3, 4):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.Run, "log", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stage("killed")
+    monkeypatch.undo()
+    again = stage("killed")
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == torch.get_num_threads()
+    assert whole[1:] == again[1:] and len(whole[1]) > 1
+    weights = whole[0]["model"]
+    assert all(torch.equal(weights[name], x) for name, x in again[0]["model"].items())
+
+
+@pytest.mark.parametrize("stage", ["eggrpo"], indirect=True)
+def test_evaluating_more_often_changes_no_weight(stage):
+    often, seldom = stage("often", "--steps 2 --eval-every 1")[0], stage("seldom", "--steps 2")[0]
+    assert all(torch.equal(often["model"][name], x) for name, x in seldom["model"].items())
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "eggrpo"], indirect=True)
+def test_a_bad_reward_stops_a_run_and_the_mended_one_goes_on(stage, monkeypatch):
+    """In one process: main() can be called again after it failed."""
+    monkeypatch.setitem(rewards.REWARDS, "mine", lambda images, detections, targets: 1.0)
+    with pytest.raises(UserError, match="'mine' in rewards.REWARDS must return floats"):
+        stage("out")
+    mend = lambda images, detections, targets: images[:, 0].mean(dim=(1, 2))
+    monkeypatch.setitem(rewards.REWARDS, "mine", mend)
+    assert stage("out")[0]["step"] == 5
+
+
+def test_evaluation_and_sampling_leave_the_random_state_alone(out):
+    before = torch.get_rng_state()
+    call(evaluate, out[0])
+    call(sample, out[0])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_ctrl_c_ends_train_sh_with_one_line_that_says_how_to_go_on(tmp_path):
+    process = subprocess.Popen(
+        ["bash", "train.sh", "--preset", "smoke", "--out", tmp_path],
+        cwd=ROOT,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's & ignores it
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable},
+    )
+    log = tmp_path / "smoke" / "tokenizer.jsonl"
+    while not log.exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in printed, printed
+    assert printed.count("interrupted: the same command goes on from the last checkpoint") == 1
+    assert "stage 2" not in printed
+
+
+# --- files that belong together -------------------------------------------------------------------
 
 
 def test_a_missing_stage_names_the_command_that_makes_it(tmp_path, capsys):
-    prompt = ["a red circle and a blue square"]
-    for module, arguments in ((pretrain, []), (evaluate, []), (eggrpo, []), (sample, prompt)):
-        main = lambda: module.main([*arguments, "--preset", "smoke", "--out", str(tmp_path)])
-        line = one_line(capsys, 2, common.run, main)
-        assert "python -m tiny_vq.train --preset smoke" in line
+    for module in (pretrain, evaluate, eggrpo, sample):
+        line = one_line(capsys, 2, call, module, tmp_path)
+        assert f"make it by `bash train.sh tiny_vq.train --preset smoke --out {tmp_path}`" in line
 
 
-def test_train_sh_refuses_what_it_does_not_know():
-    flags = ["--epochs 3", "--preset", "--preset big", "--preset smoke --device abacus"]
-    with ThreadPoolExecutor(2) as pool:
-        printed = pool.map(lambda x: run("bash", "train.sh", *x.split(), status=2), flags)
-    epochs, nothing, preset, device = printed
-    assert "unknown argument --epochs" in epochs and "--preset without a value" in nothing
-    assert "invalid choice: 'big'" in preset
-    assert "stage 1 of 4" in device and "device 'abacus' cannot be used" in device
+@pytest.fixture
+def made(out, tmp_path):
+    """A copy of the finished pipeline."""
+    shutil.copytree(out[0], tmp_path / "out")
+    return tmp_path / "out"
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_is_the_uninterrupted_one(
-    out, whole, tmp_path
-):
-    """Bit for bit: the same log, but for its clock, the same weights and pictures. The command that
-    goes on is the one that was printed."""
-    stage, cut = STAGES["eggrpo"], tmp_path / "cut"
-    prepare(stage, out[0], cut)
-    process = launch_stage(stage, cut)
-    wait_until(process, (cut / "smoke" / stage.checkpoint).exists)
-    process.send_signal(signal.SIGINT)
-    status, printed = process.wait(60), (cut / "printed.txt").read_text()
-    assert status == 130, printed
-    go_on = re.search("go on with `python (.*)`", printed)[1]
-    assert launch(shlex.split(go_on), cut / "resumed.txt").wait() == 0
-    assert_same(stage, cut, whole("eggrpo"))
+def refuse(capsys, made, path, file, command, modules):
+    """Assert that commands refuse `path`, made from another `file`, and name both and the remedy."""
+    for module in modules:
+        line = one_line(capsys, 2, call, module, made)
+        assert f"{made}/smoke/{path} was made from another {file}: remove it and run" in line
+        assert f"`bash train.sh {command} --preset smoke --out {made}`" in line
 
 
-def test_learner_and_reference_are_loaded_apart_and_frozen(out):
-    """They start equal and share no memory, or the KL term would always be 0."""
-    one, other = (load_base("smoke", str(out[0])) for _ in range(2))
-    pairs = list(zip(one.parameters(), other.parameters()))
-    assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in pairs)
-    assert not any(p.requires_grad for pair in pairs for p in pair)
+def test_a_tokenizer_made_again_with_another_seed_is_refused_by_what_was_made_from_it(made, capsys):
+    (made / "smoke" / "tokenizer.pt").unlink()
+    call(tiny_vq_train, made, "--seed 1 --images 8 --steps 1 --batch 4 --scored 7")
+    users = (pretrain, eggrpo, evaluate, sample)
+    refuse(capsys, made, "base.pt", "tokenizer.pt", "pretrain", users)
+    (made / "smoke" / "base.pt").unlink()
+    call(pretrain, made, "--items 8 --steps 1 --batch 4")
+    path, command = "eggrpo-0/policy.pt", "eggrpo"
+    refuse(capsys, made, path, "tokenizer.pt", command, (evaluate, sample))
+    refuse(capsys, made, path, "tokenizer.pt", "eggrpo --method eggrpo --seed 0", (eggrpo,))
 
 
-def test_logs_are_json_that_any_reader_takes(out):
-    """NaN, for a component that no prompt of a batch asks for, is null."""
-    refuse = lambda constant: pytest.fail(f"{constant} in a log")
-    paths = [*out[0].rglob("*.jsonl"), out[0] / "smoke" / "results.json"]
-    assert len(paths) == 4
-    for path in paths:
-        text = path.read_text()
-        for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
-            json.loads(part, parse_constant=refuse)
-
-
-def test_a_corpus_drawn_by_several_processes_is_the_one_drawn_by_one(env, world, monkeypatch):
-    config = pretrain.Config(preset="cpu", items=44)
-    alone = pretrain.make_corpus(config, world, env.tokenizer, env.device)
-    monkeypatch.setattr(pretrain, "CHUNK", 4)
-    together = pretrain.make_corpus(config, world, env.tokenizer, env.device)
-    assert all(torch.equal(a, b) for a, b in zip(alone, together)) and len(alone[0]) == 44
-
-
-def test_help_lists_every_method_with_what_it_is():
-    printed = run(sys.executable, "eggrpo.py", "--help")
-    for name, method in eggrpo.METHODS.items():
-        assert re.search(rf"^  --method {name} +{re.escape(method.about)}$", printed, re.M)
-
-
-def test_bonus_says_how_it_is_used():
-    printed = run(sys.executable, "-m", "lab.bonus", "all", status=2)
-    assert "usage: python -m lab.bonus" in printed
-
-
-@pytest.mark.parametrize("layers", [2, pytest.param(8, marks=pytest.mark.slow)])
-def test_the_gpu_preset_runs_two_steps_of_every_stage_on_the_cpu(tmp_path, layers):
-    """Nothing in it is untried: its pictures, textures, width and slots; steps and batches are cut,
-    and in the fast version layers and width too."""
-    width = 128 if layers == 2 else 512
-    for module, flags in (
-        (tiny_vq_train, "--images 8 --steps 2 --batch 4 --scored 7"),
-        (pretrain, f"--items 8 --steps 2 --batch 4 --layers {layers} --width {width}"),
-        (eggrpo, "--steps 2 --prompts 1 --plans-per-prompt 2 --eval-prompts 1"),
-        (evaluate, "--prompts 1"),
-    ):
-        out = ["--preset", "gpu", "--out", str(tmp_path), "--device", "cpu"]
-        module.main([*out, *flags.split()])
-    assert (tmp_path / "gpu" / "results.md").exists()
-
-
-def test_the_gpu_preset_is_of_the_size_it_claims():
-    from scenes import WORLDS
-
-    entries = tiny_vq_train.Config(**tiny_vq_train.PRESETS["gpu"]).codebook_size
-    config = pretrain.Config(**pretrain.PRESETS["gpu"])
-    policy = pretrain.make_policy(config, WORLDS["gpu"], torch.randn(entries, 16))
-    assert 20e6 < sum(p.numel() for p in policy.parameters()) < 60e6
-    world = WORLDS["gpu"]
-    assert world.image_tokens == 256 and world.image_size == 64 and entries >= 512
+def test_an_edited_world_is_refused_by_what_was_made_from_it(made, capsys, monkeypatch):
+    monkeypatch.setattr(scenes, "CAPTION_FAULTS", 0.5)
+    users = (tiny_vq_train, pretrain, eggrpo, evaluate, sample)
+    refuse(capsys, made, "tokenizer.pt", "scenes.py", "tiny_vq.train", users)

@@ -1,45 +1,83 @@
-"""Pretraining: micro-batches change memory, not results."""
+"""Pretraining: the corpus, its batches, and micro-batches, which change memory and not results."""
 
 import copy
+import os
+import signal
 
 import pytest
 import torch
 
 import pretrain
-from conftest import tiny_policy
+from conftest import one_line, tiny_policy
 from pretrain import corpus_chunk
-from scenes import WORLDS
-from words import PAD
+from scenes import PAD
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3, 8])
-def test_micro_batches_give_the_step_of_the_whole_batch(micro_batch):
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_micro_batches_give_the_step_of_the_whole_batch(world, micro_batch):
     """The denominators are those of the whole batch, though plans differ in length."""
-    world = WORLDS["cpu"]
-    prompt, plan, _ = corpus_chunk(world, 0, range(8))
+    prompt, plan, _ = corpus_chunk(world, 0, 0, 8)
     tokens = [torch.from_numpy(x).long() for x in (prompt, plan)]
     tokens.append(torch.randint(32, (8, world.image_tokens)))
     whole = tiny_policy(world, scale=1.0)
     parts = copy.deepcopy(whole)
-    terms = {}
+    terms = []
     for policy, size in ((whole, 8), (parts, micro_batch)):
         optimizer = torch.optim.SGD(policy.parameters(), 0.1)
-        terms[size] = pretrain.update(policy, optimizer, *tokens, size)
-    assert terms[micro_batch] == pytest.approx(terms[8], rel=1e-5)
+        terms.append(pretrain.update(policy, optimizer, *tokens, size))
+    assert terms[1] == pytest.approx(terms[0], rel=1e-5)
     for a, b in zip(whole.parameters(), parts.parameters()):
         assert torch.allclose(a, b, atol=1e-6)
 
 
-def test_one_draw_per_item_drops_the_plan_or_both():
+def test_one_draw_per_item_drops_the_plan_or_both(world):
     """Below .10 prompt and plan go together, below .25 the plan alone; four standard errors."""
-    world, n = WORLDS["cpu"], 4000
+    n = 4000
     words = torch.ones(n, world.prompt_slots), torch.ones(n, world.plan_slots)
     corpus = *words, torch.zeros(n, world.image_tokens)
     config = pretrain.Config(items=n, batch=n)
     prompt, plan, _ = pretrain.training_batch(corpus, config, 0, torch.device("cpu"))
-    no_prompt, no_plan = (prompt == PAD).all(1), (plan == PAD).all(1)
+    no_prompt = (prompt == PAD).all(1)
+    no_plan = (plan == PAD).all(1)
     assert not (no_prompt & ~no_plan).any()
     assert (prompt == 1).all(1).eq(~no_prompt).all() and (plan == 1).all(1).eq(~no_plan).all()
     for share, expected in ((no_prompt, 0.10), (no_plan, 0.25)):
         error = (expected * (1 - expected) / n) ** 0.5
         assert abs(share.float().mean() - expected) < 4 * error
+
+
+def test_an_epoch_has_every_item_once(world):
+    corpus = [torch.arange(1, 13)[:, None]] * 3
+    config = pretrain.Config(items=12, batch=4, drop_both=0.0, drop_plan=0.0)
+    steps = [pretrain.training_batch(corpus, config, i, torch.device("cpu")) for i in range(6)]
+    for epoch in (steps[:3], steps[3:]):
+        items = torch.cat([codes[:, 0] for _, _, codes in epoch])
+        assert sorted(items.tolist()) == list(range(1, 13))
+
+
+def interrupt_and_draw(*chunk):
+    os.kill(os.getpid(), signal.SIGINT)
+    return corpus_chunk(*chunk)
+
+
+def test_a_corpus_drawn_by_several_processes_is_the_one_drawn_by_one(env, world, monkeypatch):
+    """A terminal sends Ctrl-C to the children too, who leave it to the parent."""
+    config = pretrain.Config(items=44)
+    alone = pretrain.make_corpus(config, world, env.tokenizer, env.device)
+    monkeypatch.setattr(pretrain, "CHUNK", 4)
+    monkeypatch.setattr(pretrain, "corpus_chunk", interrupt_and_draw)
+    together = pretrain.make_corpus(config, world, env.tokenizer, env.device)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together)) and len(alone[0]) == 44
+
+
+def kill_this_process(*chunk):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_of_the_corpus_is_one_line_and_not_a_hang(world, monkeypatch, capsys):
+    """The system kills a process if memory runs out."""
+    monkeypatch.setattr(pretrain, "CHUNK", 4)
+    monkeypatch.setattr(pretrain, "PROCESSES", 1)
+    monkeypatch.setattr(pretrain, "corpus_chunk", kill_this_process)
+    corpus = pretrain.draw_corpus(pretrain.Config(items=44), world)
+    assert "a child process was killed" in one_line(capsys, 2, list, corpus)
