@@ -1,13 +1,13 @@
 """Measure what the world and the base policy offer to EG-GRPO: entropy, its place, its gradient.
 
-    python -m lab.world --preset cpu        after bash train.sh --preset cpu; minutes
+    python -m lab.world            after bash train.sh; minutes
 
 -> one line of JSON:
 
     below_01            share of the image tokens of base + plan with an entropy below .01
-    q20                 20 % quantile of their entropy
+    q10, q50, q90       quantiles of their entropy
     background          mean entropy of image tokens on the background
-    objects             the same on objects: patches with a pixel that decodes to paint above .3
+    objects             the same on objects
     low_on_objects      share of the low-entropy image tokens that are on objects
     high_on_objects     the same of the high-entropy ones
     low_gradient        norm of the low image tokens' gradient over that of all tokens (GRPO without
@@ -29,16 +29,16 @@ import torch
 import torch.nn.functional as F
 
 import common
-import eggrpo
-from evaluate import evaluate
+from eggrpo import entropy_masks
+from evaluate import draw_noise, evaluate, load_base, load_env, sample_images
+from lab.batch import step_config
 from lab.records import gradient_rows
-from model import load_base
 from rewards import paint_coverage
-from rollout import draw_uniform, load_env, sample_scenes
-from scenes import make_scene
+from scenes import encode_scenes, make_scene
 from tiny_vq.train import ceiling
 
-OBJECT_PAINT = 0.3  # least paint of a pixel that makes its patch an object
+
+OBJECT_PAINT = 0.3  # least paint of a pixel that makes its patch a part of an object
 
 
 @dataclass(frozen=True)
@@ -51,34 +51,43 @@ class Config(common.BaseConfig):
 
 PRESETS = {
     "smoke": dict(prompts=24, batches=1, scored=24),
-    "cpu": dict(),
-    "gpu": dict(),
+    "small": dict(),
+    "large": dict(),
 }
+
+
+def object_tokens(images, world):
+    """Find the image tokens that draw objects. images: (B, 3, h, w). Returns (B, L) bool."""
+    paint = paint_coverage(images).sum(1, keepdim=True)  # (B, 1, h, w)
+    return F.max_pool2d(paint, world.patch).flatten(1) > OBJECT_PAINT
 
 
 @torch.no_grad()
 def sample_tokens(env, policy, config):
-    """Draw one image for each held-out prompt. Returns entropy (n, L) of its tokens and objects
-    (n, L) bool: the patches that are painted."""
+    """Draw one image for each held-out prompt. Returns the entropy of its tokens, (n, L), and which
+    of them are on objects, (n, L) bool."""
     scenes = [make_scene(env.world, "eval", config.seed, i) for i in range(config.prompts)]
-    uniform = draw_uniform(policy, config.prompts, 1, config.seed, "world")
+    prompts, _ = encode_scenes(env.world, scenes)
+    noise = draw_noise(policy, config.prompts, config.seed, "world")
     entropy = []
     objects = []
-    for start in range(0, config.prompts, config.batch):
-        rows = slice(start, start + config.batch)
-        sample, images = sample_scenes(env, policy, scenes[rows], uniform[rows])
-        paint = paint_coverage(images).sum(1, keepdim=True)  # (batch, 1, h, w)
-        entropy.append(sample.entropy[:, policy.C :].cpu())
-        objects.append(F.max_pool2d(paint, env.world.patch).flatten(1).cpu() > OBJECT_PAINT)
+    for rows in torch.arange(config.prompts).split(config.batch):
+        rollout, images = sample_images(env, policy, prompts[rows], noise[rows])
+        entropy.append(rollout.entropy[:, policy.C :].cpu())
+        objects.append(object_tokens(images, env.world).cpu())
     return torch.cat(entropy), torch.cat(objects)
 
 
 def entropy_figures(entropy, objects):
     """Describe where entropy is. entropy: (n, L), objects: (n, L) bool. Returns a dict of floats."""
-    low, high = eggrpo.entropy_masks(entropy, torch.ones_like(objects))
+    low, high = entropy_masks(entropy, torch.ones_like(objects))
+    ascending = entropy.flatten().sort().values
+    quantile = lambda fraction: ascending[int(fraction * len(ascending))]
     figures = dict(
         below_01=(entropy < 0.01).float().mean(),
-        q20=entropy.flatten().sort().values[int(0.2 * entropy.numel())],
+        q10=quantile(0.1),
+        q50=quantile(0.5),
+        q90=quantile(0.9),
         background=entropy[~objects].mean(),
         objects=entropy[objects].mean(),
         low_on_objects=objects[low].float().mean(),
@@ -87,27 +96,28 @@ def entropy_figures(entropy, objects):
     return {name: value.item() for name, value in figures.items()}
 
 
-def low_gradient(env, policy, config):
-    """Return the share of the low image tokens in the norm of GRPO's gradient."""
-    settings = eggrpo.Config(**{**eggrpo.PRESETS[config.preset], "seed": config.seed})
-    rows = gradient_rows(env, policy, settings, config.batches)
-    return next(row["size"] for row in rows if row["part"] == "low image tokens")
+def exact(env, policy, config, **options):
+    """Return the fraction of held-out prompts that are drawn exactly right."""
+    scores = evaluate(env, policy, "eval", config.prompts, config.batch, config.seed, **options)
+    return scores.exact.mean().item()
 
 
 def main(argv=None):
-    config, _ = common.parse("-m lab.world", Config, PRESETS, __doc__, argv)
+    config = common.parse(Config, PRESETS, __doc__, argv)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is the line of JSON
         device = common.pick_device(config.device)
-    env = load_env(config.preset, config.out, device)
-    policy = load_base(config.preset, config.out, device)
+    env = load_env(config, device)
+    policy, _ = load_base(config, env)
     figures = entropy_figures(*sample_tokens(env, policy, config))
     restored = ceiling(env.tokenizer, env.world, device, config.scored)
-    figures |= {name: restored[name] for name in ("ceiling", "ceiling_exact")}
-    for name, no_plan in (("exact_plan", False), ("exact_no_plan", True)):
-        options = dict(batch=config.batch, seed=config.seed, no_plan=no_plan)
-        scores = evaluate(env, policy, "eval", config.prompts, **options)
-        figures[name] = scores.exact.mean().item()
-    figures["low_gradient"] = low_gradient(env, policy.requires_grad_(True), config)
+    figures["ceiling"] = restored["ceiling"]
+    figures["ceiling_exact"] = restored["ceiling_exact"]
+    figures["exact_plan"] = exact(env, policy, config)
+    figures["exact_no_plan"] = exact(env, policy, config, no_plan=True)
+    settings = step_config(config.preset, "eggrpo", config.seed)
+    rows = gradient_rows(env, policy.requires_grad_(True), settings, config.batches)
+    sizes = {row["part"]: row["size"] for row in rows}
+    figures["low_gradient"] = sizes["low image tokens"]
     print(json.dumps(common.to_jsonable(figures)))
 
 
