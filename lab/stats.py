@@ -1,11 +1,9 @@
-"""Statistics of the study: intervals, paired differences, permutation test, bootstrap.
+"""Statistics of the study: intervals, paired differences, bootstrap, correlations.
 
 Used by lab.analyze. Intervals are 95 %: `mean` and `half`, the half-width, by Student's t; `value`,
 `low` and `high` by bootstrap over prompts. Values of runs are {(base policy, number): value};
 groups are lists of (n, columns), one array per prompt.
 """
-
-import itertools
 
 import numpy as np
 
@@ -20,7 +18,10 @@ T95 = (
 def mean_t_ci(values):
     """Mean and half-width of its 95 % interval by Student's t; half is NaN for one value."""
     n = len(values)
-    half = T95[min(n, 31) - 2] * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
+    half = np.nan
+    if n > 1:
+        error = np.std(values, ddof=1) / n**0.5
+        half = T95[min(n, 31) - 2] * error
     return dict(mean=float(np.mean(values)), half=float(half), n=n)
 
 
@@ -32,61 +33,21 @@ def paired_difference(one, other):
     """
     by_base = {}
     for base, number in sorted(one.keys() & other.keys()):
-        by_base.setdefault(base, []).append(one[base, number] - other[base, number])
+        difference = one[base, number] - other[base, number]
+        by_base.setdefault(base, []).append(difference)
     if not by_base:
         return None
-    pairs = [d for differences in by_base.values() for d in differences]
-    bases = mean_t_ci([np.mean(differences) for differences in by_base.values()])
-    return mean_t_ci(pairs) | dict(positive=sum(d > 0 for d in pairs), bases=bases)
-
-
-def compare_spread(one, other, seed=0, swaps=10_000):
-    """Test whether two variants differ in their spread between runs, by paired permutation.
-
-    Statistic: log of the ratio of the standard deviations within base policies, of which those with
-    one pair are left out. Each variant's mean is subtracted first. Under the null hypothesis the
-    labels of any pair may be swapped: all swaps up to 12 pairs, else random ones. one, other:
-    {(base, number): value}. Returns std, std_other, n pairs, two-sided p; None if n < 2.
-    """
-    keys = sorted(one.keys() & other.keys())
-    bases = np.array([base for base, _ in keys])
-    keep = [(bases == base).sum() > 1 for base in bases]
-    x = np.array([(one[key], other[key]) for key in keys])[keep]  # (n, 2)
-    if not len(x):
-        return None
-    bases, x, n = bases[keep], x - x.mean(0), len(x)
-    if n <= 12:
-        swapped = np.array(list(itertools.product((False, True), repeat=n)))
-    else:
-        swapped = np.random.RandomState(seed).rand(swaps, n) < 0.5
-        swapped[0] = False  # the labels as they are count too: p is at least 1 / swaps
-
-    def stds(x):  # (m, n) -> (m,)
-        groups = [x[:, bases == base] for base in np.unique(bases)]
-        squares = sum(((g - g.mean(1, keepdims=True)) ** 2).sum(1) for g in groups)
-        return np.sqrt(squares / (n - len(groups)))
-
-    std, std_other = stds(np.where(swapped, *x.T[::-1])), stds(np.where(swapped, *x.T))
-    statistic = np.abs(np.log(np.maximum(std, 1e-9) / np.maximum(std_other, 1e-9)))
-    p = float(np.mean(statistic >= statistic[0] - 1e-9))
-    return dict(std=float(std[0]), std_other=float(std_other[0]), n=n, p=p)
-
-
-def ranks(values):
-    """Rank values from 0, ties by their mean rank."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
-
-
-def ranked(groups):
-    """Replace each column of the groups by its ranks over all groups. groups: list of (n, k)."""
-    columns = np.stack([ranks(column) for column in np.concatenate(groups).T], 1)
-    return np.split(columns, np.cumsum([len(g) for g in groups])[:-1])
+    pairs = np.concatenate([*by_base.values()])
+    means = [np.mean(differences) for differences in by_base.values()]
+    found = mean_t_ci(pairs)
+    found["positive"] = int((pairs > 0).sum())
+    found["bases"] = mean_t_ci(means)
+    return found
 
 
 def within(groups):
     """Subtract each group's mean."""
-    return [g - g.mean(0) for g in groups]
+    return [group - group.mean(0) for group in groups]
 
 
 def bootstrap(sums, statistic, config):
@@ -95,38 +56,43 @@ def bootstrap(sums, statistic, config):
     sums: (prompts, ...), what each prompt adds to the sums; statistic: (m, ...) sums -> (m,).
     """
     n = len(sums)
-    counts = np.random.RandomState(config.seed).multinomial(n, [1 / n] * n, config.resamples)
+    draw = np.random.RandomState(config.seed)
+    counts = draw.multinomial(n, [1 / n] * n, config.resamples)  # (resamples, n)
     values = statistic(np.tensordot(counts, sums, 1))
     values = values[~np.isnan(values)]
-    low, high = np.percentile(values, (2.5, 97.5)) if len(values) else (np.nan, np.nan)
-    return dict(value=float(statistic(sums.sum(0)[None])[0]), low=float(low), high=float(high), n=n)
+    low = high = np.nan
+    if len(values):
+        low, high = np.percentile(values, (2.5, 97.5))
+    value = statistic(sums.sum(0)[None])[0]
+    return dict(value=float(value), low=float(low), high=float(high), n=n)
 
 
 def bootstrap_mean(groups, config):
     """Mean of all values with its bootstrap interval. groups: a list of (n,), one per prompt."""
-    sums = np.array([(len(g), np.sum(g)) for g in groups], float)
+    sums = np.array([(len(group), np.sum(group)) for group in groups], float)
     return bootstrap(sums, lambda s: s[:, 1] / s[:, 0], config)
 
 
 def correlate(groups, config):
-    """Pearson's correlation of the first two columns with its bootstrap interval; of three columns,
-    their partial correlation given the third. groups: a list of (n, 2) or (n, 3), one per prompt.
-    NaN if a column does not vary."""
+    """Pearson's correlation of two columns with its bootstrap interval. groups: a list of (n, 2),
+    one per prompt. NaN if a column does not vary."""
     together = np.concatenate(groups)
+    mean = together.mean(0)
     scale = together.std(0)
     if (scale < 1e-9).any():
         return dict(value=np.nan, low=np.nan, high=np.nan, n=len(groups))
-    columns = [np.insert((g - together.mean(0)) / scale, 0, 1, axis=1) for g in groups]
-    return bootstrap(np.array([x.T @ x for x in columns]), correlation, config)
+    sums = []
+    for group in groups:
+        columns = np.insert((group - mean) / scale, 0, 1, axis=1)  # (n, 3): 1, x, y
+        sums.append(columns.T @ columns)
+    return bootstrap(np.array(sums), correlation, config)
 
 
 def correlation(sums):
-    """Correlation from sums of products of (1, x, y), partial if of (1, x, y, z). (m, k, k) ->
-    (m,)."""
-    mean = sums[:, 0] / sums[:, :1, 0]  # (m, k)
-    cov = sums / sums[:, :1, :1] - mean[:, :, None] * mean[:, None]
-    if sums.shape[1] == 4:  # what is left of x and y without their regression on z
-        z = np.maximum(cov[:, 3:, 3:], 1e-12)
-        cov = cov - cov[:, :, 3:] * cov[:, 3:, :] / z
+    """Correlation from sums of products of (1, x, y). (m, 3, 3) -> (m,)."""
+    mean = sums[:, 0] / sums[:, :1, 0]  # (m, 3)
+    products = sums / sums[:, :1, :1]
+    cov = products - mean[:, :, None] * mean[:, None]
     square = cov[:, 1, 1] * cov[:, 2, 2]
-    return np.where(square > 1e-12, cov[:, 1, 2] / np.sqrt(np.maximum(square, 1e-12)), np.nan)
+    defined = np.maximum(square, 1e-12)
+    return np.where(square > 1e-12, cov[:, 1, 2] / np.sqrt(defined), np.nan)
