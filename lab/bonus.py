@@ -27,11 +27,10 @@ import torch
 from torch import Tensor
 
 import common
-from eggrpo import entropy_masks, group_advantages, policy_loss
-from eggrpo import shape_advantages, shape_advantages_released
+from eggrpo import Config, group_advantages, method_advantages, method_masks, policy_loss
 from evaluate import markdown_table
 from lab.stats import mean_t_ci
-from model import normalized_entropy
+from model import Rollout, normalized_entropy
 
 END = 0  # the token after which nothing is valid, if lengths vary
 GUIDANCE = 2.0
@@ -40,14 +39,9 @@ ESTIMATES, BATCHES = 10, 500  # of a sampled gradient; batches per estimate
 GROUPS, STEPS = 4, 200  # of training: groups per policy and step
 CONSTANT = 0.4  # a lambda that no batch changes, near the mean of EG-GRPO's
 ROUNDING = 1e-12
-
-RULES = {  # as in eggrpo.make_batch
-    "grpo": partial(shape_advantages, kappa=0.0, exclude=False),
-    "eggrpo": shape_advantages,
-    "eggrpo-released": lambda a, h, low, high, valid: shape_advantages_released(a, h, low, high),
-    "exclude": partial(shape_advantages, kappa=0.0),
-    "bonus": partial(shape_advantages, exclude=False),
-}
+EXACT = dict(low_frac=0.5, high_frac=0.5)  # of 2 tokens
+SAMPLED = dict(low_frac=0.2, high_frac=0.5)
+METHODS = ("grpo", "eggrpo", "eggrpo-released", "exclude", "bonus")
 
 
 class Instance(NamedTuple):
@@ -134,15 +128,34 @@ def reward_and_entropy(instance, theta):
 # --- expected gradients ---------------------------------------------------------------------------
 
 
-def token_weights(advantage, entropy, valid, fractions):
+def as_rollout(tokens, entropy, valid):
+    """Return sequences (B, T) as a Rollout of image tokens only."""
+    return Rollout(
+        prompt=None, plan=tokens[:, :0], codes=tokens, logp=None, entropy=entropy, valid=valid
+    )
+
+
+def shape(advantage, rollout, config):
+    """Shape advantages (B,) as a config's method does. Returns (B, T)."""
+    low, high = method_masks(rollout, config)
+    return method_advantages(advantage, rollout, low, high, config)
+
+
+def token_weights(advantage, tokens, entropy, valid, fractions):
     """Return what each part adds to the advantages of one batch: {part: (B, T)}.
 
-    advantage: (B,); entropy, valid: (B, T); fractions: of low and of high tokens.
+    advantage: (B,); tokens, entropy, valid: (B, T); fractions: low_frac and high_frac.
     """
-    low, high = entropy_masks(entropy, valid, *fractions)
-    shaped = {name: rule(advantage, entropy, low, high, valid) for name, rule in RULES.items()}
-    all_high = RULES["bonus"](advantage, entropy, low, valid, valid)
-    grpo, excluded = shaped["grpo"], shaped["exclude"]
+    rollout = as_rollout(tokens, entropy, valid)
+    shaped = {}
+    for method in METHODS:
+        config = Config(method=method, **fractions)
+        shaped[method] = shape(advantage, rollout, config)
+    config = Config(method="bonus", **fractions)
+    low, high = method_masks(rollout, config)
+    all_high = method_advantages(advantage, rollout, low, valid, config)
+    grpo = shaped["grpo"]
+    excluded = shaped["exclude"]
     return {
         "GRPO": grpo,
         "constant lambda, every token": CONSTANT * entropy,
@@ -171,7 +184,7 @@ def expected_gradients(instance, tokens, weight, fractions):
 
     weights = torch.vmap(partial(token_weights, fractions=fractions))
     gradients = {}
-    for part, values in weights(advantage, entropy.detach(), valid).items():
+    for part, values in weights(advantage, tokens, entropy.detach(), valid).items():
         mean = weight @ torch.vmap(gain)(logp, values, valid)
         gradients[part] = torch.autograd.grad(mean, theta, retain_graph=True)[0]
     return gradients
@@ -183,7 +196,7 @@ def exact_gradients(instance, draw=None, guidance=1.0):
     index = torch.arange(len(sequences))
     tokens = sequences[torch.cartesian_prod(index, index)]  # (N, 2, T)
     logp, _ = look_up(guided(instance, instance.theta, guidance), tokens)
-    return expected_gradients(instance, tokens, logp.sum((1, 2)).exp(), fractions=(0.5, 0.5))
+    return expected_gradients(instance, tokens, logp.sum((1, 2)).exp(), fractions=EXACT)
 
 
 def sampled_gradients(instance, draw, guidance=1.0):
@@ -191,7 +204,7 @@ def sampled_gradients(instance, draw, guidance=1.0):
     theta = guided(instance, instance.theta, guidance)
     tokens = sample(theta, torch.rand(BATCHES, GROUP, len(theta), generator=draw))
     weight = torch.full((BATCHES,), 1 / BATCHES)
-    return expected_gradients(instance, tokens, weight, fractions=(0.2, 0.5))
+    return expected_gradients(instance, tokens, weight, fractions=SAMPLED)
 
 
 def gradient_table(instances, estimate, estimates):
@@ -242,25 +255,25 @@ def standard_error(x):
 # --- training -------------------------------------------------------------------------------------
 
 
-def training_loss(theta, instance, tokens, rule):
+def training_loss(theta, instance, tokens, method):
     """Compute the loss of one policy on its batch. tokens: (B, T) in groups of GROUP."""
     logp, entropy = look_up(theta, tokens)
     logp_ref, _ = look_up(instance.theta, tokens)
     valid = valid_tokens(instance, tokens)
     reward = rewards(instance, tokens).view(-1, GROUP)
     advantage = group_advantages(reward).flatten()  # (B,)
-    low, high = entropy_masks(entropy.detach(), valid)
-    shaped = rule(advantage, entropy.detach(), low, high, valid)
+    rollout = as_rollout(tokens, entropy.detach(), valid)
+    shaped = shape(advantage, rollout, Config(method=method))
     return policy_loss(logp, logp_ref, shaped, valid)[0]
 
 
-def train(instances, rule, guidance, steps):
+def train(instances, method, guidance, steps):
     """Train the policies of n instances, each by itself. Returns exact reward gained and entropy,
     (n,) each."""
     stacked = Instance(*map(torch.stack, zip(*instances)))
     theta = stacked.theta.clone().requires_grad_(True)  # (n, T, V + 1, V)
     optimizer = torch.optim.Adam([theta], 0.03)
-    losses = torch.vmap(partial(training_loss, rule=rule))  # lambda is per policy
+    losses = torch.vmap(partial(training_loss, method=method))  # lambda is per policy
     for step in range(steps):
         draw = common.generator("bonus", step)
         uniform = torch.rand(len(theta), GROUPS * GROUP, theta.shape[1], generator=draw)
@@ -279,7 +292,7 @@ def train(instances, rule, guidance, steps):
 
 def training_table(instances, guidance, steps):
     """Print what each method gains: means over instances, 95 % half-widths, paired differences."""
-    results = {name: train(instances, rule, guidance, steps) for name, rule in RULES.items()}
+    results = {method: train(instances, method, guidance, steps) for method in METHODS}
     grpo_reward, grpo_entropy = results["grpo"]
     rows = []
     for name, (reward, entropy) in results.items():

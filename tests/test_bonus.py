@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lab import bonus
-from lab.bonus import CONSTANT, RULES, every_sequence, exact_gradients, guided, look_up
+from lab.bonus import CONSTANT, every_sequence, exact_gradients, guided, look_up
 from lab.bonus import make_instance, reward_and_entropy, rewards, sample, train, valid_tokens
 
 SEEDS = pytest.mark.parametrize("seed", range(4))
@@ -139,8 +139,8 @@ def test_samples_have_the_probabilities_that_are_looked_up():
 def test_each_policy_is_trained_by_itself():
     """Lambda is of a policy's own batch: another policy beside it changes nothing."""
     one, other = (make_instance(seed, vocabulary=3, length=5) for seed in range(2))
-    alone = train([one], RULES["eggrpo"], 1.0, steps=3)
-    together = train([one, other], RULES["eggrpo"], 1.0, steps=3)
+    alone = train([one], "eggrpo", 1.0, steps=3)
+    together = train([one, other], "eggrpo", 1.0, steps=3)
     assert torch.allclose(alone[0], together[0][:1], atol=1e-12)
 
 
