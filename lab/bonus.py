@@ -35,8 +35,10 @@ from model import Rollout, normalized_entropy
 END = 0  # the token after which nothing is valid, if lengths vary
 GUIDANCE = 2.0
 GROUP = 8  # sequences, where groups are sampled
-ESTIMATES, BATCHES = 10, 500  # of a sampled gradient; batches per estimate
-GROUPS, STEPS = 4, 200  # of training: groups per policy and step
+ESTIMATES = 10  # of a sampled gradient
+BATCHES = 500  # per estimate
+GROUPS = 4  # of training, per policy and step
+STEPS = 200  # of training
 CONSTANT = 0.4  # a lambda that no batch changes, near the mean of EG-GRPO's
 ROUNDING = 1e-12
 EXACT = dict(low_frac=0.5, high_frac=0.5)  # of 2 tokens
@@ -61,7 +63,9 @@ def make_instance(seed, vocabulary, length, ends=False):
     noise = partial(torch.randn, generator=draw, dtype=torch.float64)
     theta = 1.5 * noise(table)
     empty = 0.5 * theta + 0.5 * noise(table)
-    return Instance(theta, empty, noise(length, vocabulary), 0.5 * noise(table), torch.tensor(ends))
+    token_reward = noise(length, vocabulary)
+    pair_reward = 0.5 * noise(table)
+    return Instance(theta, empty, token_reward, pair_reward, torch.tensor(ends))
 
 
 def contexts(tokens, vocabulary):
@@ -298,7 +302,8 @@ def training_table(instances, guidance, steps):
     for name, (reward, entropy) in results.items():
         columns = reward, reward - grpo_reward, entropy, entropy - grpo_entropy
         intervals = [mean_t_ci(column.numpy()) for column in columns]
-        rows.append([name, *(f"{i['mean']:+.3f} ± {i['half']:.3f}" for i in intervals)])
+        cells = [f"{i['mean']:+.3f} ± {i['half']:.3f}" for i in intervals]
+        rows.append([name, *cells])
     head = ["method", "reward gained", "minus GRPO's", "entropy at the end", "minus GRPO's"]
     print(markdown_table(head, rows))
 

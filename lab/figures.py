@@ -27,11 +27,13 @@ STYLES = {
 
 def save(path, figure):
     """Write a figure as a PNG with a palette of 256 colours, which takes half the bytes."""
-    drawn, image = io.BytesIO(), io.BytesIO()
+    drawn = io.BytesIO()
     figure.savefig(drawn, dpi=110, bbox_inches="tight")
     plt.close(figure)
-    Image.open(drawn).convert("RGB").quantize(256).save(image, "PNG", optimize=True)
-    common.write(path, image.getvalue())
+    image = Image.open(drawn).convert("RGB").quantize(256)
+    packed = io.BytesIO()
+    image.save(packed, "PNG", optimize=True)
+    common.write(path, packed.getvalue())
 
 
 # --- records --------------------------------------------------------------------------------------
@@ -71,12 +73,12 @@ def draw_joint(path, records, key):
     )
     (top, corner), (joint, side) = axes
     every = np.array([row[key] for rows in records.values() for row in rows])
-    left, right = np.quantile(every, (0.001, 0.999))
-    x_grid = np.linspace(left, right + 1e-6, 120)
+    left, right = np.quantile(every, (0.001, 0.999)) + (0, 1e-6)
+    x_grid = np.linspace(left, right, 120)
     y_grid = np.linspace(-0.05, 1.1, 120)
     for setting, rows in records.items():
-        style = STYLES[setting]
-        colour, line = style["color"], style["linestyle"]
+        colour = STYLES[setting]["color"]
+        line = STYLES[setting]["linestyle"]
         points = np.array([(row[key], row["reward"]) for row in rows])
         height = density(points, x_grid, y_grid)
         levels = contour_levels(height)
@@ -86,8 +88,9 @@ def draw_joint(path, records, key):
         )
         joint.plot([], [], color=colour, linestyle=line, label=setting)
         options = dict(bins=40, density=True, histtype="step", color=colour, linestyle=line)
-        top.hist(points[:, 0], range=(x_grid[0], x_grid[-1]), **options)
-        side.hist(points[:, 1], range=(0, 1), orientation="horizontal", **options)
+        entropy, reward = points.T
+        top.hist(entropy, range=(left, right), **options)
+        side.hist(reward, range=(0, 1), orientation="horizontal", **options)
     name = key.replace("_", " ")
     joint.set(xlabel=f"{name}, fraction of log V", ylabel="reward", ylim=(0, 1.08))
     joint.legend(loc="lower right", frameon=False)
@@ -121,7 +124,8 @@ def draw_curves(path, variants):
 def draw_differences(path, variants):
     """Each variant minus GRPO: reward, exact, exact on rare pairs. Black: 95 % interval over pairs;
     grey: over base policies."""
-    figure, axes = plt.subplots(1, 3, figsize=(10, 0.3 * len(variants) + 1), sharey=True)
+    height = 1 + 0.3 * len(variants)
+    figure, axes = plt.subplots(1, 3, figsize=(10, height), sharey=True)
     names = []
     for variant, numbers in variants.items():
         n = (numbers["differences"]["reward"] or {}).get("n", 0)
@@ -131,10 +135,12 @@ def draw_differences(path, variants):
             x = numbers["differences"][score]
             if not x:
                 continue
-            bases = x["bases"]["half"] or 0.0  # None if n = 1
-            axis.errorbar([x["mean"]], [y], xerr=bases, color="0.7", elinewidth=4)
-            axis.errorbar([x["mean"]], [y], xerr=x["half"] or 0.0, color="k", fmt="o", capsize=2)
+            of_bases = x["bases"]["half"] or 0.0  # None if n = 1
+            of_pairs = x["half"] or 0.0
+            axis.errorbar([x["mean"]], [y], xerr=of_bases, color="0.7", elinewidth=4)
+            axis.errorbar([x["mean"]], [y], xerr=of_pairs, color="k", fmt="o", capsize=2)
         axis.axvline(0, color="0.5", linewidth=0.8, linestyle="--")
         axis.set_xlabel(f"{score} minus GRPO's")
-    axes[0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+    axes[0].set(yticks=range(len(names)), yticklabels=names)
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
     save(path, figure)

@@ -61,11 +61,13 @@ def describe_tokens(batch, low, high, shaped, row):
         eggrpo=shaped[row],
     )
     valid = rollout.valid[row]
+    of_plan = valid[:c]
     found = dict(plan={}, image={})
     for name, values in fields.items():
-        found["plan"][name] = values[:c][valid[:c]].tolist()
+        found["plan"][name] = values[:c][of_plan].tolist()
         found["image"][name] = values[c:].tolist()
-    found["words"] = [WORDS[word] for word in rollout.plan[row][valid[:c]]]
+    words = rollout.plan[row][of_plan]
+    found["words"] = [WORDS[word] for word in words]
     return found
 
 
@@ -82,7 +84,9 @@ def measure_update(policy, reference, env, settings, batch, masks, rows):
     change = logp - rollout.logp  # (B, T)
     found = {}
     for name, row in rows.items():
-        found[name] = {m: (change * mask)[row].sum().item() for m, mask in masks.items()}
+        found[name] = {}
+        for part, mask in masks.items():
+            found[name][part] = change[row][mask[row]].sum().item()
     return found
 
 
@@ -166,14 +170,16 @@ def page(data):
         fields[f"{name}_top"] = max(entropy)
         low_tokens += [h for h, low in zip(entropy, tokens["low"]) if low]
     fields["low_top"] = max(low_tokens, default=0.0)
-    fields["word"] = good["words"][good["plan"]["entropy"].index(fields["plan_top"])]
+    most_uncertain = good["plan"]["entropy"].index(fields["plan_top"])
+    fields["word"] = good["words"][most_uncertain]
     fields["bonus"] = data["lambda"] * fields["good_top"]
 
     rows = []
     for name in ("good", "bad"):
         for part in ("all", "low", "high"):
             changes = [change[name][part] for change in data["update"].values()]
-            rows.append([f"{name} rollout, {part} tokens", *(f"{x:+.4f}" for x in changes)])
+            shown = [f"{x:+.4f}" for x in changes]
+            rows.append([f"{name} rollout, {part} tokens", *shown])
     fields["table"] = markdown_table(["", "GRPO", "EG-GRPO"], rows)
     template = Path(__file__).with_name("one_step_page.md").read_text(encoding="utf-8")
     return template.format(**fields)

@@ -31,11 +31,13 @@ def record_rows(config, env, policy, scene, number, **options):
 
     flat = images.flatten(1)
     total = torch.cdist(flat, flat).sum(1)
-    distance = total / (max(n - 1, 1) * flat.shape[1] ** 0.5)
-    entropy, valid = rollout.entropy, rollout.valid
-    plan_entropy, _ = entropy_moments(entropy[:, : policy.C], valid[:, : policy.C])
-    image_moments = entropy_moments(entropy[:, policy.C :], valid[:, policy.C :])
-    image_entropy, image_entropy_std = image_moments
+    others = max(n - 1, 1)
+    distance = total / (others * flat.shape[1] ** 0.5)
+    plan = slice(None, policy.C)
+    image = slice(policy.C, None)
+    plan_entropy, _ = entropy_moments(rollout.entropy[:, plan], rollout.valid[:, plan])
+    moments = entropy_moments(rollout.entropy[:, image], rollout.valid[:, image])
+    image_entropy, image_entropy_std = moments
     columns = dict(
         reward=reward,
         exact=exact,
@@ -70,10 +72,11 @@ def gradient_parts(batch, config):
     bonus = torch.where(high, shaped - a, 0.0)
     is_plan = torch.zeros_like(low)
     is_plan[:, : batch.rollout.plan.shape[1]] = True
+    middle = ~low & ~high
     parts = {"GRPO": a}
     for name, here in (("words", is_plan), ("image tokens", ~is_plan)):
         parts[f"low {name}"] = torch.where(low & here, a, 0.0)
-        parts[f"middle {name}"] = torch.where(~low & ~high & here, a, 0.0)
+        parts[f"middle {name}"] = torch.where(middle & here, a, 0.0)
         parts[f"high {name}"] = torch.where(high & here, a, 0.0)
         parts[f"bonus on {name}"] = torch.where(here, bonus, 0.0)
     parts["EG-GRPO"] = shaped
@@ -121,7 +124,7 @@ def gradient_rows(env, policy, config, batches):
     if along[0]:  # else no rewards differ
         along = along / along[0]
     rows = []
-    for i, name in enumerate(parts):
-        row = dict(part=name, size=size[i].item(), cosine=cosine[i].item(), along=along[i].item())
+    for name, *values in zip(parts, size.tolist(), cosine.tolist(), along.tolist()):
+        row = dict(zip(("size", "cosine", "along"), values), part=name)
         rows.append(common.to_jsonable(row))
     return rows

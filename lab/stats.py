@@ -94,5 +94,5 @@ def correlation(sums):
     products = sums / sums[:, :1, :1]
     cov = products - mean[:, :, None] * mean[:, None]
     square = cov[:, 1, 1] * cov[:, 2, 2]
-    defined = np.maximum(square, 1e-12)
-    return np.where(square > 1e-12, cov[:, 1, 2] / np.sqrt(defined), np.nan)
+    scale = np.sqrt(np.maximum(square, 1e-12))
+    return np.where(square > 1e-12, cov[:, 1, 2] / scale, np.nan)

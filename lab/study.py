@@ -221,8 +221,9 @@ def launch(config, job, argv, running):
     for name in job.needs:
         if name in running and running[name].result():
             return 1  # what it needs has failed
-    log = Path(config.out) / config.preset / "logs" / f"{job.name.replace('/', '-')}.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    logs = Path(config.out) / config.preset / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"{job.name.replace('/', '-')}.txt"
     environment = dict(os.environ)
     if not on_cuda(config):
         environment["OMP_NUM_THREADS"] = "1"

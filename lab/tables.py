@@ -36,16 +36,18 @@ def counterpart(variant):
 
 def show(x, signed=False):
     """Format an interval, a number or a text; "-" for what is missing."""
-    if not isinstance(x, (dict, float)):
-        return "-" if x is None else str(x)
-    number = lambda value: "-" if value is None else f"{value:{'+' if signed else ''}.3f}"
-    if isinstance(x, float):
-        return number(x)
-    if x.get("value", 0.0) is None:
+    form = "+.3f" if signed else ".3f"
+    if x is None:
         return "-"
-    if "low" in x:
-        return f"{number(x['value'])} [{number(x['low'])}, {number(x['high'])}]"
-    return number(x["mean"]) if x["n"] == 1 else f"{number(x['mean'])} ± {x['half']:.3f}"
+    if isinstance(x, float):
+        return format(x, form)
+    if not isinstance(x, dict):
+        return str(x)
+    if "value" in x:
+        ends = [show(x[end], signed) for end in ("low", "high")]
+        return "-" if x["value"] is None else f"{x['value']:{form}} [{', '.join(ends)}]"
+    mean = format(x["mean"], form)
+    return mean if x["n"] == 1 else f"{mean} ± {x['half']:.3f}"
 
 
 def table(head, rows, signed=False):
@@ -53,7 +55,8 @@ def table(head, rows, signed=False):
     columns = dict.fromkeys(column for cells in rows.values() for column in cells)
     lines = []
     for name, cells in rows.items():
-        lines.append([name, *(show(cells.get(column), signed) for column in columns)])
+        shown = [show(cells.get(column), signed) for column in columns]
+        lines.append([name, *shown])
     return markdown_table([head, *columns], lines)
 
 
@@ -68,12 +71,19 @@ def transposed(columns):
 
 def run_tables(variants):
     """Lay out the numbers of runs. Returns {title: Markdown}."""
-    scores, differences, categories, pairs, steps, stability = {}, {}, {}, {}, {}, {}
+    scores = {}
+    differences = {}
+    categories = {}
+    pairs = {}
+    steps = {}
+    stability = {}
     for variant, x in variants.items():
         name = label(variant)
-        scores[name] = dict(runs=x["runs"], **{"base policies": x["bases"]}, **x["measures"])
+        numbers = {"runs": x["runs"], "base policies": x["bases"]}
+        scores[name] = numbers | x["measures"]
         categories[name] = x["categories"]
-        pairs[name] = x["rare_pairs"] | dict(found=f"{x['pairs_found']} of {x['pairs']}")
+        found = f"{x['pairs_found']} of {x['pairs']}"
+        pairs[name] = x["rare_pairs"] | dict(found=found)
         if "fell" not in x:  # base policies
             continue
         steps[name] = {f"step {step}": ci for step, ci in x["rare_exact"].items()}
@@ -107,4 +117,5 @@ def report(study):
         "What is drawn for a prompt: means over prompts": table("", transposed(study["spread"])),
         "Parts of the gradient, over GRPO's": table("", transposed(study["gradients"])),
     }
-    return "\n".join(f"## {title}\n\n{content}\n" for title, content in tables.items())
+    sections = [f"## {title}\n\n{content}\n" for title, content in tables.items()]
+    return "\n".join(sections)
