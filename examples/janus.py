@@ -71,6 +71,10 @@ class Rollout(NamedTuple):
     entropy: Tensor  # (B, C + L) when sampled, fraction of log V
     valid: Tensor  # (B, C + L) bool; False after a plan's end token
 
+    def rows(self, index):
+        """Return some of the sequences."""
+        return Rollout(*(x[index] for x in self))
+
 
 def modality(policy, image):
     """Return embedding and head, of image codes or of words."""
@@ -116,24 +120,27 @@ def token_stats(logits, tokens):
 
 
 @torch.no_grad()
-def sample(policy, request, length, image, guidance=1.0, uniform=None):
-    """Sample `length` tokens after each request. uniform: (B, length) in [0, 1), the noise; None:
+def sample(policy, request, length, image, guidance=1.0, noise=None):
+    """Sample `length` tokens after each request. noise: (B, length) in [0, 1); None:
     greedy. Returns tokens, logp, entropy, valid, each (B, length)."""
     policy.model.eval()  # in train(), checkpointing would switch the cache off
     end = -1 if image else policy.tokenizer.eos_token_id
     embeddings, mask = embed_request(policy, request, guidance)
     done = torch.zeros_like(request[:, :1], dtype=torch.bool)  # (B, 1)
-    cache, steps = transformers.DynamicCache(), []
+    cache = transformers.DynamicCache()
+    steps = []
     for t in range(length):
         logits = next_logits(policy, image, guidance, embeddings, mask, cache)  # (B, 1, V)
         token = logits.argmax(-1)  # (B, 1)
-        if uniform is not None:  # invert the distribution function
+        if noise is not None:  # invert the distribution function
             total = logits.double().softmax(-1).cumsum(-1)
-            token = (total <= uniform[:, t, None, None] * total[..., -1:]).sum(-1)
+            token = (total <= noise[:, t, None, None] * total[..., -1:]).sum(-1)
         token = token.masked_fill(done, end)
-        steps.append((token, *token_stats(logits, token), ~done))
+        logp, entropy = token_stats(logits, token)
+        steps.append((token, logp, entropy, ~done))
         done = done | (token == end)
-        embeddings = modality(policy, image)[0](token.repeat(len(mask) // len(token), 1))
+        embed, _ = modality(policy, image)
+        embeddings = embed(token.repeat(len(mask) // len(token), 1))
         mask = F.pad(mask, (0, 1), value=True)
     return [torch.cat(column, 1) for column in zip(*steps)]
 
@@ -141,14 +148,13 @@ def sample(policy, request, length, image, guidance=1.0, uniform=None):
 def score(policy, request, tokens, image, guidance=1.0):
     """Score tokens (B, T) after requests in one pass. Returns logp and entropy, each (B, T)."""
     embeddings, mask = embed_request(policy, request, guidance)
-    inner = modality(policy, image)[0](tokens[:, :-1].repeat(len(mask) // len(tokens), 1))
+    embed, _ = modality(policy, image)
+    inner = embed(tokens[:, :-1].repeat(len(mask) // len(tokens), 1))
     mask = F.pad(mask, (0, inner.shape[1]), value=True)
-    return token_stats(
-        next_logits(
-            policy, image, guidance, torch.cat([embeddings, inner], 1), mask, last=tokens.shape[1]
-        ),
-        tokens,
-    )
+    embeddings = torch.cat([embeddings, inner], 1)
+    length = tokens.shape[1]
+    logits = next_logits(policy, image, guidance, embeddings, mask, last=length)
+    return token_stats(logits, tokens)
 
 
 def score_rollout(policy, rollout, guidance):
@@ -169,43 +175,48 @@ def score_reference(policy, rollout, guidance):
     return logp
 
 
-def make_rollout(policy, prompts, config, uniform):
-    """Sample a plan and an image per prompt. uniform: (B, C + L). Returns a Rollout and images (B,
+def left_pad(rows, device):
+    """Pad lists of ids with -1 on the left. Returns (B, S)."""
+    width = max(map(len, rows))
+    padded = [[-1] * (width - len(row)) + row for row in rows]
+    return torch.tensor(padded, device=device)
+
+
+@torch.no_grad()
+def decode_images(policy, codes, micro_batch):
+    """Decode codes (B, L) to images (B, 3, h, w) in [0, 1]."""
+    parts = [policy.model.decode_image_tokens(part) for part in codes.split(micro_batch)]
+    images = torch.cat(parts).float().permute(0, 3, 1, 2)  # from (B, h, w, 3) in [-1, 1]
+    return (images / 2 + 0.5).clamp(0, 1)
+
+
+def make_rollout(policy, prompts, config, noise):
+    """Sample a plan and an image per prompt. noise: (B, C + L). Returns a Rollout and images (B,
     3, h, w) in [0, 1]. The plan goes into the image request as ids: decoding may not round-trip."""
     words = lambda text: policy.tokenizer(text, add_special_tokens=False).input_ids
-    begin, answer = [policy.tokenizer.bos_token_id], words("\n\n<|Assistant|>:")
+    begin = [policy.tokenizer.bos_token_id]
+    answer = words("\n\n<|Assistant|>:")
+    requests = []
+    for prompt in prompts:
+        requests.append(begin + words("<|User|>: " + INSTRUCTION.format(prompt)) + answer)
+    plan_request = left_pad(requests, noise.device)
+    plan_noise = noise[:, : config.plan_tokens]
+    plan = sample(policy, plan_request, config.plan_tokens, False, noise=plan_noise)
 
-    def left_pad(rows):
-        width = max(map(len, rows))
-        return torch.tensor(
-            [[-1] * (width - len(row)) + row for row in rows], device=uniform.device
-        )
+    ids, _, _, valid = plan
+    kept = valid & (ids != policy.tokenizer.eos_token_id)
+    requests = []
+    for prompt, row, keep in zip(prompts, ids, kept):
+        question = begin + words(f"<|User|>: {prompt}.")
+        requests.append(question + row[keep].tolist() + answer + [policy.boi])
+    image_request = left_pad(requests, noise.device)
+    image_noise = noise[:, config.plan_tokens :]
+    length = image_noise.shape[1]
+    codes = sample(policy, image_request, length, True, config.guidance, image_noise)
 
-    plan_request = left_pad(
-        [begin + words("<|User|>: " + INSTRUCTION.format(x)) + answer for x in prompts]
-    )
-    plan = sample(policy, plan_request, config.plan_tokens, False, uniform=uniform)
-    kept = plan[3] & (plan[0] != policy.tokenizer.eos_token_id)
-    image_request = left_pad(
-        [
-            begin + words(f"<|User|>: {x}.") + row[keep].tolist() + answer + [policy.boi]
-            for x, row, keep in zip(prompts, plan[0], kept)
-        ]
-    )
-    noise = uniform[:, config.plan_tokens :]
-    codes = sample(policy, image_request, noise.shape[1], True, config.guidance, noise)
-    with torch.no_grad():
-        images = torch.cat(
-            [
-                policy.model.decode_image_tokens(x)  # (B, h, w, 3)
-                for x in codes[0].split(config.micro_batch)
-            ]
-        ).float()
-    stats = [torch.cat(pair, 1) for pair in zip(plan[1:], codes[1:])]
-    return (
-        Rollout(plan_request, plan[0], image_request, codes[0], *stats),
-        (images / 2 + 0.5).clamp(0, 1).permute(0, 3, 1, 2),
-    )
+    logp, entropy, valid = (torch.cat(pair, 1) for pair in zip(plan[1:], codes[1:]))
+    rollout = Rollout(plan_request, ids, image_request, codes[0], logp, entropy, valid)
+    return rollout, decode_images(policy, codes[0], config.micro_batch)
 
 
 def shape_rollout(rollout, advantage, config):
@@ -225,49 +236,56 @@ def update(policy, optimizer, rollout, advantage, config):
     before the update, if log-probs are not those of sampling or the gradient is not finite."""
     policy.model.train()  # for checkpointing
     optimizer.zero_grad()
-    sums, gap = [], []
+    losses, kls, gaps = [], [], []
     for rows in torch.arange(len(advantage)).split(config.micro_batch):
-        part = Rollout(*(x[rows] for x in rollout))
+        part = rollout.rows(rows)
         logp = score_rollout(policy, part, config.guidance)
         logp_ref = score_reference(policy, part, config.guidance) if config.beta else None
         loss, kl = policy_loss(
             logp, logp_ref, advantage[rows], part.valid, config.beta, sequences=len(advantage)
         )
         loss.backward()
-        sums.append((loss.detach(), kl))
-        gap.append((logp.detach() - part.logp).abs())
-    loss, kl = (sum(x).item() for x in zip(*sums))
-    gap, valid, c = torch.cat(gap), rollout.valid, rollout.plan.shape[1]
-    gaps = [gap[:, :c][valid[:, :c]].mean().item(), gap[:, c:].mean().item()]
+        losses.append(loss.detach())
+        kls.append(kl)
+        gaps.append((logp.detach() - part.logp).abs())
+    c = rollout.plan.shape[1]
+    gap = torch.cat(gaps)  # (B, C + L)
+    plan_gap = gap[:, :c][rollout.valid[:, :c]].mean().item()
+    image_gap = gap[:, c:].mean().item()
     bound = config.max_gap or (0.1 if gap.is_cuda else 1e-3)
+    excess = f"mean |logp difference| of sampler and learner, plan {plan_gap} and image {image_gap}"
     check(
-        all(x <= bound for x in gaps),
-        f"mean |logp difference| of sampler and learner, plan and "
-        f"image, {gaps}, above {bound:g}: not one policy; no update was made",
+        plan_gap <= bound and image_gap <= bound,  # NaN is not
+        f"{excess}, above {bound:g}: not one policy; no update was made",
     )
     norm = torch.nn.utils.clip_grad_norm_(trained_weights(policy.model).values(), 1.0)
     check(norm.isfinite(), "the gradient is not finite: lower --lr; no update was made")
     optimizer.step()
     return dict(
-        loss=loss, kl=kl, grad_norm=norm.item(), logp_gap_plan=gaps[0], logp_gap_image=gaps[1]
+        loss=sum(losses).item(),
+        kl=sum(kls).item(),
+        grad_norm=norm.item(),
+        logp_gap_plan=plan_gap,
+        logp_gap_image=image_gap,
     )
 
 
 def train_step(policy, optimizer, reward, prompts, config, step):
     """Sample, score, shape and update once. Returns scalars for the log and images (B, 3, h, w)."""
-    started, number = time.time(), policy.model.config.vision_config.num_image_tokens
-    repeated = [prompt for prompt in prompts for _ in range(config.group)]  # B
-    uniform = torch.rand(
-        len(repeated), config.plan_tokens + number, generator=generator(config.seed, "noise", step)
-    ).to(config.device)
-    rollout, images = make_rollout(policy, repeated, config, uniform)
+    started = time.time()
+    c = config.plan_tokens
+    image_tokens = policy.model.config.vision_config.num_image_tokens
+    repeated = [prompt for prompt in prompts for _ in range(config.group_size)]  # B
+    of_step = generator(config.seed, "noise", step)
+    noise = torch.rand(len(repeated), c + image_tokens, generator=of_step)
+    rollout, images = make_rollout(policy, repeated, config, noise.to(config.device))
     sampled = time.time()
-    rewards = call_reward(reward, images, repeated).view(len(prompts), config.group)
+    rewards = call_reward(reward, images, repeated).view(len(prompts), config.group_size)
     advantage = group_advantages(rewards).flatten()  # (B,)
     advantage, coefficient = shape_rollout(rollout, advantage, config)  # (B, C + L)
     for group in optimizer.param_groups:  # warm-up
         group["lr"] = config.learning_rate * min(1, (step + 1) / 10)
-    stats, c = update(policy, optimizer, rollout, advantage, config), config.plan_tokens
+    stats = update(policy, optimizer, rollout, advantage, config)
     valid = rollout.valid[:, :c]
     ended = (rollout.plan == policy.tokenizer.eos_token_id).any(1)
     first = rollout.plan[0][valid[0]]
@@ -290,7 +308,8 @@ def train_step(policy, optimizer, reward, prompts, config, step):
 
 def main(argv=None):
     config = parse_flags(argv, __doc__)
-    prompts, reward = read_prompts(config), load_reward(config)
+    prompts = read_prompts(config)
+    reward = load_reward(config)
     policy = load_policy(config)
     optimizer = torch.optim.AdamW(
         trained_weights(policy.model).values(),
@@ -298,14 +317,15 @@ def main(argv=None):
         betas=(0.9, 0.95),
         weight_decay=0.0,
     )
-    first, folder = restore(policy, optimizer, config), Path(config.out)
+    first = restore(policy, optimizer, config)
+    folder = Path(config.out)
     start_log(config, first)
     with tqdm(total=config.steps, initial=first, desc="eg-grpo") as bar:
         for step in range(first, config.steps):
             stats, images = train_step(policy, optimizer, reward, prompts(step), config, step)
             write_log(config, step=step, **stats)
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps or step == 0:
-                save_images(folder / f"images-{step + 1:05}.png", images, config.group)
+                save_images(folder / f"images-{step + 1:05}.png", images, config.group_size)
                 save_checkpoint(policy, optimizer, config, step + 1)
             bar.set_postfix({key: f"{stats[key]:.3g}" for key in ("reward", "kl", "entropy_image")})
             bar.update()

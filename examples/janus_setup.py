@@ -46,7 +46,9 @@ def run(main):
     except (UserError, OSError) as error:
         message = f"error: {error}"
     except torch.OutOfMemoryError:
-        message = "error: out of memory: lower --micro-batch, then --group or --prompts-per-step"
+        message = (
+            "error: out of memory: lower --micro-batch, then --group-size or --prompts-per-step"
+        )
     except KeyboardInterrupt:
         message, status = "interrupted: the same command resumes from the checkpoint", 130
     print(" ".join(message.split()), file=sys.stderr)
@@ -69,7 +71,7 @@ class Config:
     full: bool = flag(False, "train all weights that sample, in float32, instead of LoRA")
     steps: int = flag(1600, "updates")
     prompts_per_step: int = flag(2, "P; the paper has 16")
-    group: int = flag(8, "G, rollouts per prompt")
+    group_size: int = flag(8, "G, rollouts per prompt")
     micro_batch: int = flag(4, "sequences per backward pass; does not change the update")
     plan_tokens: int = flag(64, "C, plan tokens at most")
     guidance: float = flag(5.0, "of the image tokens, sampled and scored alike; 1: none")
@@ -121,7 +123,7 @@ def parse_flags(argv, description):
         )
     config = Config(**vars(parser.parse_args(argv)))
     for name, least in (
-        ("group", 2),
+        ("group_size", 2),
         ("steps", 1),
         ("prompts_per_step", 1),
         ("micro_batch", 1),

@@ -274,7 +274,7 @@ def test_the_kl_term_is_weighted_by_beta(files):
 def test_a_step_shapes_advantages_of_its_groups(files, monkeypatch):
     """What update is given: rows of a prompt are compared with each other, and shaped; the learning
     rate is warmed up over 10 steps."""
-    policy, config = make_policy(files, group=3, lr=1e-3)
+    policy, config = make_policy(files, group_size=3, lr=1e-3)
     optimizer, given = torch.optim.SGD(trained_weights(policy.model).values(), lr=1.0), []
 
     def update(policy, optimizer, rollout, advantage, config):
@@ -389,7 +389,7 @@ def test_clip_reward_is_clips_own_similarity(files):
 @pytest.mark.parametrize("full", [True, False])
 def test_redness_rises(files, full):
     """25 updates toward red images, with all weights and with LoRA."""
-    policy, config = make_policy(files, full=full, lr=5e-3, group=8)
+    policy, config = make_policy(files, full=full, lr=5e-3, group_size=8)
     optimizer = torch.optim.AdamW(trained_weights(policy.model).values(), weight_decay=0.0)
     reward = load_reward(config)
     history = [
@@ -410,7 +410,7 @@ def flags(files, out, **changes):
         out=out,
         steps=4,
         prompts_per_step=2,
-        group=3,
+        group_size=3,
         micro_batch=4,
         plan_tokens=C,
         save_every=2,
@@ -508,7 +508,7 @@ BAD = {
     "reward_nan": (lambda f: dict(reward=f"{f}/redness.py:nan"), "NaN"),
     "prompts_missing": (dict(prompts="nowhere.txt"), "nowhere.txt"),
     "prompts_empty": (lambda f: dict(prompts=f / "empty.txt"), "no prompt in it"),
-    "group_of_one": (dict(group=1), "--group 1: must be at least 2"),
+    "group_of_one": (dict(group_size=1), "--group-size 1: must be at least 2"),
     "fractions": (dict(low_frac=0.8), "at most 1"),
     "flag": (dict(speed=3), "--speed"),
     "value": (dict(steps="many"), "--steps"),
