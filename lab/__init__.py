@@ -1,1 +1,1 @@
-"""Studies, figures, benchmarks and kill tests: uses the lesson, and the lesson does not use it."""
+"""Study, figures, measurements and benchmark: uses the lesson, and the lesson does not use it."""

@@ -192,15 +192,6 @@ def describe_spread(records, config):
     return found
 
 
-def describe_gradients(rows):
-    """Average what the parts of the gradient weigh over base policies. rows: of all of them."""
-    values = {}
-    for row in rows:
-        for key in ("size", "cosine", "along"):
-            values.setdefault(f"{row['part']}: {key}", []).append(row[key])
-    return {name: mean_t_ci(found) for name, found in values.items()}
-
-
 # --- the study ------------------------------------------------------------------------------------
 
 
@@ -213,17 +204,17 @@ def read_runs(folder):
     return runs
 
 
-def read_records(config, kind):
-    """Read the records or gradients of every base policy. Returns {setting: rows}."""
+def read_records(config):
+    """Read the records of every base policy. Returns {setting: rows}."""
     records = {}
     for name, setting in SETTINGS.items():
-        pattern = f"base-*/{config.preset}/{kind}/{name}.jsonl"
+        pattern = f"base-*/{config.preset}/records/{name}.jsonl"
         for path in sorted(Path(config.out).glob(pattern)):
             records.setdefault(setting, []).extend(read_lines(path))
     return records
 
 
-def analyze(runs, records, gradients, config):
+def analyze(runs, records, config):
     """Reduce a study to its numbers: the content of study.json."""
     variants = {}
     for name, own in runs.items():
@@ -233,7 +224,6 @@ def analyze(runs, records, gradients, config):
         variants=variants,
         correlations={s: describe_correlations(rows, config) for s, rows in records.items()},
         spread=describe_spread(records, config),
-        gradients={s: describe_gradients(rows) for s, rows in gradients.items()},
     )
 
 
@@ -255,10 +245,10 @@ def main(argv=None):
     config = common.parse(Config, {name: {} for name in WORLDS}, __doc__, argv)
     folder = Path(config.out) / config.preset
     runs = read_runs(folder)
-    records = read_records(config, "records")
+    records = read_records(config)
     command = common.command_for("lab.study", config)
     common.check(runs or records, f"no study in {folder}: make it by `{command}`")
-    study = analyze(runs, records, read_records(config, "gradients"), config)
+    study = analyze(runs, records, config)
     content = json.dumps(common.to_jsonable(study), indent=1)
     study = json.loads(content)  # rounded, so that the tables are those of the file
     tables = report(study)

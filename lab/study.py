@@ -3,7 +3,7 @@
     bash train.sh lab.study                      hours on two cores; then: bash train.sh lab.analyze
     bash train.sh lab.study --preset smoke       the same in minutes; nothing is learned
 
-    -> out/study/base-<b>/small/       tokenizer, base policy, a folder per run, records, gradients
+    -> out/study/base-<b>/small/       tokenizer, base policy, a folder per run, records
        out/study/small/runs.jsonl      a line per base policy and finished run: scores and curve
 
 Each base policy has a tokenizer and a corpus of its own seed. Runs of base b and number s have the
@@ -33,8 +33,7 @@ import eggrpo
 import pretrain
 import tiny_vq.train
 from evaluate import evaluate, load_base, load_env, load_run, summarize
-from lab.batch import step_config
-from lab.records import gradient_rows, record_rows
+from lab.records import record_rows
 from scenes import RARE_PAIRS, make_scene
 
 ROOT = Path(__file__).parent.parent
@@ -54,13 +53,12 @@ class Config(common.BaseConfig):
     per_category: int = 6  # prompts of each category that are recorded, per base policy
     plans: int = 8  # per recorded prompt (paper: 10)
     images: int = 8  # per plan (paper: 10)
-    batches: int = 16  # training batches whose gradients are recorded, per policy
     jobs: int = 0  # at a time; 0: on a CPU one per core, else one
     only: str = ""  # do this one job, by name
 
 
 PRESETS = {
-    "smoke": dict(bases=2, seeds=1, prompts=12, per_category=1, plans=2, images=2, batches=2),
+    "smoke": dict(bases=2, seeds=1, prompts=12, per_category=1, plans=2, images=2),
     "small": dict(),
     "large": dict(),
 }
@@ -68,7 +66,7 @@ PRESETS = {
 
 class Job(NamedTuple):
     name: str  # base-<b>, or base-<b>/<folder>/<name>; also its name for --only
-    kind: str  # base, runs, records or gradients
+    kind: str  # base, runs or records
     needs: tuple = ()  # names of the jobs that must be finished before
     flags: tuple = ()  # of eggrpo.py for a run
 
@@ -94,13 +92,15 @@ def run_jobs(config, methods, number, prefix="", flags=()):
     return jobs
 
 
-def record_jobs(config, kind, policies):
-    """List the records or gradients of some policies of every base policy."""
+def record_jobs(config):
+    """List the records of some policies of every base policy."""
     jobs = []
     for base in range(config.bases):
-        for policy in policies:
-            needs = f"base-{base}" if policy in BASES else f"base-{base}/runs/{policy}"
-            jobs.append(Job(f"base-{base}/{kind}/{policy}", kind, (needs,)))
+        for policy in RECORDED:
+            needs = f"base-{base}"
+            if policy not in BASES:
+                needs = f"base-{base}/runs/{policy}"
+            jobs.append(Job(f"base-{base}/records/{policy}", "records", (needs,)))
     return jobs
 
 
@@ -108,8 +108,7 @@ def plan(config):
     """List all jobs in the order in which they start."""
     jobs = [Job(f"base-{base}", "base") for base in range(config.bases)]
     jobs += run_jobs(config, MAIN, 0)
-    jobs += record_jobs(config, "records", RECORDED)
-    jobs += record_jobs(config, "gradients", ("base", "grpo-0"))
+    jobs += record_jobs(config)
     for number in range(1, config.seeds):
         jobs += run_jobs(config, MAIN, number)
     jobs += run_jobs(config, RIVALS, 0)
@@ -127,7 +126,7 @@ def result_path(config, job):
         return folder / "scores.json"
     if job.kind == "runs":
         return folder / job.last / "scores.json"
-    return folder / job.kind / f"{job.last}.jsonl"
+    return folder / "records" / f"{job.last}.jsonl"
 
 
 def score(config, env, policy, **options):
@@ -185,14 +184,7 @@ def do_records(config, job, flags):
     return to_lines(rows)
 
 
-def do_gradients(config, job, flags):
-    """Record what the gradient of a policy consists of: a JSON line per part."""
-    env, policy, _ = load(config, job.last)
-    settings = step_config(config.preset, "eggrpo", RECORD_SEED + job.base)
-    return to_lines(gradient_rows(env, policy.requires_grad_(True), settings, config.batches))
-
-
-WORK = dict(base=do_base, runs=do_run, records=do_records, gradients=do_gradients)
+WORK = dict(base=do_base, runs=do_run, records=do_records)
 
 
 def do(config, job):

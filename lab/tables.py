@@ -115,7 +115,6 @@ def report(study):
     tables = run_tables(study["variants"]) | {
         "Reward against entropy": table("correlation with", correlations, signed=True),
         "What is drawn for a prompt: means over prompts": table("", transposed(study["spread"])),
-        "Parts of the gradient, over GRPO's": table("", transposed(study["gradients"])),
     }
     sections = [f"## {title}\n\n{content}\n" for title, content in tables.items()]
     return "\n".join(sections)

@@ -10,8 +10,8 @@
     objects             the same on objects
     low_on_objects      share of the low-entropy image tokens that are on objects
     high_on_objects     the same of the high-entropy ones
-    low_gradient        norm of the low image tokens' gradient over that of all tokens (GRPO without
-                        KL term), mean over training batches
+    gradient            norms of the parts of EG-GRPO's gradient over that of GRPO's, without KL
+                        term: means over training batches
     ceiling             mean reward of true scenes after encoding and decoding
     ceiling_exact       fraction of them that are exact
     exact_plan          fraction of held-out prompts that base + plan draws exactly right
@@ -27,12 +27,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import parameters_to_vector
 
 import common
-from eggrpo import entropy_masks
+from eggrpo import entropy_masks, policy_loss
 from evaluate import draw_noise, evaluate, load_base, load_env, sample_images
-from lab.batch import step_config
-from lab.records import gradient_rows
+from lab.batch import step_config, token_advantages, training_batch
+from model import score
 from rewards import paint_coverage
 from scenes import encode_scenes, make_scene
 from tiny_vq.train import ceiling
@@ -102,6 +103,57 @@ def exact(env, policy, config, **options):
     return scores.exact.mean().item()
 
 
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def gradient_parts(batch, config):
+    """Split the advantages of EG-GRPO. Returns {part: (B, T)}: GRPO's; those on low, middle and high
+    tokens, which add up to GRPO's; the bonus; EG-GRPO's, with the bonus and without low."""
+    low, high, shaped = token_advantages(batch, config)
+    a = batch.advantage[:, None].expand_as(shaped)
+    bonus = torch.where(high, shaped - a, 0.0)
+    middle = ~low & ~high
+    is_plan = torch.zeros_like(low)
+    is_plan[:, : batch.rollout.plan.shape[1]] = True
+    parts = {"GRPO": a}
+    for name, here in (("words", is_plan), ("image tokens", ~is_plan)):
+        parts[f"low {name}"] = torch.where(low & here, a, 0.0)
+        parts[f"middle {name}"] = torch.where(middle & here, a, 0.0)
+        parts[f"high {name}"] = torch.where(high & here, a, 0.0)
+        parts[f"bonus on {name}"] = torch.where(here, bonus, 0.0)
+    parts["EG-GRPO"] = shaped
+    return parts
+
+
+def part_gradients(policy, batch, parts, config):
+    """Gradient of minus policy_loss without KL term, for the advantages (B, T) of each part.
+    Returns (parts, weights)."""
+    parameters = list(policy.parameters())
+    sequences = len(batch.advantage)
+    total = 0.0
+    for rows in torch.arange(sequences, device=batch.advantage.device).split(config.micro_batch):
+        part = batch.rollout.rows(rows)
+        logp = score(policy, part.prompt, part.plan, part.codes, config.guidance)
+        gradients = []
+        for advantage in parts.values():
+            loss, _ = policy_loss(logp, None, advantage[rows], part.valid, 0.0, sequences)
+            found = torch.autograd.grad(-loss, parameters, retain_graph=True)
+            gradients.append(parameters_to_vector(g.contiguous() for g in found))
+        total = total + torch.stack(gradients)
+    return total
+
+
+def gradient_sizes(env, policy, config, batches):
+    """Return {part: norm of its gradient over that of GRPO's}, means over training batches."""
+    sizes = []
+    for step in range(batches):
+        batch = training_batch(env, policy, config, step)
+        parts = gradient_parts(batch, config)
+        norms = part_gradients(policy, batch, parts, config).norm(dim=1)
+        sizes.append(norms / norms[0].clamp(min=1e-12))
+    return dict(zip(parts, torch.stack(sizes).mean(0).tolist()))
+
+
 def main(argv=None):
     config = common.parse(Config, PRESETS, __doc__, argv)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is the line of JSON
@@ -115,9 +167,8 @@ def main(argv=None):
     figures["exact_plan"] = exact(env, policy, config)
     figures["exact_no_plan"] = exact(env, policy, config, no_plan=True)
     settings = step_config(config.preset, "eggrpo", config.seed)
-    rows = gradient_rows(env, policy.requires_grad_(True), settings, config.batches)
-    sizes = {row["part"]: row["size"] for row in rows}
-    figures["low_gradient"] = sizes["low image tokens"]
+    policy.requires_grad_(True)
+    figures["gradient"] = gradient_sizes(env, policy, settings, config.batches)
     print(json.dumps(common.to_jsonable(figures)))
 
 
