@@ -44,11 +44,9 @@ def run(main):
         message, status = f"error: {error}", 2
     except BrokenExecutor:
         message, status = "error: a child process was killed, perhaps for lack of memory", 2
-    except (RuntimeError, MemoryError) as error:
-        words = str(error)
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
-            "can't allocate memory" not in words
-        ):
+    except (MemoryError, RuntimeError) as error:
+        cpu = "can't allocate memory" in str(error)  # torch has no class for it
+        if not cpu and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise
         message, status = "error: out of memory: lower --micro-batch, or --batch", 2
     print("\n" * (status == 130) + message, file=sys.stderr)

@@ -293,12 +293,12 @@ def train_step(policy, reference, optimizer, env, config, step):
     # Sample G plans, and an image for each, for each of P prompts.
     scenes = training_scenes(world, config, step)
     prompts = encode_scenes(world, scenes)[0].to(device)  # (P, S)
+    targets = encode_targets(world, [scene for scene in scenes for _ in range(G)], device)
     noise = torch.rand(B, T, generator=common.generator(config.seed, "rollout", step))
     rollout = generate(policy, prompts, noise.to(device), config.guidance)  # B sequences
     images = env.tokenizer.decode(rollout.codes)  # (B, 3, h, w)
 
     # Score the images, and compare each with the others of its prompt.
-    targets = encode_targets(world, [scene for scene in scenes for _ in range(G)], device)
     rewards, components, exact = compute_rewards(images, targets, world)  # (B,) each
     A = group_advantages(rewards.view(P, G)).flatten()  # (B,)                 GRPO stops here
 

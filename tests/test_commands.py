@@ -100,12 +100,12 @@ def test_finished_stages_are_skipped_with_a_line_that_says_so(out, capsys):
 
 
 def test_the_log_has_every_key_of_the_table(out):
-    """docs/methods.md documents each logged key, and nothing that is not logged."""
+    """docs/method.md documents each logged key, and nothing that is not logged."""
     lines = (out[0] / "smoke" / "eggrpo-0" / "log.jsonl").read_text().splitlines()
     logged = {key for line in lines[1:] for key in json.loads(line)}
-    page = (ROOT / "docs" / "methods.md").read_text()
+    page = (ROOT / "docs" / "method.md").read_text()
     rows = page[page.index("| key |") :].split("\n\n")[0].splitlines()[2:]
-    documented = {key for row in rows for key in re.findall(r"`(\w+)`", row.split("|")[1])}
+    documented = {key for row in rows for key in re.findall(r"`([\w/]+)`", row.split("|")[1])}
     assert logged == documented
 
 

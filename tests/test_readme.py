@@ -1,20 +1,24 @@
 """The README: its snippets run, the files that it names exist, the commands that it shows parse."""
 
+import copy
 import importlib.util
 import re
 import shlex
 from types import SimpleNamespace
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import common
 import eggrpo
+import rewards
 from conftest import ROOT
 from scenes import WORLDS
 
 README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+SNIPPETS = re.findall(r"```python\n(import.*?)```", README, re.S)  # not the method in six lines
 
 
 def read_flags(name, argv):
@@ -55,39 +59,74 @@ def test_every_command_that_is_shown_parses():
 def test_every_snippet_runs(monkeypatch):
     """In one namespace, from top to bottom; training is replaced by reading its flags."""
     monkeypatch.setattr(eggrpo, "main", lambda argv: read_flags("eggrpo", argv))
-    monkeypatch.setattr("rewards.REWARDS", dict(eggrpo.REWARDS))
+    monkeypatch.setattr("rewards.REWARDS", dict(rewards.REWARDS))
     space = dict(torch=torch)
     for snippet in SNIPPETS:
         exec(snippet, space)
 
 
 class TinyLanguageModel(nn.Module):
-    """In place of a causal language model: tokens in, .logits out; each looks one back."""
+    """In place of a causal language model: each logit sees the mean of the attended tokens so far,
+    and the position."""
 
     def __init__(self):
         super().__init__()
         self.table = nn.Embedding(11, 11)
+        self.position = nn.Embedding(20, 11)
 
-    def forward(self, tokens):
-        return SimpleNamespace(logits=self.table(tokens))
+    def forward(self, tokens, attention_mask, position_ids):
+        seen = (self.table(tokens) * attention_mask[..., None]).cumsum(1)
+        number = attention_mask.cumsum(1).clamp(min=1)[..., None]
+        return SimpleNamespace(logits=seen / number + self.position(position_ids))
 
 
-def test_the_example_trains_any_causal_language_model():
+def example():
+    """The snippet for one's own trainer, two equal models and an optimizer of the first."""
     space = {}
     exec(next(snippet for snippet in SNIPPETS if "def eggrpo_update" in snippet), space)
     torch.manual_seed(0)
-    model, reference = TinyLanguageModel(), TinyLanguageModel()
-    reference.load_state_dict(model.state_dict())
+    model = TinyLanguageModel()
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        reference.table.weight *= 0.5
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    return space["eggrpo_update"], model, reference, optimizer
+
+
+@pytest.mark.parametrize("left, right", [(3, 0), (0, 4), (2, 1)])
+@pytest.mark.parametrize("length", [6, 9])
+def test_padding_on_either_side_does_not_change_the_example(left, right, length):
+    """It once ignored the attention mask: log-probs were .85 nats off with left padding."""
+    tokens = torch.randint(11, (8, length), generator=torch.Generator().manual_seed(length))
+    rewards = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
+    results = []
+    for pad in ((0, 0), (left, right)):
+        update, model, reference, optimizer = example()
+        attention = torch.ones_like(tokens)
+        generated = torch.arange(length).expand(8, -1) >= 2  # the prompt has two tokens
+        padded = [F.pad(x, pad) for x in (tokens, attention, generated)]
+        stats = update(model, reference, optimizer, *padded, rewards)
+        results.append((stats, model.table.weight.detach()))
+    (plain, weights), (stats, padded_weights) = results
+    assert plain["kl"] > 1e-6 and stats == pytest.approx(plain, rel=1e-4, abs=1e-7)
+    assert torch.allclose(weights, padded_weights, atol=1e-6)
+
+
+def test_the_example_trains_a_causal_language_model():
+    update, model, reference, _ = example()
     optimizer = torch.optim.Adam(model.parameters(), 0.1)
     history = []
     for _ in range(40):
         tokens = torch.randint(11, (4 * 8, 1))  # prompts of one token
-        for _ in range(10):
-            p = model(tokens[:, -1]).logits.softmax(-1).detach()
+        for t in range(10):
+            attention = torch.ones_like(tokens)
+            positions = torch.arange(t + 1).expand_as(tokens)
+            p = model(tokens, attention, positions).logits[:, -1].softmax(-1).detach()
             tokens = torch.cat([tokens, torch.multinomial(p, 1)], 1)
         generated = torch.ones_like(tokens, dtype=torch.bool)
         generated[:, 0] = False
         rewards = (tokens[:, 1:] == 7).float().mean(1).view(4, 8)  # say seven
-        space["eggrpo_update"](model, reference, optimizer, tokens, generated, rewards)
+        attention = torch.ones_like(tokens)
+        update(model, reference, optimizer, tokens, attention, generated, rewards)
         history.append(rewards.mean().item())
     assert history[-1] > 3 * history[0]
