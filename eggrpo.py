@@ -89,7 +89,7 @@ class Method(NamedTuple):
 
 
 METHODS = {  # all share one step and one loss
-    "grpo": Method("one advantage for every token", modalities=()),
+    "grpo": Method("one advantage for every token", modalities=(), exclude=False, bonus=False),
     "eggrpo": Method("the paper: exclusion, and a bonus of what it saves"),
     "eggrpo-released": Method("the released code's bonus, min(.3 |A|, .3 H)"),
     "eggrpo-text": Method("the paper's ablation: the plan only", modalities=("plan",)),
