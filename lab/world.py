@@ -5,13 +5,14 @@
 -> one line of JSON:
 
     below_01            share of the image tokens of base + plan with an entropy below .01
-    q10, q50, q90       quantiles of their entropy
+    q10, q20, q50, q90  quantiles of their entropy
     background          mean entropy of image tokens on the background
     objects             the same on objects
     low_on_objects      share of the low-entropy image tokens that are on objects
     high_on_objects     the same of the high-entropy ones
-    gradient            norms of the parts of EG-GRPO's gradient over that of GRPO's, without KL
-                        term: means over training batches
+    low_gradient        norm of the low image tokens' gradient over that of all tokens (GRPO without
+                        KL term), mean over training batches
+    gradient            the same of every part of EG-GRPO's gradient
     ceiling             mean reward of true scenes after encoding and decoding
     ceiling_exact       fraction of them that are exact
     exact_plan          fraction of held-out prompts that base + plan draws exactly right
@@ -87,6 +88,7 @@ def entropy_figures(entropy, objects):
     figures = dict(
         below_01=(entropy < 0.01).float().mean(),
         q10=quantile(0.1),
+        q20=quantile(0.2),
         q50=quantile(0.5),
         q90=quantile(0.9),
         background=entropy[~objects].mean(),
@@ -168,7 +170,9 @@ def main(argv=None):
     figures["exact_no_plan"] = exact(env, policy, config, no_plan=True)
     settings = step_config(config.preset, "eggrpo", config.seed)
     policy.requires_grad_(True)
-    figures["gradient"] = gradient_sizes(env, policy, settings, config.batches)
+    gradient = gradient_sizes(env, policy, settings, config.batches)
+    figures["low_gradient"] = gradient["low image tokens"]
+    figures["gradient"] = gradient
     print(json.dumps(common.to_jsonable(figures)))
 
 
