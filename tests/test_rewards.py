@@ -296,3 +296,69 @@ def test_of_two_objects_of_a_kind_the_better_match_stands_in_the_relation(preset
         image[0, :, : world.cell, left] = torch.tensor(BACKGROUND)[:, None] / 255
         _, parts, _ = score_of(world, wanted, image)
         assert parts["relation"] == expected
+
+
+STILL = replace(WORLDS["small"], star_probability=0.0, noise_std=0.0, brightness=(1.0, 1.0))
+RED_SQUARE = ("red", "square", "solid", 0, 0)
+
+
+def drawn(*objects, world=STILL):
+    return pictures(world, [hand_made(world, *objects)])
+
+
+def halves(left, right):
+    """The left half of one object in the first cell beside the right half of another."""
+    image = drawn(left)
+    image[..., 5:10] = drawn(right)[..., 5:10]
+    return image
+
+
+def mixed(share):
+    """A square in a colour between red (share 0) and yellow (share 1)."""
+    image = drawn(RED_SQUARE)
+    image[0, :, 0:9, 0:9] = (1 - share) * paint("red") + share * paint("yellow")
+    return image
+
+
+def dim(brightness):
+    return drawn(RED_SQUARE, world=replace(STILL, brightness=(brightness, brightness)))
+
+
+NOTHING_SEEN = dict(objects=0, attributes=0, count=0, cleanliness=0)
+RIGHT = dict(objects=1, attributes=1, count=1, cleanliness=1)
+RIGHT_SHAPE_ONLY = dict(objects=0, attributes=1 / 2, count=1, cleanliness=1)
+DEFINITIONS = {  # image and the value of every component, where one red square is asked for
+    "the whole square": (lambda: drawn(RED_SQUARE), RIGHT),
+    "two squares": (
+        lambda: drawn(RED_SQUARE, ("red", "square", "solid", 1, 1)),
+        dict(objects=1 / 2, attributes=1 / 2, count=1 / 2, cleanliness=1),
+    ),
+    "halves of two colours": (
+        lambda: halves(RED_SQUARE, ("blue", "square", "solid", 0, 0)),
+        NOTHING_SEEN,  # 5 of 9 columns: Dice 2 * 5 / (5 + 9) = .71
+    ),
+    "lit with .3: 14 % paint": (lambda: dim(0.3), NOTHING_SEEN),
+    "lit with .4: 43 % paint": (lambda: dim(0.4), NOTHING_SEEN),  # Dice .72
+    "lit with .5: 71 % paint": (lambda: dim(0.5), RIGHT),  # Dice .94
+    "a quarter of the way to yellow": (lambda: mixed(0.25), RIGHT),
+    "three quarters of the way to yellow": (lambda: mixed(0.75), RIGHT_SHAPE_ONLY),
+}
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_what_is_no_true_scene_has_the_value_that_the_definition_says(name):
+    make_image, expected = DEFINITIONS[name]
+    targets = encode_targets(STILL, [hand_made(STILL, RED_SQUARE)])
+    _, components, exact = compute_rewards(make_image(), targets, STILL)
+    found = {key: value.item() for key, value in components.items() if not value.isnan()}
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert exact == (expected == RIGHT)
+
+
+def test_one_square_where_two_are_asked_for_is_half_right():
+    targets = encode_targets(
+        STILL, [hand_made(STILL, RED_SQUARE, ("red", "square", "solid", 1, 1))]
+    )
+    _, components, exact = compute_rewards(drawn(RED_SQUARE), targets, STILL)
+    assert exact == 0
+    assert [components[key].item() for key in ("objects", "attributes", "count")] == [0.5] * 3
