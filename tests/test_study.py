@@ -286,7 +286,6 @@ def test_the_page_about_one_step_is_that_of_its_numbers(small):
     assert sum(tokens["image"]["low"]) == 7 and sum(tokens["image"]["high"]) == 18  # of 36
 
 
-@pytest.mark.xfail(reason="the committed numbers are of the released code's bonus", strict=True)
 def test_the_committed_page_about_one_step_is_that_of_its_numbers():
     numbers = json.loads((ROOT / "assets/one-step.json").read_text())
     assert (ROOT / "docs/one-step.md").read_text() == one_step.page(numbers)
