@@ -211,18 +211,16 @@ def precision(device):
 # --- scoring --------------------------------------------------------------------------------------
 
 
-def policy_logits(raw, empty=None, guidance=1.0, temperature=1.0):
-    """Compute the logits that are sampled from and scored: the one definition of the policy.
+def policy_logits(raw, empty=None, guidance=1.0):
+    """Compute the logits of codes that are sampled from and scored: the one definition of the policy.
 
-    raw: (..., V), float32. Classifier-free guidance, of image codes only: empty + guidance * (raw -
-    empty), where `empty` are the raw logits without prompt and plan. Guidance 1 needs none.
+    raw: (..., V), float32. Classifier-free guidance: empty + guidance * (raw - empty), where `empty`
+    are the raw logits without prompt and plan. Guidance 1 needs none. Plans are never guided.
     """
-    if guidance != 1.0:
-        raw = empty + guidance * (raw - empty)
-    return raw / temperature
+    return raw if guidance == 1.0 else empty + guidance * (raw - empty)
 
 
-def forward_logits(policy, prompt, plan, codes, guidance=1.0, temperature=1.0):
+def forward_logits(policy, prompt, plan, codes, guidance=1.0):
     """Return the policy's logits of given words (B, C, V) and codes (B, L, V), float32."""
     empty = None
     with precision(prompt.device):
@@ -230,14 +228,13 @@ def forward_logits(policy, prompt, plan, codes, guidance=1.0, temperature=1.0):
         if guidance != 1.0:
             nothing = torch.full_like(prompt, PAD), torch.full_like(plan, PAD)
             empty = policy(*nothing, codes)[1]
-    words = policy_logits(words, temperature=temperature)
-    return words, policy_logits(image, empty, guidance, temperature)
+    return words, policy_logits(image, empty, guidance)
 
 
-def score(policy, prompt, plan, codes, guidance=1.0, temperature=1.0):
+def score(policy, prompt, plan, codes, guidance=1.0):
     """Log-probability of each token of plans (B, C) and codes (B, L): (B, T) in nats, 0 at padding,
     from one pass over all slots."""
-    words, image = forward_logits(policy, prompt, plan, codes, guidance, temperature)
+    words, image = forward_logits(policy, prompt, plan, codes, guidance)
     word = (plan - END).clamp(min=0)
     word_logp = words.log_softmax(-1).gather(-1, word[..., None])[..., 0] * (plan != PAD)
     code_logp = image.log_softmax(-1).gather(-1, codes[..., None])[..., 0]
@@ -334,7 +331,7 @@ class Decoder:
 
 
 @torch.no_grad()
-def generate(policy, prompt, noise, guidance=1.0, temperature=1.0, no_plan=False):
+def generate(policy, prompt, noise, guidance=1.0, no_plan=False):
     """Sample plans and codes slot by slot, without waiting for the device.
 
     prompt: (P, S); noise: (B, T) in [0, 1), B a multiple of P: each prompt is continued B / P times
@@ -355,7 +352,7 @@ def generate(policy, prompt, noise, guidance=1.0, temperature=1.0, no_plan=False
             decoder.prefill(words[:, : policy.S + 1])  # the prompt and <plan>
             running = torch.ones_like(plan[:, 0], dtype=torch.bool)  # plans without END so far
             for j in range(policy.C):
-                logits = policy_logits(policy.word_logits(decoder.hidden), temperature=temperature)
+                logits = policy.word_logits(decoder.hidden)
                 word, word_logp, word_entropy = sample_token(logits, noise[:, j])
                 plan[:, j] = torch.where(running, word + END, PAD)
                 logp[:, j] = word_logp * running
@@ -371,7 +368,7 @@ def generate(policy, prompt, noise, guidance=1.0, temperature=1.0, no_plan=False
         for j in range(policy.L):
             raw = policy.code_logits(decoder.hidden)
             raw_empty = policy.code_logits(empty.hidden) if empty else None
-            logits = policy_logits(raw, raw_empty, guidance, temperature)
+            logits = policy_logits(raw, raw_empty, guidance)
             t = policy.C + j
             codes[:, j], logp[:, t], entropy[:, t] = sample_token(logits, noise[:, t])
             if j + 1 < policy.L:

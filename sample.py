@@ -23,13 +23,11 @@ class Config(common.BaseConfig):
     policy: str = ""  # a policy.pt, or "base"; default: <out>/<preset>/eggrpo-0/policy.pt
     number: int = 4  # plans and images
     guidance: float = -1.0  # classifier-free guidance weight; -1: as the policy was trained
-    temperature: float = 1.0
     plan: bool = True  # write a plan first
 
     def check(self):
         super().check()
         self.check_range("number", 1, 64)
-        self.check_range("temperature", 0.01, 100)  # from nearly greedy to nearly uniform
 
 
 def file_name(prompt, seed):
@@ -57,7 +55,6 @@ def main(argv=None):
         prompts,
         draw_noise(policy, config.number, config.seed, "sample"),
         guidance=guidance if config.guidance < 0 else config.guidance,
-        temperature=config.temperature,
         no_plan=not config.plan,
     )
     plans = [decode_words(plan) or "(no plan)" for plan in rollout.plan]

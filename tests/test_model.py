@@ -34,9 +34,7 @@ def rescored(policy, prompt, draw, **how):
     return score(policy, prompt, draw.plan, draw.codes, **how)
 
 
-@pytest.mark.parametrize(
-    "how", [{}, {"guidance": 2.0}, {"temperature": 0.7}, {"guidance": 0.5, "temperature": 1.3}]
-)
+@pytest.mark.parametrize("how", [{}, {"guidance": 2.0}, {"guidance": 0.5}])
 @pytest.mark.parametrize("no_plan", [False, True])
 def test_cached_sampling_equals_uncached_scoring(policy, prompt, how, no_plan):
     """The uncached forward is the oracle: a wrong cache, mask, slot or guidance on one side only
@@ -110,7 +108,6 @@ def test_guidance_one_is_none_and_guidance_moves_away_from_no_prompt_and_no_plan
     raw, empty = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0]])
     assert torch.equal(policy_logits(raw), raw)
     assert torch.equal(policy_logits(raw, empty, guidance=3.0), torch.tensor([[1.0, 4.0]]))
-    assert torch.equal(policy_logits(raw, temperature=2.0), raw / 2)
 
 
 def test_guidance_is_for_image_tokens_only(policy, prompt):
