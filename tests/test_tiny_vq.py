@@ -3,6 +3,7 @@
 import torch
 
 from tiny_vq.quantizer import Quantizer, perplexity
+from tiny_vq.train import fit_residuals
 from tiny_vq.vqvae import VQVAE
 
 
@@ -64,6 +65,21 @@ def test_encode_and_decode_are_the_halves_of_forward():
     assert torch.equal(model.encode(images), codes.view(2, 16))
     assert torch.allclose(model.decode(model.encode(images)), restored.clamp(0, 1), atol=1e-5)
     assert features.shape == (32, 4) and model.decode(codes.view(2, 16)).shape == images.shape
+
+
+def test_residuals_make_the_mean_patch_of_each_code_right():
+    """The mean over all patches of one code is restored exactly, whatever the decoder makes of it;
+    codes that no patch has are left as they are."""
+    model = VQVAE(patch=4, width=16, blocks=1, codebook_size=32, dim=4)
+    images = torch.rand(6, 3, 16, 16)
+    fit_residuals(model, images.split(4))
+    restored, _, codes, _ = model(images)
+    missed = torch.nn.functional.pixel_unshuffle(images - restored, 4)
+    missed = missed.permute(0, 2, 3, 1).flatten(0, 2)  # (6 * 16, 48)
+    for code in codes.unique():
+        assert missed[codes == code].mean(0).abs().max() < 1e-5
+    unused = torch.bincount(codes, minlength=32) == 0
+    assert unused.any() and not model.residuals[unused].any()
 
 
 def test_equal_patches_get_equal_codes_wherever_they_are():

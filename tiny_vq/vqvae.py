@@ -51,14 +51,19 @@ class VQVAE(nn.Module):
             *(Block(width) for _ in range(blocks)),
             nn.Conv2d(width, channels, 1),
         )
+        # What the decoder misses of each code's patches on average: train.py fits it at the end.
+        self.register_buffer("residuals", torch.zeros(codebook_size, channels))
 
     def features(self, images):
         """(B, 3, h, w) -> (B, grid, grid, dim), before quantization."""
         return self.encoder(F.pixel_unshuffle(images - 0.5, self.patch)).permute(0, 2, 3, 1)
 
-    def pixels(self, features):
-        """(B, grid, grid, dim) -> (B, 3, h, w), not yet clamped to [0, 1]."""
-        return F.pixel_shuffle(self.decoder(features.permute(0, 3, 1, 2)), self.patch) + 0.5
+    def pixels(self, features, codes):
+        """features (B, grid, grid, dim), codes (B * grid * grid,) -> (B, 3, h, w), not yet clamped
+        to [0, 1]."""
+        patches = self.decoder(features.permute(0, 3, 1, 2))  # (B, channels, grid, grid)
+        residuals = self.residuals[codes].view(*features.shape[:3], -1)
+        return F.pixel_shuffle(patches + residuals.permute(0, 3, 1, 2), self.patch) + 0.5
 
     def forward(self, images):
         """Encode, quantize and decode images, for training. Returns reconstruction (B, 3, h, w),
@@ -66,7 +71,7 @@ class VQVAE(nn.Module):
         z = self.features(images)
         flat = z.reshape(-1, z.shape[-1])
         quantized, codes, commitment = self.quantizer(flat)
-        return self.pixels(quantized.view_as(z)), flat, codes, commitment
+        return self.pixels(quantized.view_as(z), codes), flat, codes, commitment
 
     @torch.no_grad()
     def encode(self, images):
@@ -79,4 +84,4 @@ class VQVAE(nn.Module):
         """codes (B, L) -> (B, 3, h, w) in [0, 1]."""
         side = int(codes.shape[1] ** 0.5)
         features = self.quantizer.codebook[codes].view(len(codes), side, side, -1)
-        return self.pixels(features).clamp(0, 1)
+        return self.pixels(features, codes.flatten()).clamp(0, 1)
