@@ -37,8 +37,9 @@ from lab.records import record_rows
 from scenes import RARE_PAIRS, make_scene
 
 ROOT = Path(__file__).parent.parent
-MAIN = ("grpo", "eggrpo", "eggrpo-released")  # with several seeds on each base policy
-RIVALS = ("exclude", "bonus", "eggrpo-text", "eggrpo-image", "top-entropy")  # with one
+MAIN = ("grpo", "eggrpo", "eggrpo-released")  # the default number of steps, several seeds
+# the two 2x2 tables, text x image and exclude x bonus: short runs, two seeds
+HALVES = ("grpo", "eggrpo", "eggrpo-text", "eggrpo-image", "exclude", "bonus")
 BASES = {"base-no-plan": dict(no_plan=True), "base": {}}  # settings of a base policy
 RECORDED = (*BASES, "grpo-0", "eggrpo-0")
 RECORD_SEED = 5000  # of the prompts that base policy 0 is recorded on; b more for base policy b
@@ -47,8 +48,11 @@ RECORD_SEED = 5000  # of the prompts that base policy 0 is recorded on; b more f
 @dataclass(frozen=True)
 class Config(common.BaseConfig):
     out: str = "out/study"
-    bases: int = 3  # base policies
-    seeds: int = 4  # runs of the main methods per base policy
+    bases: int = 5  # base policies
+    seeds: int = 3  # runs of the main methods per base policy
+    short_steps: int = 100  # of the runs that compare the halves of the method
+    eval_every: int = 25  # steps between evaluations in training
+    eval_prompts: int = 600  # of each, per split: 100 for each rare pair
     prompts: int = 1200  # evaluation prompts per policy; half as many of rare pairs
     per_category: int = 6  # prompts of each category that are recorded, per base policy
     plans: int = 8  # per recorded prompt (paper: 10)
@@ -58,7 +62,17 @@ class Config(common.BaseConfig):
 
 
 PRESETS = {
-    "smoke": dict(bases=2, seeds=1, prompts=12, per_category=1, plans=2, images=2),
+    "smoke": dict(
+        bases=2,
+        seeds=1,
+        short_steps=2,
+        eval_every=2,
+        eval_prompts=12,
+        prompts=12,
+        per_category=1,
+        plans=2,
+        images=2,
+    ),
     "small": dict(),
     "large": dict(),
 }
@@ -80,15 +94,15 @@ class Job(NamedTuple):
         return self.name.split("/")[-1]
 
 
-def run_jobs(config, methods, number, prefix="", flags=()):
-    """List the runs of some methods, with one number, on every base policy."""
+def run_jobs(config, methods, number, prefix="", flags=""):
+    """List the runs of some methods, with one number, on every base policy. flags: of eggrpo.py."""
     jobs = []
     for base in range(config.bases):
         for method in methods:
             name = f"base-{base}/runs/{prefix}{method}-{number}"
-            seed = str(10 * base + number)
-            own = ("--method", method, "--seed", seed, *flags)
-            jobs.append(Job(name, "runs", (f"base-{base}",), own))
+            evaluation = f"--eval-every {config.eval_every} --eval-prompts {config.eval_prompts}"
+            own = f"--method {method} --seed {10 * base + number} {evaluation} {flags}".split()
+            jobs.append(Job(name, "runs", (f"base-{base}",), tuple(own)))
     return jobs
 
 
@@ -111,8 +125,11 @@ def plan(config):
     jobs += record_jobs(config)
     for number in range(1, config.seeds):
         jobs += run_jobs(config, MAIN, number)
-    jobs += run_jobs(config, RIVALS, 0)
-    jobs += run_jobs(config, MAIN[:2], 0, "guided-", ("--guidance", "2"))
+    short = f"--steps {config.short_steps}"
+    jobs += run_jobs(config, HALVES, 0, "short-", short)
+    jobs += run_jobs(config, ("grpo", "eggrpo"), 0, "guided-", f"{short} --guidance 2")
+    jobs += run_jobs(config, ("top-entropy",), 0, "short-", short)
+    jobs += run_jobs(config, HALVES, 1, "short-", short)
     return jobs
 
 

@@ -19,19 +19,25 @@ NAMES = {
     "base": "base + plan",
     "grpo": "GRPO",
     "eggrpo": "EG-GRPO",
-    "guided-grpo": "GRPO, guidance 2",
-    "guided-eggrpo": "EG-GRPO, guidance 2",
+}
+PREFIXES = {  # of variants that are compared with a GRPO of their own
+    "short-": "fewer steps",
+    "guided-": "fewer steps, guidance 2",
 }
 
 
 def label(variant):
     """Name a variant in tables and figures."""
+    for prefix, remark in PREFIXES.items():
+        if variant.startswith(prefix):
+            return f"{label(variant.removeprefix(prefix))}, {remark}"
     return NAMES.get(variant, f"`{variant}`")
 
 
 def counterpart(variant):
     """Name the variant of GRPO that a variant is compared with."""
-    return "guided-grpo" if variant.startswith("guided-") else "grpo"
+    prefix = next((p for p in PREFIXES if variant.startswith(p)), "")
+    return f"{prefix}grpo"
 
 
 def show(x, signed=False):
