@@ -102,8 +102,12 @@ def parse(config_class, presets, description, argv=None, methods=None):
         options = dict(type=field.type, choices=choices.get(field.name))
         if field.type is bool:
             options = dict(action=argparse.BooleanOptionalAction)
+        name = flag(field.name)
+        if field.name == "prompt":  # of sample.py: before or after the flags
+            name = field.name
+            options["nargs"] = "?"
         help = f"default {field.default!r}"
-        parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=help, **options)
+        parser.add_argument(name, default=argparse.SUPPRESS, help=help, **options)
     given = vars(parser.parse_args(argv))
     values = dict(presets[given.get("preset", config_class.preset)])
     if methods:
@@ -164,12 +168,6 @@ def generator(*key):
     """Return a CPU generator seeded by a key such as (seed, "rollout", step) and nothing else."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-
-
-def check_finite(terms):
-    """Raise UserError unless all terms, {name: float}, are finite."""
-    for name, value in terms.items():
-        check(math.isfinite(value), f"{name} is {value}: lower --lr")
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -295,6 +293,11 @@ class Run:
                 file.write(json.dumps(to_jsonable(values)) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self.log_path}: {error.strerror}") from None
+
+    def check_finite(self, step, terms):
+        """Raise UserError unless all terms of a step, {name: float}, are finite."""
+        for name, value in terms.items():
+            check(math.isfinite(value), f"step {step}: {name} is {value}: {self.advice()}")
 
     def save(self, step, model, optimizer, **more):
         """Write the checkpoint after the first step, every save_every steps and after the last."""

@@ -278,6 +278,7 @@ def sample_token(logits, noise):
     # the last millionth is left out, or rounding could land beyond the last possible token
     threshold = noise[:, None] * cumulative[:, -1:] * (1 - 1e-6)
     token = torch.searchsorted(cumulative, threshold, right=True)  # (B, 1)
+    token = token.clamp(max=logits.shape[-1] - 1)  # of NaN logits, if a run has diverged
     return token[:, 0], logp.gather(-1, token)[:, 0], normalized_entropy(logp)
 
 

@@ -156,7 +156,7 @@ def make_policy(config, world, codebook):
 
 def update(policy, optimizer, prompt, plan, codes, micro_batch):
     """Make one step of maximum likelihood. Returns plan_nll and image_nll, nats per token, and
-    grad_norm. Raises UserError, the weights unchanged, if one of them is not finite."""
+    grad_norm."""
     plan_tokens = (plan != PAD).sum().clamp(min=1)  # of all micro-batches
     plan_nlls, image_nlls = [], []
     for rows in torch.arange(len(plan), device=plan.device).split(micro_batch):
@@ -170,7 +170,6 @@ def update(policy, optimizer, prompt, plan, codes, micro_batch):
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
     values = torch.stack([torch.stack(plan_nlls).sum(), torch.stack(image_nlls).sum(), norm])
     terms = dict(zip(("plan_nll", "image_nll", "grad_norm"), values.tolist()))
-    common.check_finite(terms)
     optimizer.step()
     optimizer.zero_grad()
     return terms
@@ -210,6 +209,7 @@ def main(argv=None):
         optimizer.param_groups[0]["lr"] = config.lr * warm_up * (0.55 + 0.45 * cosine)
         batch = training_batch(corpus, config, step, device)
         terms = update(policy, optimizer, *batch, config.micro_batch)
+        run.check_finite(step, terms)
         if step % 20 == 0 or step + 1 == config.steps:
             run.log(step=step, **terms)
             bar.set_postfix({name: f"{value:.2f}" for name, value in terms.items()})

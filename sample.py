@@ -7,7 +7,6 @@
 """
 
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from scenes import WORLDS, decode_words, encode_words
 
 @dataclass(frozen=True)
 class Config(common.BaseConfig):
+    prompt: str = ""
     policy: str = ""  # a policy.pt, or "base"; default: <out>/<preset>/eggrpo-0/policy.pt
     number: int = 4  # plans and images
     guidance: float = -1.0  # classifier-free guidance weight; -1: as the policy was trained
@@ -37,11 +37,9 @@ def file_name(prompt, seed):
 
 
 def main(argv=None):
-    argv = list(sys.argv[1:] if argv is None else argv)
-    prompt = argv.pop(0) if argv and not argv[0].startswith("-") else ""
     config = common.parse(Config, {name: {} for name in WORLDS}, __doc__, argv)
     world = WORLDS[config.preset]
-    prompts = torch.tensor([encode_words(prompt, world.prompt_slots)])
+    prompts = torch.tensor([encode_words(config.prompt, world.prompt_slots)])
     device = common.pick_device(config.device)
     env = load_env(config, device)
     policy, made_from = load_base(config, env)
@@ -60,7 +58,7 @@ def main(argv=None):
     plans = [decode_words(plan) or "(no plan)" for plan in rollout.plan]
     print("\n".join(plans))
     folder = Path(config.out) / config.preset / "samples"
-    path = folder / file_name(prompt, config.seed)
+    path = folder / file_name(config.prompt, config.seed)
     save_image(gallery([images], plans), path)
     print(f"image: {path}")
 

@@ -134,7 +134,8 @@ def test_train_sh_refuses_what_it_does_not_know_before_the_first_stage(tmp_path)
 
 
 def test_sample_draws_what_is_typed(out, capsys):
-    printed = run("bash", "train.sh", "sample", PROMPT, "--preset", "smoke", "--out", out[0])
+    flags = ("--preset", "smoke", "--out", out[0])
+    printed = run("bash", "train.sh", "sample", *flags, PROMPT)  # call() gives the prompt first
     path = out[0] / "smoke" / "samples" / "a-red-circle-and-a-blue-square.png"
     assert path.exists() and "image:" in printed
     call(sample, out[0], "--policy base --no-plan --number 2")
@@ -217,6 +218,18 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_never_was(stage, monkeypatch):
     assert whole[1:] == again[1:] and len(whole[1]) > 1
     weights = whole[0]["model"]
     assert all(torch.equal(weights[name], x) for name, x in again[0]["model"].items())
+
+
+@pytest.mark.parametrize("stage", STAGES, indirect=True)
+def test_a_run_that_diverges_is_stopped_with_the_step_and_what_was_saved(stage, monkeypatch):
+    """The first step moves the weights to where the second is not finite."""
+    vary = lambda images, detections, targets: images.flatten(1).mean(1) * 1e4 % 1
+    monkeypatch.setitem(rewards.REWARDS, "vary", vary)  # images of the smoke preset all score 0
+    words = r"step 1: \w+ is (inf|nan): lower --lr, .*; last checkpoint: .*/(\w+).pt"
+    with pytest.raises(UserError, match=words) as stop:
+        stage("out", "--lr 1e9")
+    path = str(stop.value).rpartition(": ")[2]
+    assert common.load_checkpoint(path, "")["step"] == 1
 
 
 @pytest.mark.parametrize("stage", ["eggrpo"], indirect=True)

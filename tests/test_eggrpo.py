@@ -18,7 +18,7 @@ from eggrpo import (
     Config,
     bonus_coefficient,
     bonus_stats,
-    check_stats,
+    check_one_policy,
     entropy_masks,
     group_advantages,
     method_advantages,
@@ -449,18 +449,12 @@ def test_a_policy_overfits_one_reward(world, env, monkeypatch):
 
 
 def test_bad_numbers_are_named_and_leave_the_weights_alone(step, monkeypatch):
-    """A poisoned log-prob, a poisoned reward, a sampler that is not the learner."""
+    """A sampler that is not the learner, a poisoned reward."""
     before = [p.clone() for p in step.policy.parameters()]
-    off_by = lambda x: lambda *arguments: score(*arguments) + x
-    for function, value, words in (
-        ("score", off_by(math.nan), "loss is nan: lower --lr"),
-        ("score", off_by(0.01), "not the same policy"),
-        ("group_advantages", lambda r: torch.full_like(r, math.inf), "lambda is nan"),
-    ):
-        with monkeypatch.context() as patch, pytest.raises(UserError, match=words):
-            patch.setattr(eggrpo, function, value)
-            step()
-        step.policy.zero_grad()
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="not the same policy"):
+        patch.setattr(eggrpo, "score", lambda *arguments: score(*arguments) + 0.01)
+        step()
+    step.policy.zero_grad()
     with pytest.raises(UserError, match="reward functions in rewards.REWARDS"):
         step(CONFIG, torch.full((8,), math.nan))
     assert equal(before, step.policy.parameters())
@@ -565,8 +559,7 @@ def test_a_sampler_that_is_not_the_learner_stops_the_run():
     a sound run grows with the logits."""
     device = torch.device("cpu")
     bound = LOGP_DIFF_BOUND[torch.float32]
-    check_stats(dict(logp_diff_mean=0.5 * bound, logp_diff_max=1e6 * bound), Config(), device)
-    twice = dict(logp_diff_mean=2 * bound)
-    check_stats(twice, Config(guidance=3.0), device)
+    check_one_policy(0.5 * bound, Config(), device)
+    check_one_policy(2 * bound, Config(guidance=3.0), device)
     with pytest.raises(UserError, match="logp_diff_mean.*not the same policy"):
-        check_stats(twice, Config(), device)
+        check_one_policy(2 * bound, Config(), device)

@@ -96,15 +96,13 @@ def ceiling(model, world, device, number, seed=0):
 
 
 def update(model, optimizer, images, config, step, generator):
-    """Make one step on images (B, 3, h, w) in [0, 1]. Returns terms to log and codes. Raises
-    UserError, the weights unchanged, if a term is not finite."""
+    """Make one step on images (B, 3, h, w) in [0, 1]. Returns terms to log, and codes."""
     error, commitment, features, codes = loss_terms(model, images, config.paint_weight)
     # 20 brings an error of squared [0, 1] pixels to the commitment's size
     (20 * error + config.commitment * commitment).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     values = torch.stack([error, commitment, norm]).tolist()
     terms = dict(zip(("error", "commitment", "grad_norm"), values))
-    common.check_finite(terms)
     optimizer.step()
     optimizer.zero_grad()
     model.quantizer.update(features, codes)
@@ -150,6 +148,7 @@ def main(argv=None):
         rate = config.lr * min((step + 1) / 50, 1 - step / config.steps)
         optimizer.param_groups[0]["lr"] = rate
         terms, codes = update(model, optimizer, batch, config, step, generator)
+        run.check_finite(step, terms)
         last = step + 1 == config.steps
         if step % 20 == 0 or last:
             terms["codes_in_use"] = len(codes.unique())
