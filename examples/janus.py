@@ -45,6 +45,7 @@ from eggrpo import (
 from janus_setup import (
     call_reward,
     check,
+    check_out,
     generator,
     load_policy,
     load_reward,
@@ -309,7 +310,10 @@ def train_step(policy, optimizer, reward, prompts, config, step):
 def main(argv=None):
     config = parse_flags(argv, __doc__)
     prompts = read_prompts(config)
+    check_out(config)
     reward = load_reward(config)
+    some = prompts(0)[:1] * 2
+    call_reward(reward, torch.rand(2, 3, 384, 384, device=config.device), some)  # before minutes
     policy = load_policy(config)
     optimizer = torch.optim.AdamW(
         trained_weights(policy.model).values(),

@@ -152,8 +152,11 @@ def parse_flags(argv, description):
 
 def read_prompts(config):
     """Return a function: step -> P prompts. Each epoch has its own order, given by the seed."""
-    lines = Path(config.prompts).read_text(encoding="utf-8", errors="replace").splitlines()
-    prompts = [line.strip() for line in lines if line.strip()]
+    try:
+        text = Path(config.prompts).read_text(encoding="utf-8-sig")  # with or without a mark
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {config.prompts}: not UTF-8 ({error})") from None
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
     check(prompts, f"--prompts {config.prompts}: no prompt in it; one per line")
 
     def of_step(step):
@@ -301,8 +304,14 @@ def load_reward(config):
 
 @torch.no_grad()
 def call_reward(reward, images, prompts):
-    """Return rewards (B,), float32. Raises UserError if the shape is wrong or one is not finite."""
-    rewards = torch.as_tensor(reward(images, prompts), dtype=torch.float32, device=images.device)
+    """Return rewards (B,), float32. Raises UserError if they are no numbers, the shape is wrong or
+    one is not finite."""
+    value = reward(images, prompts)
+    try:
+        rewards = torch.as_tensor(value, dtype=torch.float32, device=images.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        message = f"the reward returned a {type(value).__name__}, not one number per image"
+        raise UserError(f"{message}: {error}") from None
     check(
         rewards.shape == (len(prompts),),
         f"the reward returned shape {tuple(rewards.shape)}, "
@@ -354,6 +363,19 @@ def restore(policy, optimizer, config):
         weight.data.copy_(saved["weights"][name])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"]
+
+
+def check_out(config):
+    """Raise UserError if --out holds the log of a run with other settings."""
+    path = Path(config.out) / "log.jsonl"
+    if not path.exists():
+        return
+    try:
+        of_log = json.loads(path.read_text().split("\n")[0])["config"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not a log of this command: choose another --out") from None
+    changed = [name for name, value in settings(config).items() if of_log.get(name) != value]
+    check(not changed, f"{path} is of another --{', --'.join(changed)}: choose another --out")
 
 
 def start_log(config, first):

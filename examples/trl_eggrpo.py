@@ -9,7 +9,8 @@ start several processes with accelerate or torchrun. The batch that lambda is ca
 TRL's generation batch, of all processes: per_device_train_batch_size * steps_per_generation rows of
 each. low_frac=0 is the stock trainer, bit for bit (loss_type="grpo", also with gradient
 accumulation, LoRA, num_iterations=2 and gradient checkpointing). Other losses are refused: the
-bonus is calibrated for a mean over sequences of means over tokens. Truncated samplers are refused:
+bonus is calibrated for a mean over sequences of means over tokens. So is importance sampling by
+sequence, which averages over the tokens that are to be told apart. Truncated samplers are refused:
 entropies must be those of the distribution sampled from.
 
 Estimates, not measurements: memory is GRPOTrainer's; time is one more forward pass per generation
@@ -73,6 +74,9 @@ class EGGRPOTrainer(GRPOTrainer):
                 f"loss_type={self.args.loss_type!r}: EG-GRPO's bonus is calibrated for a mean over "
                 "sequences of means over tokens; set loss_type='grpo'"
             )
+        level = self.args.importance_sampling_level
+        if level != "token":
+            raise ValueError(f"importance_sampling_level={level!r}: EG-GRPO needs 'token'")
         if self.args.off_policy_mask_threshold is not None:
             raise ValueError("off_policy_mask_threshold: EG-GRPO needs all sequences in the loss")
 

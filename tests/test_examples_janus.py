@@ -27,6 +27,7 @@ from janus_setup import (
     call_reward,
     load_policy,  # noqa: E402
     load_reward,
+    read_prompts,
     run,
     trained_weights,
 )
@@ -47,6 +48,8 @@ def files(tmp_path_factory):
     (folder / "redness.py").write_text(
         "def redness(images, prompts):\n    return images[:, 0].mean((1, 2))\n\n"
         "def wrong(images, prompts):\n    return images[:, 0].mean()\n\n"
+        "def none(images, prompts):\n    pass\n\n"
+        "def words(images, prompts):\n    return prompts\n\n"
         "def nan(images, prompts):\n    return images[:, 0].mean((1, 2)) * float('nan')\n"
     )
     return folder
@@ -504,9 +507,12 @@ BAD = {
     "reward_missing": (dict(reward="nowhere"), "--reward nowhere"),
     "reward_no_file": (dict(reward="nowhere.py:f"), "nowhere.py"),
     "reward_no_function": (lambda f: dict(reward=f"{f}/redness.py:blue"), "no function 'blue'"),
-    "reward_shape": (lambda f: dict(reward=f"{f}/redness.py:wrong"), "returned shape (), not (6,)"),
+    "reward_shape": (lambda f: dict(reward=f"{f}/redness.py:wrong"), "returned shape (), not (2,)"),
+    "reward_none": (lambda f: dict(reward=f"{f}/redness.py:none"), "returned a NoneType, not one"),
+    "reward_words": (lambda f: dict(reward=f"{f}/redness.py:words"), "returned a list, not one"),
     "reward_nan": (lambda f: dict(reward=f"{f}/redness.py:nan"), "NaN"),
     "prompts_missing": (dict(prompts="nowhere.txt"), "nowhere.txt"),
+    "prompts_latin1": (lambda f: dict(prompts=f / "latin1.txt"), "latin1.txt: not UTF-8"),
     "prompts_empty": (lambda f: dict(prompts=f / "empty.txt"), "no prompt in it"),
     "group_of_one": (dict(group_size=1), "--group-size 1: must be at least 2"),
     "fractions": (dict(low_frac=0.8), "at most 1"),
@@ -518,10 +524,11 @@ BAD = {
 
 @pytest.fixture(scope="module")
 def spoilt(files):
-    """Adds to `files`: an empty prompts file, and copies of the model with one defect each."""
+    """Adds to `files`: bad prompts files, and copies of the model with one defect each."""
     from safetensors.torch import load_file, save_file
 
     (files / "empty.txt").write_text("\n \n")
+    (files / "latin1.txt").write_bytes("a café".encode("latin1"))
     for name in ("broken", "incomplete", "spaceless"):
         shutil.copytree(files / "janus", files / name)
     weights = files / "broken/model.safetensors"
@@ -554,7 +561,30 @@ def test_another_setting_does_not_resume(files, tmp_path, capsys):
     janus.main(flags(files, tmp_path, steps=1))
     with pytest.raises(SystemExit):
         run(lambda: janus.main(flags(files, tmp_path, steps=2, beta=0.5)))
+    assert "is of another --beta" in capsys.readouterr().err
+    (tmp_path / "log.jsonl").unlink()
+    with pytest.raises(SystemExit):
+        run(lambda: janus.main(flags(files, tmp_path, steps=2, beta=0.5)))
     assert "was made with another --beta" in capsys.readouterr().err
+
+
+def test_another_run_does_not_write_into_the_same_folder(files, tmp_path, capsys):
+    """Its log is there from the start, its checkpoint only after the first step."""
+    janus.main(flags(files, tmp_path, steps=1))
+    (tmp_path / "policy.pt").unlink()
+    before = (tmp_path / "log.jsonl").read_text()
+    with pytest.raises(SystemExit):
+        run(lambda: janus.main(flags(files, tmp_path, seed=7)))
+    assert "log.jsonl is of another --seed: choose another --out" in capsys.readouterr().err
+    assert (tmp_path / "log.jsonl").read_text() == before
+
+
+def test_prompts_are_lines_of_utf8_with_or_without_a_mark(files, tmp_path):
+    """Split at line ends only: U+2028 and form feeds stay inside of a prompt."""
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa caf\u00e9\r\na\u2028b\x0cc\n".encode())
+    of_step = read_prompts(make_config(files, prompts=str(path), prompts_per_step=2))
+    assert sorted(of_step(0)) == ["a caf\u00e9", "a\u2028b\x0cc"]
 
 
 def test_help_names_every_flag(capsys):

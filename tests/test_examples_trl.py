@@ -40,6 +40,7 @@ TRUNCATED = [
     dict(repetition_penalty=1.1),
     dict(generation_kwargs=dict(temperature=2.0)),
     dict(loss_type="dapo"),
+    dict(importance_sampling_level="sequence"),
     dict(shipped=dict(typical_p=0.5)),
 ]
 
@@ -257,6 +258,7 @@ def test_truncated_samplers_are_refused(tmp_path):
         "repetition_penalty",
         "temperature",
         "loss_type",
+        "importance_sampling_level",
         "typical_p",
     ]
 
