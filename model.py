@@ -51,10 +51,12 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, n, D/heads) each
         if cache is not None:
             copies = cache.view(2, b, -1, self.heads, *cache.shape[2:])  # (2, P, G, heads, N, ...)
-            copies[:, :, :, :, :n] = torch.stack([k, v])[:, :, None]
+            keys_values = torch.stack([k, v])  # (2, P, heads, n, D/heads)
+            copies[..., :n, :] = keys_values[:, :, None]
         attended = F.scaled_dot_product_attention(q, k, v, mask)
         x = x + self.proj(attended.transpose(1, 2).reshape(b, n, d))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        hidden = self.up(self.norm2(x))
+        return x + self.down(F.gelu(hidden))
 
     def step(self, x, bias, cache, slot):
         """Process one slot.
@@ -64,14 +66,16 @@ class Block(nn.Module):
         """
         b, d = x.shape
         qkv = self.qkv(self.norm1(x)).view(b, 3, self.heads, -1)
-        cache.view(2, b, self.heads, *cache.shape[2:])[:, :, :, slot] = qkv[:, 1:].transpose(0, 1)
+        keys_values = qkv[:, 1:].transpose(0, 1)  # (2, B, heads, D/heads)
+        cache[:, :, slot] = keys_values.flatten(1, 2)
         q = qkv[:, 0].reshape(b * self.heads, 1, -1)
         k, v = cache[:, :, : slot + 1]  # (B * heads, slot + 1, D/heads)
         scale = q.shape[-1] ** -0.5
         scores = torch.baddbmm(bias[..., : slot + 1], q, k.transpose(1, 2), alpha=scale)
         attended = torch.bmm(scores.softmax(-1), v)
         x = x + self.proj(attended.view(b, d))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        hidden = self.up(self.norm2(x))
+        return x + self.down(F.gelu(hidden))
 
 
 class Policy(nn.Module):
@@ -182,9 +186,12 @@ class Policy(nn.Module):
         """Compute all slots of prompts (B, S), plans (B, C) and codes (B, L) at once. Returns raw
         logits of plan words from END on (B, C, V) and of codes (B, L, V)."""
         words = self.concat_words(prompt, plan)
-        x = torch.cat([self.embed_words(words), self.embed_codes(codes[:, :-1])], 1)
+        embedded_words = self.embed_words(words)
+        embedded_codes = self.embed_codes(codes[:, :-1])
+        x = torch.cat([embedded_words, embedded_codes], 1)
         x = x + self.position_embeddings()  # (B, N, D)
-        mask = causal_mask(F.pad(words != PAD, (0, self.L - 1), value=True))  # (B, 1, N, N)
+        keep = F.pad(words != PAD, (0, self.L - 1), value=True)  # (B, N)
+        mask = causal_mask(keep)  # (B, 1, N, N)
         for block in self.blocks:
             x = block(x, mask)
         x = self.norm(x)
@@ -236,9 +243,10 @@ def score(policy, prompt, plan, codes, guidance=1.0):
     from one pass over all slots."""
     words, image = forward_logits(policy, prompt, plan, codes, guidance)
     word = (plan - END).clamp(min=0)
-    word_logp = words.log_softmax(-1).gather(-1, word[..., None])[..., 0] * (plan != PAD)
-    code_logp = image.log_softmax(-1).gather(-1, codes[..., None])[..., 0]
-    return torch.cat([word_logp, code_logp], 1)
+    word_logp = words.log_softmax(-1).gather(-1, word[..., None])  # (B, C, 1)
+    code_logp = image.log_softmax(-1).gather(-1, codes[..., None])  # (B, L, 1)
+    word_logp = word_logp[..., 0] * (plan != PAD)
+    return torch.cat([word_logp, code_logp[..., 0]], 1)
 
 
 def normalized_entropy(logp):
@@ -279,7 +287,8 @@ def sample_token(logits, noise):
     threshold = noise[:, None] * cumulative[:, -1:] * (1 - 1e-6)
     token = torch.searchsorted(cumulative, threshold, right=True)  # (B, 1)
     token = token.clamp(max=logits.shape[-1] - 1)  # of NaN logits, if a run has diverged
-    return token[:, 0], logp.gather(-1, token)[:, 0], normalized_entropy(logp)
+    token_logp = logp.gather(-1, token)
+    return token[:, 0], token_logp[:, 0], normalized_entropy(logp)
 
 
 class Decoder:
@@ -297,7 +306,8 @@ class Decoder:
         self.batch = batch
         self.positions = policy.position_embeddings()
         self.cache = [torch.empty(size, dtype=dtype, device=device) for _ in policy.blocks]
-        self.bias = torch.zeros(batch, heads, policy.slots, device=device)
+        # in the network's type, or autocast would convert it in every layer of every slot
+        self.bias = torch.zeros(batch, heads, policy.slots, dtype=dtype, device=device)
 
     def prefill(self, words):
         """Feed the first n slots at once. words: (P, n), each row of which B / P sequences share."""
@@ -325,7 +335,8 @@ class Decoder:
         """word: (B,); later slots do not attend to PAD."""
         self.words = torch.cat([self.words, word[:, None]], 1)
         self.bias[..., self.slot].masked_fill_((word == PAD)[:, None], float("-inf"))
-        self.feed(self.policy.embed_words(self.words[:, -KERNEL_SIZE:])[:, -1])
+        recent = self.words[:, -KERNEL_SIZE:]  # what the convolution sees
+        self.feed(self.policy.embed_words(recent)[:, -1])
 
     def feed_code(self, code):
         self.feed(self.policy.embed_codes(code))
@@ -344,7 +355,8 @@ def generate(policy, prompt, noise, guidance=1.0, no_plan=False):
     codes = prompt.new_zeros(batch, policy.L)
     logp = torch.zeros_like(noise)
     entropy = torch.zeros_like(noise)
-    words = policy.concat_words(prompt, prompt.new_full((len(prompt), policy.C), PAD))
+    no_plans = prompt.new_full((len(prompt), policy.C), PAD)
+    words = policy.concat_words(prompt, no_plans)
     with precision(device):
         decoder = Decoder(policy, batch, device)
         if no_plan:
@@ -363,9 +375,10 @@ def generate(policy, prompt, noise, guidance=1.0, no_plan=False):
             decoder.feed_word(torch.full_like(plan[:, 0], IMAGE))
         empty = None
         if guidance != 1.0:
-            nothing = torch.full_like(words[:1], PAD)
+            no_prompt = prompt.new_full((1, policy.S), PAD)
+            no_words = prompt.new_full((1, policy.C), PAD)
             empty = Decoder(policy, batch, device)
-            empty.prefill(policy.concat_words(nothing[:, : policy.S], nothing[:, : policy.C]))
+            empty.prefill(policy.concat_words(no_prompt, no_words))
         for j in range(policy.L):
             raw = policy.code_logits(decoder.hidden)
             raw_empty = policy.code_logits(empty.hidden) if empty else None
@@ -377,5 +390,6 @@ def generate(policy, prompt, noise, guidance=1.0, no_plan=False):
                 if empty:
                     empty.feed_code(codes[:, j])
     prompt = prompt.repeat_interleave(batch // len(prompt), 0)
-    valid = torch.cat([plan != PAD, torch.ones_like(codes, dtype=torch.bool)], 1)
+    every_code = torch.ones_like(codes, dtype=torch.bool)
+    valid = torch.cat([plan != PAD, every_code], 1)
     return Rollout(prompt, plan, codes, logp, entropy, valid)
