@@ -126,15 +126,41 @@ def command_for(script, config):
 # --- device and random streams --------------------------------------------------------------------
 
 
+OTHER_BUILD = (
+    "update the driver, or install a build for older drivers and cards by `pip install "
+    "--force-reinstall torch --index-url https://download.pytorch.org/whl/cu126`"
+)
+
+
+def unusable_gpu():
+    """Name an NVIDIA GPU that this torch cannot use, or return ""."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden or torch.cuda.is_available():
+        return ""
+    command = ["nvidia-smi", "--list-gpus"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return listed.splitlines()[0] if listed.startswith("GPU") else ""
+
+
 def pick_device(name="auto"):
-    """Choose the device and print it: CUDA if available, another only if asked for."""
+    """Choose the device and print it: CUDA if available, another only if asked for. Raises UserError
+    if the device cannot be used, or if there is a GPU that torch would leave idle."""
     if name == "auto":
+        gpu = unusable_gpu()
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        problem = f"torch {torch.__version__}, built {built}, cannot use {gpu}"
+        check(not gpu, f"{problem}: {OTHER_BUILD}; or use --device cpu")
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # some device types cannot hold values
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
+        if "no kernel image" in reason:  # the card is older than this build supports
+            reason = f"{reason}: {OTHER_BUILD}"
         raise UserError(f"--device {name}: cannot be used ({reason}); try --device cpu") from None
     if device.type == "cuda":
         set_up_cuda(device)
@@ -151,6 +177,7 @@ def set_up_cuda(device):
     # log-probs are to be those that the tests check on a CPU; the large products are bf16 anyway.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums in float32
     # From torch 2.11 cuDNN attention is preferred on Hopper and Blackwell. With a mask it returns
     # NaN gradients for some lengths (pytorch issue 196678); the other kernels do not.
     torch.backends.cuda.enable_cudnn_sdp(False)

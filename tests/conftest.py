@@ -13,6 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, he
 
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that torch cannot use stops commands, not tests
+
 import common
 from evaluate import Env
 from model import Policy

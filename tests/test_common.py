@@ -1,6 +1,8 @@
 """Shared helpers: flags, errors in one line, streams, checkpoints, the log."""
 
 import json
+import os
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -93,6 +95,22 @@ def test_a_bug_keeps_its_traceback():
 def test_a_device_that_cannot_hold_a_number_is_refused(name):
     with pytest.raises(UserError, match="cannot be used.*try --device cpu"):
         common.pick_device(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU")
+def test_a_gpu_that_torch_would_leave_idle_stops_the_run(tmp_path, monkeypatch, capsys):
+    """A driver that is too old makes is_available() False: days on the CPU, without a word."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU 0: Tesla V100 (UUID: GPU-1)'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert common.pick_device().type == "cpu"  # hidden by CUDA_VISIBLE_DEVICES: see conftest.py
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    words = "cannot use GPU 0: Tesla V100.*pip install.*cu126.*--device cpu"
+    assert re.search(words, one_line(capsys, 2, common.pick_device))
+    assert common.pick_device("cpu").type == "cpu"
+    smi.write_text("#!/bin/sh\necho 'No devices were found'; exit 6\n")
+    assert common.pick_device().type == "cpu"
 
 
 @pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
