@@ -19,11 +19,10 @@ from pathlib import Path
 import numpy as np
 
 import common
-from lab import figures
+from lab import figures, study
 from lab.stats import bootstrap_mean, correlate, mean_t_ci, paired_difference, within
-from lab.study import MAIN, read_lines
 from lab.tables import FELL, FOUND, SCORES, SETTINGS, counterpart, report
-from scenes import WORLDS
+from scenes import RARE_PAIRS, WORLDS
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,20 @@ MEASURES = {  # of a run
     "exact": lambda run: run["scores"]["eval"]["exact"],
     "rare exact": lambda run: run["scores"]["rare"]["exact"],
     "rare exact over training": area,
+    "vendi": lambda run: run["scores"]["diversity"]["vendi"],
+    "reward std": lambda run: run["scores"]["diversity"]["reward_std"],  # within a prompt
     "plan entropy": lambda run: run["end"]["plan_entropy"],  # of the last ten steps
     "image entropy": lambda run: run["end"]["image_entropy"],
+    "KL": lambda run: run["end"]["kl"],
+    "lambda": lambda run: run["end"]["lambda"],
+    "turned signs": lambda run: run["end"]["turned_signs"],
+}
+OF_POLICIES = [*SCORES, "vendi", "reward std"]  # measures of base policies too
+
+
+INTERACTIONS = {
+    "text x image": ("eggrpo-text", "eggrpo-image"),
+    "exclude x bonus": ("exclude", "bonus"),
 }
 
 
@@ -73,14 +84,8 @@ def describe_variant(runs, grpo):
     found = dict(runs=len(runs), bases=len({base for base, _ in runs}))
     found["categories"] = describe_groups(runs, "eval", "categories")
     found["rare_pairs"] = describe_groups(runs, "rare", "rare_pairs")
-    pairs = []
-    for run in runs.values():
-        pairs += [pair["exact"] for pair in run["scores"]["rare"]["rare_pairs"].values()]
-    found["pairs"] = len(pairs)
-    found["pairs_found"] = sum(exact > FOUND for exact in pairs)
-
     trained = all("curve" in run for run in runs.values())  # else these are base policies
-    names = list(MEASURES) if trained else SCORES
+    names = list(MEASURES) if trained else OF_POLICIES
     found["measures"] = {}
     found["differences"] = {}
     for name in names:
@@ -91,6 +96,66 @@ def describe_variant(runs, grpo):
             found["differences"][name] = paired_difference(values, others)
     if trained:
         found |= describe_training(runs)
+        found["discovery"] = describe_discovery(runs)
+        found["gradient"] = describe_gradient(runs)
+    return found
+
+
+def step_found(curve, pair):
+    """Return the step of the second of two evaluations in succession in which a rare pair is above
+    FOUND, or None."""
+    above = [point["rare_exact_by_pair"][pair] > FOUND for point in curve]
+    for i in range(1, len(curve)):
+        if above[i - 1] and above[i]:
+            return curve[i]["step"]
+    return None
+
+
+def describe_discovery(runs):
+    """Describe by a rare pair's frequency in the corpus: exact, with its interval over runs; how
+    many of the pairs were found in training, and after how many steps in the mean."""
+    by_frequency = {}
+    for pair, frequency in RARE_PAIRS.items():
+        by_frequency.setdefault(frequency, []).append(" ".join(pair))
+    discovery = {}
+    for frequency, pairs in by_frequency.items():
+        exact = []
+        steps = []
+        for run in runs.values():
+            scores = run["scores"]["rare"]["rare_pairs"]
+            exact.append(np.mean([scores[pair]["exact"] for pair in pairs]))
+            steps += [step_found(run["curve"], pair) for pair in pairs]
+        found = [step for step in steps if step is not None]
+        discovery[f"{frequency:.1%}"] = dict(
+            exact=mean_t_ci(exact),
+            found=len(found),
+            of=len(steps),
+            step=float(np.mean(found)) if found else None,
+        )
+    return discovery
+
+
+def describe_gradient(runs):
+    """Average the parts of the gradient over the runs in which they were measured."""
+    parts = {}
+    for run in runs.values():
+        for name, size in run["scores"].get("gradient", {}).items():
+            parts.setdefault(name, []).append(size)
+    return {name: mean_t_ci(sizes) for name, sizes in parts.items()}
+
+
+def describe_interactions(runs):
+    """Interactions of the halves of the method: both - one - other + neither, paired by base policy
+    and number. Returns {name: {measure: difference}}."""
+    found = {}
+    for name, (one, other) in INTERACTIONS.items():
+        variants = [runs.get(f"short-{method}", {}) for method in ("eggrpo", one, other, "grpo")]
+        for measure_name in SCORES:
+            both, first, second, neither = (measure(v, MEASURES[measure_name]) for v in variants)
+            keys = both.keys() & first.keys() & second.keys() & neither.keys()
+            together = {key: both[key] + neither[key] for key in keys}
+            apart = {key: first[key] + second[key] for key in keys}
+            found.setdefault(name, {})[measure_name] = paired_difference(together, apart)
     return found
 
 
@@ -199,7 +264,7 @@ def read_runs(folder):
     """Read runs.jsonl. Returns {variant: {(base, number): run}}."""
     runs = {}
     path = folder / "runs.jsonl"
-    for run in read_lines(path) if path.exists() else []:
+    for run in study.read_lines(path) if path.exists() else []:
         runs.setdefault(run["variant"], {})[run["base"], run["number"]] = run
     return runs
 
@@ -210,8 +275,16 @@ def read_records(config):
     for name, setting in SETTINGS.items():
         pattern = f"base-*/{config.preset}/records/{name}.jsonl"
         for path in sorted(Path(config.out).glob(pattern)):
-            records.setdefault(setting, []).extend(read_lines(path))
+            records.setdefault(setting, []).extend(study.read_lines(path))
     return records
+
+
+def missing_jobs(config):
+    """List the jobs of the default study that have not been done."""
+    values = study.PRESETS[config.preset] | dict(preset=config.preset, out=config.out)
+    of_study = study.Config(**values)
+    jobs = study.plan(of_study)
+    return [job.name for job in jobs if not study.result_path(of_study, job).exists()]
 
 
 def analyze(runs, records, config):
@@ -222,15 +295,16 @@ def analyze(runs, records, config):
         variants[name] = describe_variant(own, runs.get(other) if other != name else None)
     return dict(
         variants=variants,
+        interactions=describe_interactions(runs),
         correlations={s: describe_correlations(rows, config) for s, rows in records.items()},
         spread=describe_spread(records, config),
     )
 
 
-def draw_figures(folder, study, records):
+def draw_figures(folder, numbers, records):
     """Draw every figure that the study has the data for."""
-    variants = study["variants"]
-    main = {name: variants[name] for name in MAIN if name in variants}
+    variants = numbers["variants"]
+    main = {name: variants[name] for name in study.MAIN if name in variants}
     compared = {name: numbers for name, numbers in variants.items() if numbers["differences"]}
     if main:
         figures.draw_curves(folder / "curves.png", main)
@@ -248,15 +322,21 @@ def main(argv=None):
     records = read_records(config)
     command = common.command_for("lab.study", config)
     common.check(runs or records, f"no study in {folder}: make it by `{command}`")
-    study = analyze(runs, records, config)
-    content = json.dumps(common.to_jsonable(study), indent=1)
-    study = json.loads(content)  # rounded, so that the tables are those of the file
-    tables = report(study)
+    numbers = analyze(runs, records, config)
+    content = json.dumps(common.to_jsonable(numbers), indent=1)
+    numbers = json.loads(content)  # rounded, so that the tables are those of the file
+    tables = report(numbers)
     common.write(folder / "study.json", f"{content}\n".encode())
     common.write(folder / "study.md", tables.encode())
     print(tables)
-    draw_figures(folder / "figures", study, records)
+    draw_figures(folder / "figures", numbers, records)
     print(f"figures: {folder / 'figures'}")
+    missing = missing_jobs(config)
+    if missing:
+        some = ", ".join(missing[:10])
+        print(
+            f"{len(missing)} jobs of the study are missing ({some} ...): make them by `{command}`"
+        )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ is balanced. A finished job is skipped, an interrupted one continues. On a CPU a
 are cores run at a time, one thread each, which is faster than all threads on one job.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -33,6 +34,7 @@ import eggrpo
 import pretrain
 import tiny_vq.train
 from evaluate import evaluate, load_base, load_env, load_run, summarize
+from lab.measure import diversity, gradient, scored_without_guidance
 from lab.records import record_rows
 from scenes import RARE_PAIRS, make_scene
 
@@ -42,6 +44,7 @@ MAIN = ("grpo", "eggrpo", "eggrpo-released")  # the default number of steps, sev
 HALVES = ("grpo", "eggrpo", "eggrpo-text", "eggrpo-image", "exclude", "bonus")
 BASES = {"base-no-plan": dict(no_plan=True), "base": {}}  # settings of a base policy
 RECORDED = (*BASES, "grpo-0", "eggrpo-0")
+MIXED = "mixed-"  # runs that sample with guidance and score without, as the paper's code does
 RECORD_SEED = 5000  # of the prompts that base policy 0 is recorded on; b more for base policy b
 
 
@@ -54,6 +57,9 @@ class Config(common.BaseConfig):
     eval_every: int = 25  # steps between evaluations in training
     eval_prompts: int = 600  # of each, per split: 100 for each rare pair
     prompts: int = 1200  # evaluation prompts per policy; half as many of rare pairs
+    diverse_prompts: int = 100  # whose images' diversity is measured
+    diverse_images: int = 10  # of each
+    gradient_batches: int = 4  # training batches whose gradient is split, for RECORDED runs
     per_category: int = 6  # prompts of each category that are recorded, per base policy
     plans: int = 8  # per recorded prompt (paper: 10)
     images: int = 8  # per plan (paper: 10)
@@ -69,6 +75,9 @@ PRESETS = {
         eval_every=2,
         eval_prompts=12,
         prompts=12,
+        diverse_prompts=2,
+        diverse_images=3,
+        gradient_batches=1,
         per_category=1,
         plans=2,
         images=2,
@@ -127,7 +136,8 @@ def plan(config):
         jobs += run_jobs(config, MAIN, number)
     short = f"--steps {config.short_steps}"
     jobs += run_jobs(config, HALVES, 0, "short-", short)
-    jobs += run_jobs(config, ("grpo", "eggrpo"), 0, "guided-", f"{short} --guidance 2")
+    for prefix in ("guided-", MIXED):
+        jobs += run_jobs(config, ("grpo", "eggrpo"), 0, prefix, f"{short} --guidance 2")
     jobs += run_jobs(config, ("top-entropy",), 0, "short-", short)
     jobs += run_jobs(config, HALVES, 1, "short-", short)
     return jobs
@@ -177,14 +187,20 @@ def do_base(config, job, flags):
     for name in BASES:
         env, policy, options = load(config, name)
         scored[name] = score(config, env, policy, **options)
+        scored[name]["diversity"] = diversity(env, policy, config, **options)
     return json.dumps(common.to_jsonable(scored), indent=1)
 
 
 def do_run(config, job, flags):
-    """Train a policy and score it."""
-    eggrpo.main([*flags, *job.flags, "--name", job.last])
+    """Train a policy, score it and measure it."""
+    regime = scored_without_guidance() if job.last.startswith(MIXED) else contextlib.nullcontext()
+    with regime:
+        eggrpo.main([*flags, *job.flags, "--name", job.last])
     env, policy, options = load(config, job.last)
     scored = score(config, env, policy, **options)
+    scored["diversity"] = diversity(env, policy, config, **options)
+    if job.last in RECORDED:
+        scored["gradient"] = gradient(env, policy, config)
     return json.dumps(common.to_jsonable(scored), indent=1)
 
 
@@ -253,11 +269,12 @@ def run_record(config, job):
     curve = []
     for record in log:
         if "eval_exact" in record:
-            point = {key: record[key] for key in ("eval_exact", "rare_exact")}
+            keys = ("eval_exact", "rare_exact", "rare_exact_by_pair")
+            point = {key: record[key] for key in keys}
             curve.append(dict(step=record["step"] + 1, **point))
     end = {}
     steps = [record for record in log if record["step"] >= 0]  # without the first evaluation
-    for key in ("plan_entropy", "image_entropy"):
+    for key in ("plan_entropy", "image_entropy", "kl", "lambda", "turned_signs"):
         values = [record[key] for record in steps[-10:]]
         end[key] = sum(values) / len(values)
     variant, _, number = job.last.rpartition("-")

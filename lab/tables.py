@@ -7,7 +7,7 @@ from evaluate import markdown_table
 
 SCORES = ("reward", "exact", "rare exact")
 FELL = 0.05  # of held-out exact, from its best evaluation in training to its last
-FOUND = 0.1  # exact of a rare pair, above which a run has found it
+FOUND = 0.3  # exact of a rare pair, above which in two evaluations a run has found it
 SETTINGS = {  # whose images are recorded
     "base-no-plan": "base, no plan",
     "base": "base + plan",
@@ -23,6 +23,7 @@ NAMES = {
 PREFIXES = {  # of variants that are compared with a GRPO of their own
     "short-": "fewer steps",
     "guided-": "fewer steps, guidance 2",
+    "mixed-": "fewer steps, sampled at guidance 2, scored at 1",
 }
 
 
@@ -81,6 +82,8 @@ def run_tables(variants):
     differences = {}
     categories = {}
     pairs = {}
+    discovery = {}
+    gradient = {}
     steps = {}
     stability = {}
     for variant, x in variants.items():
@@ -88,8 +91,7 @@ def run_tables(variants):
         numbers = {"runs": x["runs"], "base policies": x["bases"]}
         scores[name] = numbers | x["measures"]
         categories[name] = x["categories"]
-        found = f"{x['pairs_found']} of {x['pairs']}"
-        pairs[name] = x["rare_pairs"] | dict(found=found)
+        pairs[name] = x["rare_pairs"]
         if "fell" not in x:  # base policies
             continue
         steps[name] = {f"step {step}": ci for step, ci in x["rare_exact"].items()}
@@ -99,7 +101,14 @@ def run_tables(variants):
             f"exact fell by more than {FELL}": x["fell"],
             "largest fall": x["largest_fall"],
         }
-        for measure in (*SCORES, "rare exact over training"):
+        if x["gradient"]:
+            gradient[name] = x["gradient"]
+        for frequency, found in x["discovery"].items():
+            cells = discovery.setdefault(name, {})
+            cells[f"exact, {frequency} of corpus"] = found["exact"]
+            at = "" if found["step"] is None else f", step {found['step']:.0f}"
+            cells[f"found, {frequency}"] = f"{found['found']} of {found['of']}{at}"
+        for measure in (*SCORES, "rare exact over training", "vendi"):
             difference = x["differences"].get(measure)
             if difference:
                 cells = differences.setdefault(name, dict(pairs=difference["n"]))
@@ -109,9 +118,15 @@ def run_tables(variants):
         "Scores and entropies at the end of training: means over runs": table("", scores),
         "Differences to GRPO, paired": table("minus GRPO", differences, signed=True),
         "Exact by category": table("", categories),
-        f"Exact by rare pair; pairs found, above {FOUND}": table("", pairs),
+        "Exact by rare pair": table("", pairs),
+        f"Discovery by frequency; found: above {FOUND} in two evaluations in succession": table(
+            "", discovery
+        ),
         "Exact on rare pairs during training": table("", steps),
         "Stability: the worst run, and falls of exact to the end": table("", stability),
+        "Norm of each part of EG-GRPO's gradient over that of GRPO's, at the end": table(
+            "", gradient
+        ),
     }
 
 
@@ -119,6 +134,7 @@ def report(study):
     """Lay all tables out, as study.md."""
     correlations = transposed(study["correlations"])
     tables = run_tables(study["variants"]) | {
+        "Interactions: both - one - other + neither": table("", study["interactions"], signed=True),
         "Reward against entropy": table("correlation with", correlations, signed=True),
         "What is drawn for a prompt: means over prompts": table("", transposed(study["spread"])),
     }

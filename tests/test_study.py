@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,9 @@ import eggrpo
 import rewards
 from common import UserError
 from evaluate import Env
-from lab import analyze, batch, bench, one_step, records, stats, study, tables, world
+from lab import analyze, batch, bench, measure, one_step, records, stats, study, tables, world
 from model import Policy
-from scenes import WORDS, WORLDS, make_scene
+from scenes import RARE_PAIRS, WORDS, WORLDS, make_scene
 from tiny_vq.vqvae import VQVAE
 
 ROOT = Path(__file__).parent.parent
@@ -112,6 +113,36 @@ def tiny(monkeypatch):
             parameter.data *= 8
     env = Env(tokenizer.requires_grad_(False), small, torch.device("cpu"), {})
     return env, policy
+
+
+def test_the_vendi_score_is_the_effective_number_of_images():
+    """Two images that share half of their cells: K / 2 has the eigenvalues .75 and .25."""
+    assert measure.vendi_score([[1, 2, 3]] * 5) == pytest.approx(1)
+    assert measure.vendi_score([[0, 0], [1, 1], [2, 2]]) == pytest.approx(3)
+    half = 0.75**-0.75 * 0.25**-0.25
+    assert measure.vendi_score([[0, 1], [0, 2]]) == pytest.approx(half)
+
+
+def test_diversity_and_gradient_of_a_policy_are_measured(tiny):
+    config = study.Config(**study.PRESETS["smoke"] | dict(preset="smoke"))
+    found = measure.diversity(*tiny, config)
+    assert 0.999 < found["vendi"] < 3.001 and found["reward_std"] > 0
+    assert measure.diversity(*tiny, config) == found
+    parts = measure.gradient(*tiny, config)
+    assert parts["GRPO"] == pytest.approx(1) and 0 < parts["low image tokens"] < 1
+
+
+def test_sampling_with_guidance_and_scoring_without_is_logged_and_no_error(tiny):
+    """Entropies, so masks and bonus, are those of the scored policy."""
+    env, policy = tiny
+    config = replace(SETTINGS, guidance=2.0)
+    optimizer = torch.optim.SGD(policy.parameters(), 0.0)
+    with measure.scored_without_guidance():
+        stats = eggrpo.train_step(policy, None, optimizer, env, config, 0)
+    assert stats["logp_diff_mean"] > 0.01
+    guided = eggrpo.train_step(policy, None, optimizer, env, config, 0)
+    assert guided["logp_diff_mean"] < 1e-5 and guided["reward"] == stats["reward"]
+    assert guided["image_entropy"] != stats["image_entropy"]
 
 
 SETTINGS = eggrpo.Config(preset="smoke", prompts=2, group_size=4, micro_batch=3, beta=0.0)
@@ -217,7 +248,14 @@ def synthetic_runs():
     """Runs of two base policies and two numbers, EG-GRPO .01 below GRPO; one run of exclusion."""
     effects = {"base": 0.0, "grpo": 0.0, "eggrpo": -0.01, "exclude": 0.02}
     effects |= {"guided-grpo": 0.0, "guided-eggrpo": -0.04}
+    effects |= {
+        "short-grpo": 0.0,
+        "short-exclude": -0.03,
+        "short-bonus": -0.02,
+        "short-eggrpo": 0.01,
+    }
     runs = {}
+    pairs = lambda red: {" ".join(pair): red * (pair[0] == "red") for pair in RARE_PAIRS}
     for variant, effect in effects.items():
         numbers = [(0, 0), (0, 1), (1, 0), (1, 1)]
         for base, number in numbers[: 1 if variant == "exclude" else 4]:
@@ -232,19 +270,21 @@ def synthetic_runs():
                     rare=dict(
                         exact=0.1,
                         rare_pairs={
-                            "red cross": dict(exact=0.2 * base),
-                            "white cross": dict(exact=0.0),
+                            " ".join(pair): dict(exact=0.2 * base if pair[0] == "red" else 0.0)
+                            for pair in RARE_PAIRS
                         },
                     ),
+                    diversity=dict(vendi=2.0 + effect, reward_std=0.1),
                 )
             )
             if variant != "base":
                 run["curve"] = [
-                    dict(step=0, eval_exact=0.4, rare_exact=0.0),
-                    dict(step=30, eval_exact=0.7, rare_exact=0.1),
-                    dict(step=60, eval_exact=0.6, rare_exact=0.4),
+                    dict(step=0, eval_exact=0.4, rare_exact=0.0, rare_exact_by_pair=pairs(0.0)),
+                    dict(step=30, eval_exact=0.7, rare_exact=0.1, rare_exact_by_pair=pairs(0.4)),
+                    dict(step=60, eval_exact=0.6, rare_exact=0.4, rare_exact_by_pair=pairs(0.5)),
                 ]
-                run["end"] = dict(plan_entropy=0.1, image_entropy=0.05)
+                end = dict(plan_entropy=0.1, image_entropy=0.05, kl=0.2, turned_signs=0.0)
+                run["end"] = end | {"lambda": 1.0}
             runs.setdefault(variant, {})[base, number] = run
     return runs
 
@@ -267,7 +307,15 @@ def test_tables_of_runs_by_hand():
     page = tables.report(json.loads(json.dumps(found)))
     assert "| EG-GRPO | 4 | -0.010 ± 0.000 | -0.010 ± 0.000 |" in page
     assert "| `exclude` | 1 | 1 | 0.820 | 0.620 |" in page
-    assert "| base + plan | 0.100 ± 0.184 | 0.000 ± 0.000 | 2 of 8 |" in page
+    assert "| base + plan | 0.100 ± 0.184 | 0.000 ± 0.000 |" in page
+    # of red cross and yellow circle, both 1 % of the corpus, one is found at the third evaluation
+    rare = eggrpo["discovery"]["1.0%"]
+    assert rare["found"] == 4 and rare["of"] == 8 and rare["step"] == 60
+    assert rare["exact"]["mean"] == pytest.approx(0.05)
+    assert "| EG-GRPO | 0.050 ± 0.092 | 4 of 8, step 60 |" in page
+    interaction = found["interactions"]["exclude x bonus"]["reward"]  # .01 + .03 + .02
+    assert interaction["mean"] == pytest.approx(0.06) and interaction["n"] == 4
+    assert found["interactions"]["text x image"]["reward"] is None  # no such runs
 
 
 def test_a_study_that_is_not_there_is_named():
