@@ -35,7 +35,7 @@ def check(condition, message):
 
 def run(main):
     """Run a command's main(), and print what the user can correct as one line."""
-    sys.stdout.reconfigure(errors="replace")  # of a terminal that cannot show every character
+    sys.stdout.reconfigure(errors="replace")  # the terminal may not show every character
     try:
         return main()
     except KeyboardInterrupt:
@@ -65,7 +65,7 @@ class BaseConfig:
     out: str = "out"  # folder of all results
     seed: int = 0
 
-    def check(self):
+    def validate(self):
         """Raise UserError if a number is out of its range: counts start at 1, others at 0."""
         for field in dataclasses.fields(self):
             if field.type in (int, float) and getattr(self, field.name) != field.default:
@@ -107,13 +107,15 @@ def parse(config_class, presets, description, argv=None, methods=None):
             name = field.name
             options["nargs"] = "?"
         help = f"default {field.default!r}"
+        if field.name == "method":
+            help = "; ".join(f"{name}: {method.about}" for name, method in methods.items())
         parser.add_argument(name, default=argparse.SUPPRESS, help=help, **options)
     given = vars(parser.parse_args(argv))
     values = dict(presets[given.get("preset", config_class.preset)])
     if methods:
         values |= methods[given.get("method", config_class.method)].values
     config = config_class(**values | given)
-    config.check()
+    config.validate()
     return config
 
 

@@ -5,10 +5,11 @@
 
 The file reads in the order of the data: Config and methods, the mathematics (plain tensors in and
 out, usable in another trainer), one training step from prompts to optimizer.step, the run. EG-GRPO
-is GRPO and one function, shape_advantages.
+is GRPO and two functions, entropy_masks and shape_advantages. Needs the base policy (bash train.sh).
 
 Differences from the paper and its released code:
-- The bonus is the paper's, calibrated per batch; the released code's is the method eggrpo-released.
+- The bonus is the paper's rule, its lambda computed for each batch; the released code's rule is the
+  method eggrpo-released.
 - The loss is a mean over sequences of means over their tokens, as in the paper; the released code
   pools all tokens.
 - Masks go by rank, so that counts are exact if entropies tie; the released code compares strictly
@@ -17,8 +18,8 @@ Differences from the paper and its released code:
 - One update per batch of rollouts, as in the released code: the ratio is 1, and nothing is clipped.
 - Plan statistics go over the valid tokens; the released code takes "entropy > 0" for valid, which
   padding passes.
-- Sampling and scoring use one policy: guidance, if used, on both sides, and no top-k, which the
-  released code applies to words. Log-probs of both are compared at every step.
+- Sampling and scoring use one policy: guidance, if used, applies to both, and there is no top-k,
+  which the released code uses for words. Log-probs of both are compared at every step.
 - Probabilities, entropies and ratios are float32, not bf16.
 - A group of equal rewards gives advantages of exactly 0, and is counted in the log.
 - All weights are trained; the released code freezes image head and embeddings of its 7 B model.
@@ -41,7 +42,7 @@ import common
 import evaluate
 from common import check
 from model import generate, normalized_entropy, score
-from rewards import check_rewards, compute_rewards, encode_targets
+from rewards import REWARDS, check_rewards, compute_rewards, encode_targets
 from scenes import END, encode_scenes, make_scene
 
 
@@ -57,19 +58,20 @@ class Config(common.BaseConfig):
     low_frac: float = 0.2  # fraction of tokens without reward gradient (paper: .2)
     high_frac: float = 0.5  # fraction of tokens with a bonus (paper: .5)
     kappa: float = 1.0  # bonus as a fraction of what exclusion takes away (paper: in (0, 1])
-    guidance: float = 1.0  # sampled and scored (released code: 5, sampled only)
+    guidance: float = 1.0  # classifier-free, of image tokens; 1: none (released: 5, sampling only)
     micro_batch: int = 16  # sequences per forward pass: changes memory, not results
     eval_every: int = 50  # steps between held-out evaluations, each with a gallery
     eval_prompts: int = 192  # per split: usual and rare pairs
     save_every: int = 25  # steps
 
-    def check(self):
-        super().check()
+    def validate(self):
+        super().validate()
         self.check_range("group_size", 2)  # rollouts are compared
         fractions = f"--low-frac {self.low_frac}, --high-frac {self.high_frac}"
         check(self.low_frac + self.high_frac <= 1, f"{fractions}: must add up to at most 1")
-        valid = re.fullmatch(r"[\w.-]*\w", self.name or "a")
-        check(valid, f"--name {self.name!r}: letters, digits, '_', '-' and '.' only")
+        if self.name:
+            well_formed = re.fullmatch(r"[\w.-]*\w", self.name)
+            check(well_formed, f"--name {self.name!r}: letters, digits, '_', '-' and '.' only")
 
 
 PRESETS = {
@@ -126,7 +128,8 @@ def group_advantages(rewards, eps=1e-4):
 @torch.no_grad()
 def token_entropy(logits):
     """Entropy of the full next-token distribution as a fraction of log V, its maximum, without
-    gradient. logits: (..., V). Returns (...) in [0, 1], in float32 or better."""
+    gradient. logits: (..., V). Returns (...) in [0, 1], in float32 or better. For other trainers:
+    here the sampler has computed it, Rollout.entropy."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return normalized_entropy(logits.log_softmax(-1))
 
@@ -153,18 +156,19 @@ def entropy_masks(entropy, valid, low_frac=0.2, high_frac=0.5):
         exact = Fraction(fraction).limit_denominator(10**6)
         return n * exact.numerator // exact.denominator
 
-    rank = order.argsort(dim=1)  # (B, T); invalid tokens rank last
+    rank = order.argsort(dim=1)  # the inverse permutation, (B, T); invalid tokens rank last
     return valid & (rank < count(low_frac)), valid & (rank >= n - count(high_frac))
 
 
 def bonus_coefficient(advantage, entropy, low, high, valid, kappa=1.0):
-    """Calibrate the bonus: a fraction kappa of what exclusion takes away is spent on it.
+    """Calibrate the bonus: a fraction kappa of what exclusion takes away, or would, is spent on it.
 
         lambda = kappa * sum_i |A_i| n_low,i / T_i  /  sum_i (1 / T_i) sum_{t high} H_t
 
-    The sums go over the sequences i of a step's whole batch, in the weights of the loss: T_i counts
-    the valid tokens of sequence i, n_low,i those that are low. Arguments: as for shape_advantages.
-    Returns a scalar, 0 if no token is high.
+    Both sums weigh a token as the loss does, by 1 / T_i, and run over all sequences i of a step,
+    plan and image together: one lambda for all. T_i counts the valid tokens of sequence i, n_low,i
+    those that are low. Arguments: as for shape_advantages. Returns a scalar, 0 if no token is high.
+    The example has masks made by hand:
 
     >>> entropy = torch.tensor([[.1, .4, .2, .5], [.3, .6, .0, .0]])
     >>> low = torch.tensor([[True, False, False, False], [True, False, False, False]])
@@ -180,13 +184,17 @@ def bonus_coefficient(advantage, entropy, low, high, valid, kappa=1.0):
 
 
 def shape_advantages(advantage, entropy, low, high, valid, kappa=1.0, exclude=True):
-    """Turn one advantage per rollout into one per token: the whole of EG-GRPO.
+    """Turn one advantage per rollout into one per token: exclusion and bonus.
 
         A_t = [t not low] A + [t high] lambda H_t                 lambda: see bonus_coefficient
 
-    advantage: (B,); entropy: (B, T) in [0, 1], when the tokens were sampled; low, high, valid: (B,
-    T) bool. The rows are a step's whole batch. kappa: at least 0 (paper: in (0, 1]). exclude: False
-    leaves low tokens their advantage. Returns (B, T).
+    H_t is a number here, without gradient. The bonus is at least 0: it raises the probability of the
+    sampled token whatever the sign of A, also in a group of equal rewards.
+
+    advantage: (B,); entropy: (B, T) in [0, 1], when the tokens were sampled; low, high: (B, T) bool,
+    see entropy_masks; valid: (B, T) bool, False at padding. The rows are a step's whole batch.
+    kappa: at least 0 (paper: in (0, 1]). exclude: False leaves low tokens their advantage. Returns
+    (B, T).
     """
     coefficient = bonus_coefficient(advantage, entropy, low, high, valid, kappa)
     a = advantage[:, None].expand_as(entropy)  # (B, T)
@@ -216,10 +224,10 @@ def policy_loss(logp, logp_ref, advantage, valid, beta=0.01, sequences=None):
         KL_t    = exp(ref - logp) - (ref - logp) - 1                   the k3 estimator
 
     logp, logp_ref, advantage: (B, T); valid: (B, T) bool, of which row i has T_i. logp_ref may be
-    None if beta is 0. sequences: number of those of the whole batch, if this is a micro-batch of
-    it. Returns the loss and kl, this micro-batch's shares of the batch's means, scalars; kl has no
-    gradient. The paper's, and the first GRPO's (arXiv 2402.03300); the released code pools all
-    tokens of a batch, as DAPO does, so that long sequences weigh more.
+    None if beta is 0. sequences: B of the whole batch, if these rows are a micro-batch of it.
+    Returns two scalars, loss and kl, which add up over micro-batches to the batch's means; kl has no
+    gradient. The average is the paper's, and the first GRPO's (arXiv 2402.03300); the released code
+    pools all tokens of a batch, as DAPO does, so that long sequences weigh more.
     """
     sequences = len(valid) if sequences is None else sequences
     weight = valid / (valid.sum(1, keepdim=True).clamp(min=1) * sequences)  # (B, T)
@@ -241,12 +249,12 @@ def policy_loss(logp, logp_ref, advantage, valid, beta=0.01, sequences=None):
 def training_scenes(world, config, step):
     """Make the P scenes of a step. Every third has a rare pair."""
     scenes = []
-    seed = 1000 + config.seed
+    seed = 1000 + config.seed  # other scenes than the corpus has
     for i in range(step * config.prompts, (step + 1) * config.prompts):
         if i % 3 == 2:
             scenes.append(make_scene(world, "rare-train", seed, i // 3))
         else:
-            scenes.append(make_scene(world, "train", seed, i - i // 3))
+            scenes.append(make_scene(world, "train", seed, i - i // 3))  # numbered without gaps
     return scenes
 
 
@@ -257,9 +265,10 @@ def method_masks(rollout, config):
     lows = []
     highs = []
     for modality, slots in (("plan", slice(None, c)), ("image", slice(c, None))):
-        valid = rollout.valid[:, slots] & (modality in METHODS[config.method].modalities)
+        is_shaped = modality in METHODS[config.method].modalities
+        candidates = rollout.valid[:, slots] & is_shaped  # none of a modality that is not shaped
         entropy = rollout.entropy[:, slots]
-        low, high = entropy_masks(entropy, valid, config.low_frac, config.high_frac)
+        low, high = entropy_masks(entropy, candidates, config.low_frac, config.high_frac)
         lows.append(low)
         highs.append(high)
     return torch.cat(lows, 1), torch.cat(highs, 1)
@@ -277,7 +286,7 @@ def method_advantages(advantage, rollout, low, high, config):
 
 
 def train_step(policy, reference, optimizer, env, config, step):
-    """Make one step of reinforcement learning: the paper, from the prompts to optimizer.step.
+    """Make one step of reinforcement learning, from prompts to optimizer.step.
 
     Returns a dict of floats to log. Raises UserError, with the weights unchanged, if a reward is not
     finite or sampler and learner are not one policy.
@@ -299,11 +308,13 @@ def train_step(policy, reference, optimizer, env, config, step):
 
     # Score the images, and compare each with the others of its prompt.
     rewards, components, exact = compute_rewards(images, targets, world)  # (B,) each
-    A = group_advantages(rewards.view(P, G)).flatten()  # (B,)                 GRPO stops here
+    # GRPO stops here, and gives A to every token of a rollout.
+    A = group_advantages(rewards.view(P, G)).flatten()  # (B,)
 
-    # Give each token an advantage of its own, by its entropy.
+    # EG-GRPO goes on: each token has an advantage of its own, by its entropy. With the method grpo
+    # no token is low or high, and A_t is A everywhere.
     low, high = method_masks(rollout, config)  # (B, T) each
-    A_t = method_advantages(A, rollout, low, high, config)  # (B, T)           EG-GRPO goes on
+    A_t = method_advantages(A, rollout, low, high, config)  # (B, T)
 
     # Add up the gradients of micro-batches.
     logps = []
@@ -312,16 +323,17 @@ def train_step(policy, reference, optimizer, env, config, step):
     for rows in torch.arange(B, device=device).split(config.micro_batch):
         part = rollout.rows(rows)
         tokens = part.prompt, part.plan, part.codes
-        logp = score(policy, *tokens, config.guidance)  # (rows, T)
+        logp = score(policy, *tokens, config.guidance)  # (len(rows), T)
         logp_ref = None
         if config.beta:
             with torch.no_grad():
                 logp_ref = score(reference, *tokens, config.guidance)
-        loss, kl = policy_loss(logp, logp_ref, A_t[rows], part.valid, config.beta, B)
+        loss, kl = policy_loss(logp, logp_ref, A_t[rows], part.valid, config.beta, sequences=B)
         loss.backward()
         logps.append(logp.detach())
         losses.append(loss.detach())
         kls.append(kl)
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)  # clips in place
 
     # Look at the numbers, then update.
     stats = dict(
@@ -331,9 +343,9 @@ def train_step(policy, reference, optimizer, env, config, step):
         loss=torch.stack(losses).sum(),
         kl=torch.stack(kls).sum(),
         **sampler_against_learner(rollout, torch.cat(logps)),
-        grad_norm=torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0),
+        grad_norm=grad_norm,
     )
-    # All come to the host in one transfer: it waits for the device only here.
+    # All numbers come to the host in one transfer.
     stats = dict(zip(stats, torch.stack([*stats.values()]).tolist()))
     check_rewards(rewards, components)
     check_one_policy(stats["logp_diff_mean"], config, device)
@@ -392,7 +404,7 @@ def bonus_stats(A, A_t, rollout, high, rewards):
     of_equal = bonus * equal.repeat_interleave(rewards.shape[1])[:, None]
     share = lambda part, whole: part.sum() / whole.sum().clamp(min=1e-9)
     return {
-        "lambda": share(bonus, entropy),
+        "lambda": share(bonus, entropy),  # the coefficient; for eggrpo-released a mean
         "plan_bonus": share(bonus[:, :c], rollout.valid[:, :c]),
         "image_bonus": share(bonus[:, c:], rollout.valid[:, c:]),
         "turned_signs": share(turned, high),
@@ -402,7 +414,8 @@ def bonus_stats(A, A_t, rollout, high, rewards):
 
 def sampler_against_learner(rollout, logp):
     """Compare log-probs (B, T) with those of sampling, before the update: sampler and learner must
-    be one policy. Returns the mean difference in nats and the largest over 1 + |logp|."""
+    be one policy. Returns the mean difference in nats, and the largest of difference / (1 + |logp|),
+    the relative one."""
     difference = (logp - rollout.logp).abs() * rollout.valid
     return dict(
         logp_diff_mean=difference.sum() / rollout.valid.sum(),
@@ -410,7 +423,7 @@ def sampler_against_learner(rollout, logp):
     )
 
 
-# of logp_diff_mean, in nats, by common.network_dtype; docs/reproducibility.md has the measurements
+# Bounds of logp_diff_mean in nats, by common.network_dtype; measured in docs/reproducibility.md.
 LOGP_DIFF_BOUND = {torch.float32: 5e-6, torch.bfloat16: 5e-3}
 
 
@@ -437,6 +450,7 @@ def main(argv=None):
     device = common.pick_device(config.device)
     env = evaluate.load_env(config, device)
     reference, made_from = evaluate.load_base(config, env)
+    made_from["rewards.REWARDS"] = ", ".join(REWARDS)
     command = common.command_for(f"eggrpo --method {config.method} --seed {config.seed}", config)
     run = common.Run(
         "policy", folder / "policy.pt", folder / "log.jsonl", config, command, made_from
@@ -454,6 +468,7 @@ def main(argv=None):
     )
     run.start(device, policy, optimizer)
     if run.first_step == 0:
+        # steps count from 0 in the log; -1 is before training
         run.log(step=-1, **evaluate.evaluate_in_training(env, policy, config, folder, 0))
     begun = time.time()
     bar = run.progress(config.method)

@@ -66,10 +66,10 @@ def load_policy(path, kind, config, env, made_from, command):
     and the settings that it was trained with."""
     record = common.load_finished(path, kind, config.preset, command)
     common.check_made_from(path, record, made_from, command)
-    return make_policy(record, env), record["config"]
+    return policy_of(record, env), record["config"]
 
 
-def make_policy(record, env):
+def policy_of(record, env):
     """Make the frozen model of a checkpoint."""
     with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
         policy = Policy(**record["model_config"])
@@ -104,7 +104,7 @@ def load_policies(config, env):
         common.check_made_from(path, record, made_from, command)
         if record["step"] == record["config"]["steps"]:
             options = dict(guidance=record["config"]["guidance"])
-            policies[path.parent.name] = make_policy(record, env), options
+            policies[path.parent.name] = policy_of(record, env), options
     if len(policies) == 2:
         print(f"no finished run in {folder}: only the base policy is scored; make one: `{command}`")
     return policies
@@ -113,7 +113,7 @@ def load_policies(config, env):
 # --- scoring --------------------------------------------------------------------------------------
 
 
-BLOCK = 128  # prompts whose noise has one key
+BLOCK = 128  # prompts whose noise has one key, so that it depends on neither batch nor number
 
 
 class Scores(NamedTuple):

@@ -50,6 +50,7 @@ class Block(nn.Module):
         qkv = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, n, D/heads) each
         if cache is not None:
+            # copy the keys and values of each prompt to its G sequences
             copies = cache.view(2, b, -1, self.heads, *cache.shape[2:])  # (2, P, G, heads, N, ...)
             keys_values = torch.stack([k, v])  # (2, P, heads, n, D/heads)
             copies[..., :n, :] = keys_values[:, :, None]
@@ -149,8 +150,8 @@ class Policy(nn.Module):
     def set_codebook(self, codebook):
         """Copy the tokenizer's codebook (V, code_dim), standardised per dimension.
 
-        Codes of similar patches then have similar embeddings and logits. Janus embeds codes so, but
-        its head is its own. Without it, rare pairs were learned a third as fast.
+        Codes of similar patches then have similar embeddings and logits. Janus uses the codebook in
+        the embedding too, but not in the head. Without it, rare pairs were learned a third as fast.
         """
         self.codebook.copy_((codebook - codebook.mean(0)) / codebook.std(0))
 
@@ -195,9 +196,10 @@ class Policy(nn.Module):
         for block in self.blocks:
             x = block(x, mask)
         x = self.norm(x)
-        plan = x[:, self.S : self.S + self.C]
-        image = x[:, self.S + self.C + 1 :]
-        return self.word_logits(plan), self.code_logits(image)
+        # The output at a slot predicts the next token: words from <plan> on, codes from <image> on.
+        plan_hidden = x[:, self.S : self.S + self.C]
+        image_hidden = x[:, self.S + self.C + 1 :]
+        return self.word_logits(plan_hidden), self.code_logits(image_hidden)
 
 
 def causal_mask(keep):
@@ -242,7 +244,7 @@ def score(policy, prompt, plan, codes, guidance=1.0):
     """Log-probability of each token of plans (B, C) and codes (B, L): (B, T) in nats, 0 at padding,
     from one pass over all slots."""
     words, image = forward_logits(policy, prompt, plan, codes, guidance)
-    word = (plan - END).clamp(min=0)
+    word = (plan - END).clamp(min=0)  # the word head begins at END
     word_logp = words.log_softmax(-1).gather(-1, word[..., None])  # (B, C, 1)
     code_logp = image.log_softmax(-1).gather(-1, codes[..., None])  # (B, L, 1)
     word_logp = word_logp[..., 0] * (plan != PAD)
@@ -373,22 +375,24 @@ def generate(policy, prompt, noise, guidance=1.0, no_plan=False):
                 running = running & (plan[:, j] != END)
                 decoder.feed_word(plan[:, j])
             decoder.feed_word(torch.full_like(plan[:, 0], IMAGE))
-        empty = None
+        empty_decoder = None
         if guidance != 1.0:
             no_prompt = prompt.new_full((1, policy.S), PAD)
             no_words = prompt.new_full((1, policy.C), PAD)
-            empty = Decoder(policy, batch, device)
-            empty.prefill(policy.concat_words(no_prompt, no_words))
+            empty_decoder = Decoder(policy, batch, device)
+            empty_decoder.prefill(policy.concat_words(no_prompt, no_words))
         for j in range(policy.L):
             raw = policy.code_logits(decoder.hidden)
-            raw_empty = policy.code_logits(empty.hidden) if empty else None
+            raw_empty = None
+            if empty_decoder:
+                raw_empty = policy.code_logits(empty_decoder.hidden)
             logits = policy_logits(raw, raw_empty, guidance)
             t = policy.C + j
             codes[:, j], logp[:, t], entropy[:, t] = sample_token(logits, noise[:, t])
             if j + 1 < policy.L:
                 decoder.feed_code(codes[:, j])
-                if empty:
-                    empty.feed_code(codes[:, j])
+                if empty_decoder:
+                    empty_decoder.feed_code(codes[:, j])
     prompt = prompt.repeat_interleave(batch // len(prompt), 0)
     every_code = torch.ones_like(codes, dtype=torch.bool)
     valid = torch.cat([plan != PAD, every_code], 1)

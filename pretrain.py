@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Config(common.BaseConfig):
     items: int = 30000  # scenes in the corpus
     steps: int = 1200
     batch: int = 32
-    micro_batch: int = 64  # sequences per forward pass: changes memory, not results
+    micro_batch: int = 64  # sequences per forward pass, at most: changes memory, not results
     lr: float = 3e-3  # after the warm-up, by a cosine to a tenth
     warm_up: int = 50  # steps
     width: int = 128
@@ -44,8 +45,8 @@ class Config(common.BaseConfig):
     drop_plan: float = 0.15  # fraction of sequences without plan, but with a prompt
     save_every: int = 200  # steps
 
-    def check(self):
-        super().check()
+    def validate(self):
+        super().validate()
         self.check_range("drop_both", 0, 1)
         self.check_range("drop_plan", 0, 1)
         multiple = f"--width {self.width}: must be a multiple of --heads {self.heads}"
@@ -81,6 +82,18 @@ def corpus_chunk(world, seed, start, stop):
     return prompts.to(torch.int16).numpy(), plans.to(torch.int16).numpy(), images
 
 
+def begin_process():
+    """Prepare a process that draws the corpus: Ctrl-C is for its parent, and it ends with that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent():  # who may be killed; the pool would let its processes wait for ever
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
 def draw_corpus(config, world):
     """Yield the chunks of the corpus in order; a large one is drawn by several processes."""
     chunks = []
@@ -92,8 +105,7 @@ def draw_corpus(config, world):
         return
     # spawned, not forked: threads of torch are running
     context = multiprocessing.get_context("spawn")
-    ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    with ProcessPoolExecutor(PROCESSES, context, *ignore) as pool:
+    with ProcessPoolExecutor(PROCESSES, context, begin_process) as pool:
         waiting = []
         for chunk in chunks:
             waiting.append(pool.submit(corpus_chunk, *chunk))

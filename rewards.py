@@ -14,8 +14,8 @@ only `relation` returns it). Add your own as one more:
 `exact` is 1 if the image has the right objects, no others, a true relation and no smears. It is
 measured, not optimised.
 
-Shapes: B images of h x w pixels; `colours`, `textures`, `shapes` and `cells` are numbers of these; a
-kind is a colour, a texture and a shape, numbered in this order.
+Shapes: B images of h x w pixels; `colours`, `textures`, `shapes` and `cells` stand for their counts;
+a kind is a colour, a texture and a shape, numbered in this order.
 """
 
 import math
@@ -29,8 +29,8 @@ from torch import Tensor
 from common import UserError, check
 from scenes import BACKGROUND, COLOURS, RELATIONS, SHAPES, shape_mask
 
-NO_PAINT = 0.25  # contrast with the background, of which less is no paint
-FULL_PAINT = 0.6  # contrast of which more is full paint, because objects differ in brightness
+NO_PAINT = 0.25  # contrast with the background below which a pixel counts as unpainted
+FULL_PAINT = 0.6  # contrast above which it counts as painted, because objects differ in brightness
 MATCH_THRESHOLD = 0.9  # least Dice overlap of paint and template that counts as an object
 CLEAN_THRESHOLD = 0.9  # least cleanliness of an exact image
 
@@ -197,7 +197,7 @@ def count(images, detections, targets):
 def relation(images, detections, targets):
     """1 if both objects are present and their cells lie as the prompt says, else 0; NaN without
     relation. Of several objects of a kind the one with the highest score counts."""
-    same = detections.kind[:, None] == targets.pair[:, :, None]  # (B, 2, M)
+    same = detections.kind[:, None] == targets.pair[:, :, None]  # (B, 2, cells)
     score, cell = torch.where(same, detections.score[:, None], 0.0).max(2)  # (B, 2)
     dy = (cell // detections.grid).diff(dim=1)  # (B, 1)
     dx = (cell % detections.grid).diff(dim=1)

@@ -25,8 +25,8 @@ class Config(common.BaseConfig):
     guidance: float = -1.0  # classifier-free guidance weight; -1: as the policy was trained
     plan: bool = True  # write a plan first
 
-    def check(self):
-        super().check()
+    def validate(self):
+        super().validate()
         self.check_range("number", 1, 64)
 
 

@@ -82,7 +82,7 @@ RARE_PAIRS = {  # (colour, shape): fraction of the corpus that has it, before ca
     ("blue", "diamond"): 0.002,
     ("white", "cross"): 0.002,
 }
-# A prompt of the others can have one canonical form, which is wholly trained or wholly held out.
+# In the other categories a rare pair can leave one canonical form only, wholly trained or held out.
 RARE_CATEGORIES = ("colour", "spatial", "complex")
 CAPTION_FAULTS = 0.25  # fraction of the corpus whose image and plan contradict the prompt
 PLAN_FAULTS = 0.20  # fraction of the rest whose plan contradicts prompt and image

@@ -20,7 +20,14 @@ import numpy as np
 
 import common
 from lab import figures, study
-from lab.stats import bootstrap_mean, correlate, mean_t_ci, paired_difference, within
+from lab.stats import (
+    bootstrap_mean,
+    correlate,
+    mean_t_ci,
+    paired_difference,
+    pass_at_k,
+    within,
+)
 from lab.tables import FELL, FOUND, SCORES, SETTINGS, counterpart, report
 from scenes import RARE_PAIRS, WORLDS
 
@@ -224,6 +231,8 @@ def describe_correlations(rows, config):
     return found
 
 
+PASS_AT = (1, 2, 4, 8, 16, 32, 64, 100)
+
 SPREADS = {  # of the images of a prompt
     "std of reward": lambda rows: np.std([row["reward"] for row in rows], ddof=1),
     "distance of images": lambda rows: np.mean([row["distance"] for row in rows]),
@@ -257,6 +266,19 @@ def describe_spread(records, config):
     return found
 
 
+def describe_passes(passes, config):
+    """pass@k by split: the fraction of prompts that k images would solve, with intervals over
+    prompts. passes: rows of a setting. Returns {split: {k: interval}}."""
+    found = {}
+    for split in ("eval", "rare"):
+        rows = [row for row in passes if row["split"] == split]
+        for k in PASS_AT:
+            if rows and k <= rows[0]["n"]:
+                values = [[pass_at_k(row["n"], row["exact"], k)] for row in rows]
+                found.setdefault(split, {})[k] = bootstrap_mean(values, config)
+    return found
+
+
 # --- the study ------------------------------------------------------------------------------------
 
 
@@ -269,11 +291,11 @@ def read_runs(folder):
     return runs
 
 
-def read_records(config):
+def read_records(config, kind, ending=""):
     """Read the records of every base policy. Returns {setting: rows}."""
     records = {}
     for name, setting in SETTINGS.items():
-        pattern = f"base-*/{config.preset}/records/{name}.jsonl"
+        pattern = f"base-*/{config.preset}/{kind}/{name}{ending}.jsonl"
         for path in sorted(Path(config.out).glob(pattern)):
             records.setdefault(setting, []).extend(study.read_lines(path))
     return records
@@ -287,8 +309,9 @@ def missing_jobs(config):
     return [job.name for job in jobs if not study.result_path(of_study, job).exists()]
 
 
-def analyze(runs, records, config):
-    """Reduce a study to its numbers: the content of study.json."""
+def analyze(runs, records, guided, passes, config):
+    """Reduce a study to its numbers: the content of study.json. records: {setting: rows}; guided: of
+    images sampled with guidance 2; passes: of many images per prompt."""
     variants = {}
     for name, own in runs.items():
         other = counterpart(name)
@@ -298,10 +321,13 @@ def analyze(runs, records, config):
         interactions=describe_interactions(runs),
         correlations={s: describe_correlations(rows, config) for s, rows in records.items()},
         spread=describe_spread(records, config),
+        guided_correlations={s: describe_correlations(r, config) for s, r in guided.items()},
+        guided_spread=describe_spread(guided, config),
+        passes={setting: describe_passes(rows, config) for setting, rows in passes.items()},
     )
 
 
-def draw_figures(folder, numbers, records):
+def draw_figures(folder, numbers, records, guided):
     """Draw every figure that the study has the data for."""
     variants = numbers["variants"]
     main = {name: variants[name] for name in study.MAIN if name in variants}
@@ -313,23 +339,31 @@ def draw_figures(folder, numbers, records):
     if records:
         figures.draw_joint(folder / "entropy-mean.png", records, "image_entropy")
         figures.draw_joint(folder / "entropy-std.png", records, "image_entropy_std")
+    if guided:
+        figures.draw_joint(folder / "entropy-mean-guided.png", guided, "image_entropy")
+    if numbers["passes"]:
+        figures.draw_passes(folder / "pass-at-k.png", numbers["passes"])
+    if main:
+        figures.draw_discovery(folder / "discovery.png", main)
 
 
 def main(argv=None):
     config = common.parse(Config, {name: {} for name in WORLDS}, __doc__, argv)
     folder = Path(config.out) / config.preset
     runs = read_runs(folder)
-    records = read_records(config)
+    records = read_records(config, "records")
+    guided = read_records(config, "records", study.GUIDED)
+    passes = read_records(config, "passes")
     command = common.command_for("lab.study", config)
     common.check(runs or records, f"no study in {folder}: make it by `{command}`")
-    numbers = analyze(runs, records, config)
+    numbers = analyze(runs, records, guided, passes, config)
     content = json.dumps(common.to_jsonable(numbers), indent=1)
     numbers = json.loads(content)  # rounded, so that the tables are those of the file
     tables = report(numbers)
     common.write(folder / "study.json", f"{content}\n".encode())
     common.write(folder / "study.md", tables.encode())
     print(tables)
-    draw_figures(folder / "figures", numbers, records)
+    draw_figures(folder / "figures", numbers, records, guided)
     print(f"figures: {folder / 'figures'}")
     missing = missing_jobs(config)
     if missing:

@@ -144,3 +144,38 @@ def draw_differences(path, variants):
     axes[0].set(yticks=range(len(names)), yticklabels=names)
     axes[0].set_ylim(len(names) - 0.5, -0.5)
     save(path, figure)
+
+
+def draw_discovery(path, variants):
+    """Exact of rare pairs against their frequency in the corpus: mean over runs and its interval."""
+    figure, axis = plt.subplots(figsize=(4.5, 3.2))
+    for variant, numbers in variants.items():
+        found = numbers["discovery"]
+        frequency = np.array([float(name.rstrip("%")) for name in found])
+        mean = [x["exact"]["mean"] for x in found.values()]
+        half = [x["exact"]["half"] or 0.0 for x in found.values()]  # None if n = 1
+        name = f"{label(variant).strip('`')} ({numbers['runs']})"
+        axis.errorbar(frequency, mean, half, label=name, markersize=3, **STYLES[label(variant)])
+    axis.set(xscale="log", ylim=(0, 1), ylabel="exact", xlabel="frequency in the corpus, %")
+    axis.legend(frameon=False, fontsize=8)
+    save(path, figure)
+
+
+def draw_passes(path, passes):
+    """pass@k against k for usual and rare pairs, with its interval over prompts."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
+    titles = dict(eval="usual pairs", rare="rare pairs")
+    for axis, (split, title) in zip(axes, titles.items()):
+        for setting, splits in passes.items():
+            found = splits.get(split, {})
+            k = np.array([int(number) for number in found])
+            value = np.array([x["value"] for x in found.values()])
+            low = [x["low"] for x in found.values()]
+            high = [x["high"] for x in found.values()]
+            style = STYLES[setting]
+            axis.plot(k, value, label=setting, markersize=3, **style)
+            axis.fill_between(k, low, high, color=style["color"], alpha=0.15)
+        axis.set(title=title, xlabel="k", xscale="log", ylim=(0, 1))
+    axes[0].set_ylabel("pass@k")
+    axes[0].legend(frameon=False, fontsize=8)
+    save(path, figure)

@@ -10,6 +10,17 @@ from scenes import decode_words, encode_scenes
 
 
 @torch.no_grad()
+def draw_exact(config, env, policy, scene, number, **options):
+    """Draw images of a prompt, each with a plan of its own. Returns exact (pass_images,), 0 or 1."""
+    noise = draw_noise(policy, config.pass_images, config.seed, "passes", number)
+    prompt, _ = encode_scenes(env.world, [scene])
+    _, images = sample_images(env, policy, prompt, noise, **options)
+    targets = encode_targets(env.world, [scene] * config.pass_images, env.device)
+    _, _, exact = compute_rewards(images, targets, env.world)
+    return exact
+
+
+@torch.no_grad()
 def record_rows(config, env, policy, scene, number, **options):
     """Draw a prompt's plans, and some images for each plan. Returns a dict per image.
 

@@ -5,6 +5,8 @@ Used by lab.analyze. Intervals are 95 %: `mean` and `half`, the half-width, by S
 groups are lists of (n, columns), one array per prompt.
 """
 
+import math
+
 import numpy as np
 
 # two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom
@@ -43,6 +45,12 @@ def paired_difference(one, other):
     found["positive"] = int((pairs > 0).sum())
     found["bases"] = mean_t_ci(means)
     return found
+
+
+def pass_at_k(n, successes, k):
+    """Probability that at least one of k draws succeeds, from n draws with some successes: 1 -
+    C(n - successes, k) / C(n, k), which is unbiased (arXiv 2107.03374)."""
+    return 1 - math.comb(n - successes, k) / math.comb(n, k)
 
 
 def within(groups):

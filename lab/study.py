@@ -35,7 +35,7 @@ import pretrain
 import tiny_vq.train
 from evaluate import evaluate, load_base, load_env, load_run, summarize
 from lab.measure import diversity, gradient, scored_without_guidance
-from lab.records import record_rows
+from lab.records import draw_exact, record_rows
 from scenes import RARE_PAIRS, make_scene
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +43,8 @@ MAIN = ("grpo", "eggrpo", "eggrpo-released")  # the default number of steps, sev
 # the two 2x2 tables, text x image and exclude x bonus: short runs, two seeds
 HALVES = ("grpo", "eggrpo", "eggrpo-text", "eggrpo-image", "exclude", "bonus")
 BASES = {"base-no-plan": dict(no_plan=True), "base": {}}  # settings of a base policy
-RECORDED = (*BASES, "grpo-0", "eggrpo-0")
+RECORDED = (*BASES, "grpo-0", "eggrpo-0")  # policies
+GUIDED = "-guided"  # ending of the names of records that are sampled with guidance 2
 MIXED = "mixed-"  # runs that sample with guidance and score without, as the paper's code does
 RECORD_SEED = 5000  # of the prompts that base policy 0 is recorded on; b more for base policy b
 
@@ -60,9 +61,11 @@ class Config(common.BaseConfig):
     diverse_prompts: int = 100  # whose images' diversity is measured
     diverse_images: int = 10  # of each
     gradient_batches: int = 4  # training batches whose gradient is split, for RECORDED runs
-    per_category: int = 6  # prompts of each category that are recorded, per base policy
-    plans: int = 8  # per recorded prompt (paper: 10)
-    images: int = 8  # per plan (paper: 10)
+    per_category: int = 10  # prompts of each category that are recorded, per base policy
+    plans: int = 10  # per recorded prompt, as in the paper
+    images: int = 10  # per plan, as in the paper
+    pass_prompts: int = 60  # of usual and of rare pairs, each drawn pass_images times
+    pass_images: int = 100  # each with a plan of its own
     jobs: int = 0  # at a time; 0: on a CPU one per core, else one
     only: str = ""  # do this one job, by name
 
@@ -81,6 +84,8 @@ PRESETS = {
         per_category=1,
         plans=2,
         images=2,
+        pass_prompts=6,
+        pass_images=2,
     ),
     "small": dict(),
     "large": dict(),
@@ -89,7 +94,7 @@ PRESETS = {
 
 class Job(NamedTuple):
     name: str  # base-<b>, or base-<b>/<folder>/<name>; also its name for --only
-    kind: str  # base, runs or records
+    kind: str  # base, runs, records or passes
     needs: tuple = ()  # names of the jobs that must be finished before
     flags: tuple = ()  # of eggrpo.py for a run
 
@@ -123,7 +128,12 @@ def record_jobs(config):
             needs = f"base-{base}"
             if policy not in BASES:
                 needs = f"base-{base}/runs/{policy}"
-            jobs.append(Job(f"base-{base}/records/{policy}", "records", (needs,)))
+            for kind, name in (
+                ("records", policy),
+                ("records", policy + GUIDED),
+                ("passes", policy),
+            ):
+                jobs.append(Job(f"base-{base}/{kind}/{name}", kind, (needs,)))
     return jobs
 
 
@@ -153,7 +163,7 @@ def result_path(config, job):
         return folder / "scores.json"
     if job.kind == "runs":
         return folder / job.last / "scores.json"
-    return folder / "records" / f"{job.last}.jsonl"
+    return folder / job.kind / f"{job.last}.jsonl"
 
 
 def score(config, env, policy, **options):
@@ -206,7 +216,9 @@ def do_run(config, job, flags):
 
 def do_records(config, job, flags):
     """Record the images that a policy draws: a JSON line per image."""
-    env, policy, options = load(config, job.last)
+    env, policy, options = load(config, job.last.removesuffix(GUIDED))
+    if job.last.endswith(GUIDED):
+        options = options | dict(guidance=2.0)
     rows = []
     for category in tqdm(env.world.categories, job.name, leave=False):
         for i in range(config.per_category):
@@ -217,7 +229,20 @@ def do_records(config, job, flags):
     return to_lines(rows)
 
 
-WORK = dict(base=do_base, runs=do_run, records=do_records)
+def do_passes(config, job, flags):
+    """Count the images that are exactly right of each of some prompts: a JSON line per prompt."""
+    env, policy, options = load(config, job.last)
+    rows = []
+    for split in ("eval", "rare"):
+        for i in tqdm(range(config.pass_prompts), f"{job.name}, {split}", leave=False):
+            scene = make_scene(env.world, split, RECORD_SEED + job.base, i)
+            number = f"base {job.base}, {split} {i}"
+            exact = draw_exact(config, env, policy, scene, number, **options)
+            rows.append(dict(number=number, split=split, n=len(exact), exact=int(exact.sum())))
+    return to_lines(rows)
+
+
+WORK = dict(base=do_base, runs=do_run, records=do_records, passes=do_passes)
 
 
 def do(config, job):

@@ -132,11 +132,20 @@ def run_tables(variants):
 
 def report(study):
     """Lay all tables out, as study.md."""
-    correlations = transposed(study["correlations"])
+    passes = {}
+    for setting, splits in study["passes"].items():
+        for split, values in splits.items():
+            name = setting if split == "eval" else f"{setting}, rare pairs"
+            passes[name] = {f"k = {k}": interval for k, interval in values.items()}
     tables = run_tables(study["variants"]) | {
         "Interactions: both - one - other + neither": table("", study["interactions"], signed=True),
-        "Reward against entropy": table("correlation with", correlations, signed=True),
-        "What is drawn for a prompt: means over prompts": table("", transposed(study["spread"])),
+        "pass@k: the fraction of prompts that k images solve": table("", passes),
     }
+    for regime, title in (("", ""), ("guided_", ", guidance 2")):
+        correlations = transposed(study[f"{regime}correlations"])
+        correlations = table("correlation with", correlations, signed=True)
+        spread = table("", transposed(study[f"{regime}spread"]))
+        tables[f"Reward against entropy{title}"] = correlations
+        tables[f"What is drawn for a prompt: means over prompts{title}"] = spread
     sections = [f"## {title}\n\n{content}\n" for title, content in tables.items()]
     return "\n".join(sections)

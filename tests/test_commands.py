@@ -249,6 +249,15 @@ def test_a_bad_reward_stops_a_run_and_the_mended_one_goes_on(stage, monkeypatch)
     assert stage("out")[0]["step"] == 5
 
 
+@pytest.mark.parametrize("stage", ["eggrpo"], indirect=True)
+def test_a_run_does_not_go_on_with_other_rewards(stage, monkeypatch):
+    stage("out")
+    mine = lambda images, detections, targets: images[:, 0].mean(dim=(1, 2))
+    monkeypatch.setitem(rewards.REWARDS, "mine", mine)
+    with pytest.raises(UserError, match="policy.pt was made from another rewards.REWARDS"):
+        stage("out")
+
+
 def test_evaluation_and_sampling_leave_the_random_state_alone(out):
     before = torch.get_rng_state()
     call(evaluate, out[0])

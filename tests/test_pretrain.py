@@ -3,12 +3,14 @@
 import copy
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import pretrain
-from conftest import one_line, tiny_policy
+from conftest import ROOT, one_line, tiny_policy
 from pretrain import corpus_chunk
 from scenes import PAD
 
@@ -81,3 +83,20 @@ def test_a_killed_process_of_the_corpus_is_one_line_and_not_a_hang(world, monkey
     monkeypatch.setattr(pretrain, "corpus_chunk", kill_this_process)
     corpus = pretrain.draw_corpus(pretrain.Config(items=44), world)
     assert "a child process was killed" in one_line(capsys, 2, list, corpus)
+
+
+def test_processes_of_the_corpus_end_with_the_one_that_started_them():
+    """Killed, it cannot tell them. Its output is open for as long as one of them runs."""
+    script = """if True:
+        import time, pretrain
+        from scenes import WORLDS
+        pretrain.CHUNK, pretrain.PROCESSES = 4, 1
+        corpus = pretrain.draw_corpus(pretrain.Config(items=44), WORLDS["small"])
+        print(len(next(corpus)), flush=True)
+        time.sleep(60)
+    """
+    command = [sys.executable, "-c", script]
+    parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout.readline() == "3\n"
+    parent.kill()
+    parent.communicate(timeout=30)

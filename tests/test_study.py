@@ -216,7 +216,8 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     arguments = ["--preset", "smoke", "--out", str(folder)]
     names = ["base-0", "base-0/runs/grpo-0", "base-0/runs/eggrpo-0"]
-    names += [f"base-0/records/{name}" for name in study.RECORDED]
+    of_base = study.Config(**study.PRESETS["smoke"] | dict(bases=1))
+    names += [job.name for job in study.record_jobs(of_base)]
     for name in names:
         study.main([*arguments, "--only", name])
     config = study.Config(**study.PRESETS["smoke"] | dict(preset="smoke", out=str(folder)))
@@ -230,6 +231,9 @@ def test_a_study_that_was_stopped_early_leaves_tables_and_figures(small):
     assert set(figures) == {
         "entropy-mean.png",
         "entropy-std.png",
+        "entropy-mean-guided.png",
+        "pass-at-k.png",
+        "discovery.png",
         "curves.png",
         "differences.png",
     }
@@ -291,7 +295,7 @@ def synthetic_runs():
 
 def test_tables_of_runs_by_hand():
     """A guided method is compared with guided GRPO; a variant with one run has no interval."""
-    found = analyze.analyze(synthetic_runs(), {}, CONFIG)
+    found = analyze.analyze(synthetic_runs(), {}, {}, {}, CONFIG)
     eggrpo = found["variants"]["eggrpo"]
     assert eggrpo["runs"] == 4 and eggrpo["bases"] == 2
     assert eggrpo["measures"]["reward"]["mean"] == pytest.approx(0.85)
@@ -316,6 +320,15 @@ def test_tables_of_runs_by_hand():
     interaction = found["interactions"]["exclude x bonus"]["reward"]  # .01 + .03 + .02
     assert interaction["mean"] == pytest.approx(0.06) and interaction["n"] == 4
     assert found["interactions"]["text x image"]["reward"] is None  # no such runs
+
+
+def test_pass_at_k_by_hand():
+    """Of 4 draws 1 is right: one draw has it with 1/4, two with 1 - C(3, 2) / C(4, 2) = 1/2."""
+    assert [stats.pass_at_k(4, 1, k) for k in (1, 2, 4)] == [0.25, 0.5, 1.0]
+    assert stats.pass_at_k(4, 0, 4) == 0
+    rows = [dict(split="eval", n=4, exact=1), dict(split="eval", n=4, exact=0)]
+    found = analyze.describe_passes(rows, CONFIG)
+    assert {k: x["value"] for k, x in found["eval"].items()} == {1: 0.125, 2: 0.25, 4: 0.5}
 
 
 def test_a_study_that_is_not_there_is_named():

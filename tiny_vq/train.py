@@ -3,7 +3,7 @@
     python -m tiny_vq.train          -> out/small/tokenizer.pt
 
 The images are crowded scenes with every colour-shape pair. The ceiling is the mean reward of true
-evaluation scenes after encoding and decoding: what the tokenizer loses of an image that is right.
+evaluation scenes after encoding and decoding: the best that the tokenizer lets a policy reach.
 """
 
 import time
@@ -37,8 +37,8 @@ class Config(common.BaseConfig):
     scored: int = 420  # true scenes that the ceiling is the mean of
     save_every: int = 200
 
-    def check(self):
-        super().check()
+    def validate(self):
+        super().validate()
         self.check_range("codebook_size", 2, 2**15)  # pretrain.py keeps codes as int16
         common.check(self.width % 8 == 0, f"--width {self.width}: must be a multiple of 8")
 
@@ -61,7 +61,7 @@ def loss_terms(model, images, paint_weight):
 
 @torch.no_grad()
 def fit_residuals(model, batches):
-    """Add to what the decoder makes of each code what it misses of that code's patches on average.
+    """For each code, add to the decoder's output the mean error that it leaves on its patches.
 
     A star differs by one pixel from the sky around it: it has a code of its own, but too little of
     the error for 500 steps to teach the decoder. batches: of images (B, 3, h, w) in [0, 1].
@@ -70,7 +70,7 @@ def fit_residuals(model, batches):
     counts = torch.zeros_like(sums[:, :1])
     for images in batches:
         restored, _, codes, _ = model(images)
-        missed = F.pixel_unshuffle(images - restored, model.patch)  # (B, channels, grid, grid)
+        missed = F.pixel_unshuffle(images - restored, model.patch)  # (B, channels, side, side)
         sums.index_add_(0, codes, missed.permute(0, 2, 3, 1).flatten(0, 2))
         counts.index_add_(0, codes, torch.ones_like(codes[:, None], dtype=counts.dtype))
     model.residuals += sums / counts.clamp(min=1)

@@ -55,13 +55,13 @@ class VQVAE(nn.Module):
         self.register_buffer("residuals", torch.zeros(codebook_size, channels))
 
     def features(self, images):
-        """(B, 3, h, w) -> (B, grid, grid, dim), before quantization."""
+        """(B, 3, h, w) -> (B, side, side, dim), before quantization."""
         return self.encoder(F.pixel_unshuffle(images - 0.5, self.patch)).permute(0, 2, 3, 1)
 
     def pixels(self, features, codes):
-        """features (B, grid, grid, dim), codes (B * grid * grid,) -> (B, 3, h, w), not yet clamped
+        """features (B, side, side, dim), codes (B * side * side,) -> (B, 3, h, w), not yet clamped
         to [0, 1]."""
-        patches = self.decoder(features.permute(0, 3, 1, 2))  # (B, channels, grid, grid)
+        patches = self.decoder(features.permute(0, 3, 1, 2))  # (B, channels, side, side)
         residuals = self.residuals[codes].view(*features.shape[:3], -1)
         return F.pixel_shuffle(patches + residuals.permute(0, 3, 1, 2), self.patch) + 0.5
 
