@@ -375,6 +375,7 @@ def test_ctrl_c_ends_the_runs_in_hand_and_starts_no_others(tmp_path):
         [*command, "--out", tmp_path],
         cwd=ROOT,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's & ignores it
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
