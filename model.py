@@ -39,42 +39,21 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x, mask, cache=None):
+    def forward(self, x, mask, cache=None, slot=0):
         """Process n slots at once.
 
-        x: (B, n, D); mask: (B, 1, n, n) bool, True where a slot may attend. With a cache (2, P * G
-        * heads, N, D/heads), x is of prompts, (P, n, D), and the keys and values of each are
-        written to the cache of its G sequences.
+        x: (B, n, D); mask: (B, 1, n or 1, slots so far), bool, True where a slot may attend, or what
+        is added to the scores. cache: keys and values of a sequence's slots, (2, B, heads, N,
+        D/heads): those of the n slots from `slot` on are written to it, those before are read.
         """
         b, n, d = x.shape
         qkv = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, n, D/heads) each
         if cache is not None:
-            # copy the keys and values of each prompt to its G sequences
-            copies = cache.view(2, b, -1, self.heads, *cache.shape[2:])  # (2, P, G, heads, N, ...)
-            keys_values = torch.stack([k, v])  # (2, P, heads, n, D/heads)
-            copies[..., :n, :] = keys_values[:, :, None]
+            cache[:, :, :, slot : slot + n] = torch.stack([k, v])
+            k, v = cache[:, :, :, : slot + n]
         attended = F.scaled_dot_product_attention(q, k, v, mask)
         x = x + self.proj(attended.transpose(1, 2).reshape(b, n, d))
-        hidden = self.up(self.norm2(x))
-        return x + self.down(F.gelu(hidden))
-
-    def step(self, x, bias, cache, slot):
-        """Process one slot.
-
-        x: (B, D); bias: (B * heads, 1, N), -inf at padding; cache: (2, B * heads, N, D/heads). Two
-        products instead of scaled_dot_product_attention, which is slower for a single query.
-        """
-        b, d = x.shape
-        qkv = self.qkv(self.norm1(x)).view(b, 3, self.heads, -1)
-        keys_values = qkv[:, 1:].transpose(0, 1)  # (2, B, heads, D/heads)
-        cache[:, :, slot] = keys_values.flatten(1, 2)
-        q = qkv[:, 0].reshape(b * self.heads, 1, -1)
-        k, v = cache[:, :, : slot + 1]  # (B * heads, slot + 1, D/heads)
-        scale = q.shape[-1] ** -0.5
-        scores = torch.baddbmm(bias[..., : slot + 1], q, k.transpose(1, 2), alpha=scale)
-        attended = torch.bmm(scores.softmax(-1), v)
-        x = x + self.proj(attended.view(b, d))
         hidden = self.up(self.norm2(x))
         return x + self.down(F.gelu(hidden))
 
@@ -300,43 +279,45 @@ class Decoder:
     elements; guidance needs a second one.
     """
 
-    def __init__(self, policy, batch, device):
-        heads = policy.blocks[0].heads
-        size = (2, batch * heads, policy.slots, policy.config["width"] // heads)
-        dtype = common.network_dtype(device)
+    def __init__(self, policy, batch):
         self.policy = policy
         self.batch = batch
         self.positions = policy.position_embeddings()
-        self.cache = [torch.empty(size, dtype=dtype, device=device) for _ in policy.blocks]
-        # in the network's type, or autocast would convert it in every layer of every slot
-        self.bias = torch.zeros(batch, heads, policy.slots, dtype=dtype, device=device)
 
     def prefill(self, words):
         """Feed the first n slots at once. words: (P, n), each row of which B / P sequences share."""
-        repeats = self.batch // len(words)
-        x = self.policy.embed_words(words) + self.positions[: words.shape[1]]
+        prompts, n = words.shape
+        repeats = self.batch // prompts
+        x = self.policy.embed_words(words) + self.positions[:n]
         mask = causal_mask(words != PAD)
-        for block, cache in zip(self.policy.blocks, self.cache):
+        slots = self.policy.slots
+        dtype = common.network_dtype(x.device)
+        self.cache = []
+        for block in self.policy.blocks:
+            size = (2, prompts, block.heads, slots, x.shape[2] // block.heads)
+            cache = x.new_empty(size, dtype=dtype)
             x = block(x, mask, cache)
+            self.cache.append(cache.repeat_interleave(repeats, 1))
         self.hidden = self.policy.norm(x[:, -1]).repeat_interleave(repeats, 0)
         self.words = words.repeat_interleave(repeats, 0)
-        self.slot = words.shape[1]
-        padding = (self.words == PAD)[:, None]
-        self.bias[..., : self.slot].masked_fill_(padding, float("-inf"))
+        self.slot = n
+        # Added to the scores: -inf at padding. In the network's type, or each layer would convert it.
+        self.bias = x.new_zeros(self.batch, slots, dtype=dtype)
+        self.bias[:, :n].masked_fill_(self.words == PAD, float("-inf"))
 
     def feed(self, x):
         """Feed the embedding of the next slot, (B, D)."""
-        x = x + self.positions[self.slot]
-        bias = self.bias.flatten(0, 1)[:, None]
+        x = (x + self.positions[self.slot])[:, None]  # (B, 1, D)
+        mask = self.bias[:, None, None, : self.slot + 1]
         for block, cache in zip(self.policy.blocks, self.cache):
-            x = block.step(x, bias, cache, self.slot)
-        self.hidden = self.policy.norm(x)
+            x = block(x, mask, cache, self.slot)
+        self.hidden = self.policy.norm(x[:, 0])
         self.slot += 1
 
     def feed_word(self, word):
-        """word: (B,); later slots do not attend to PAD."""
+        """word: (B,); no slot attends to PAD."""
+        self.bias[:, self.slot].masked_fill_(word == PAD, float("-inf"))
         self.words = torch.cat([self.words, word[:, None]], 1)
-        self.bias[..., self.slot].masked_fill_((word == PAD)[:, None], float("-inf"))
         recent = self.words[:, -KERNEL_SIZE:]  # what the convolution sees
         self.feed(self.policy.embed_words(recent)[:, -1])
 
@@ -360,7 +341,7 @@ def generate(policy, prompt, noise, guidance=1.0, no_plan=False):
     no_plans = prompt.new_full((len(prompt), policy.C), PAD)
     words = policy.concat_words(prompt, no_plans)
     with precision(device):
-        decoder = Decoder(policy, batch, device)
+        decoder = Decoder(policy, batch)
         if no_plan:
             decoder.prefill(words)
         else:
@@ -379,7 +360,7 @@ def generate(policy, prompt, noise, guidance=1.0, no_plan=False):
         if guidance != 1.0:
             no_prompt = prompt.new_full((1, policy.S), PAD)
             no_words = prompt.new_full((1, policy.C), PAD)
-            empty_decoder = Decoder(policy, batch, device)
+            empty_decoder = Decoder(policy, batch)
             empty_decoder.prefill(policy.concat_words(no_prompt, no_words))
         for j in range(policy.L):
             raw = policy.code_logits(decoder.hidden)
