@@ -62,11 +62,13 @@ def difference(trained, rollout, guidance=1.0):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_bf16_rounds_to_less_than_a_third_of_the_bound(trained, bf16, guidance):
+def test_bf16_rounds_to_less_than_a_third_of_the_bound(trained, bf16, monkeypatch, guidance):
     """Guidance multiplies the error of the logits by |g| + |1 - g|, and the bound likewise."""
-    found = difference(trained, sampled(trained, guidance), guidance)
-    assert found > 1e-5  # it is bf16: float32 gives 1e-7
+    rollout = sampled(trained, guidance)
+    found = difference(trained, rollout, guidance)
     assert 3 * found < BOUND * (guidance + abs(1 - guidance))
+    monkeypatch.undo()
+    assert difference(trained, rollout, guidance) > 1e-4  # scored in float32: it was bf16
 
 
 def forgetful_cache(policy, monkeypatch):
