@@ -216,8 +216,8 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     arguments = ["--preset", "smoke", "--out", str(folder)]
     names = ["base-0", "base-0/runs/grpo-0", "base-0/runs/eggrpo-0"]
-    of_base = study.Config(**study.PRESETS["smoke"] | dict(bases=1))
-    names += [job.name for job in study.record_jobs(of_base)]
+    names += [f"base-0/records/{name}" for name in (*study.RECORDED, "base-guided")]
+    names += ["base-0/passes/base"]
     for name in names:
         study.main([*arguments, "--only", name])
     config = study.Config(**study.PRESETS["smoke"] | dict(preset="smoke", out=str(folder)))
