@@ -148,8 +148,8 @@ def unusable_gpu():
 
 
 def pick_device(name="auto"):
-    """Choose the device and print it: CUDA if available, another only if asked for. Raises UserError
-    if the device cannot be used, or if there is a GPU that torch would leave idle."""
+    """Choose the device and print it: CUDA if available, another only if asked for. Raises
+    UserError if the device cannot be used, or if there is a GPU that torch would leave idle."""
     if name == "auto":
         gpu = unusable_gpu()
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"

@@ -4,8 +4,9 @@
     python eggrpo.py --method grpo --seed 1     -> out/small/grpo-1/
 
 The file reads in the order of the data: Config and methods, the mathematics (plain tensors in and
-out, usable in another trainer), one training step from prompts to optimizer.step, the run. EG-GRPO
-is GRPO and two functions, entropy_masks and shape_advantages. Needs the base policy (bash train.sh).
+out, usable in another trainer), one training step from prompts to optimizer.step, the run.
+EG-GRPO is GRPO and two functions, entropy_masks and shape_advantages. Needs the base policy (bash
+train.sh).
 
 Differences from the paper and its released code:
 - The bonus is the paper's rule, its lambda computed for each batch; the released code's rule is the
@@ -188,13 +189,13 @@ def shape_advantages(advantage, entropy, low, high, valid, kappa=1.0, exclude=Tr
 
         A_t = [t not low] A + [t high] lambda H_t                 lambda: see bonus_coefficient
 
-    H_t is a number here, without gradient. The bonus is at least 0: it raises the probability of the
-    sampled token whatever the sign of A, also in a group of equal rewards.
+    H_t is a number here, without gradient. The bonus is at least 0: it raises the probability of
+    the sampled token whatever the sign of A, also in a group of equal rewards.
 
-    advantage: (B,); entropy: (B, T) in [0, 1], when the tokens were sampled; low, high: (B, T) bool,
-    see entropy_masks; valid: (B, T) bool, False at padding. The rows are a step's whole batch.
-    kappa: at least 0 (paper: in (0, 1]). exclude: False leaves low tokens their advantage. Returns
-    (B, T).
+    advantage: (B,); entropy: (B, T) in [0, 1], when the tokens were sampled; low, high: (B, T)
+    bool, see entropy_masks; valid: (B, T) bool, False at padding. The rows are a step's whole
+    batch. kappa: at least 0 (paper: in (0, 1]). exclude: False leaves low tokens their advantage.
+    Returns (B, T).
     """
     coefficient = bonus_coefficient(advantage, entropy, low, high, valid, kappa)
     a = advantage[:, None].expand_as(entropy)  # (B, T)
@@ -225,9 +226,9 @@ def policy_loss(logp, logp_ref, advantage, valid, beta=0.01, sequences=None):
 
     logp, logp_ref, advantage: (B, T); valid: (B, T) bool, of which row i has T_i. logp_ref may be
     None if beta is 0. sequences: B of the whole batch, if these rows are a micro-batch of it.
-    Returns two scalars, loss and kl, which add up over micro-batches to the batch's means; kl has no
-    gradient. The average is the paper's, and the first GRPO's (arXiv 2402.03300); the released code
-    pools all tokens of a batch, as DAPO does, so that long sequences weigh more.
+    Returns two scalars, loss and kl, which add up over micro-batches to the batch's means; kl has
+    no gradient. The average is the paper's, and the first GRPO's (arXiv 2402.03300); the released
+    code pools all tokens of a batch, as DAPO does, so that long sequences weigh more.
     """
     sequences = len(valid) if sequences is None else sequences
     weight = valid / (valid.sum(1, keepdim=True).clamp(min=1) * sequences)  # (B, T)
@@ -288,8 +289,8 @@ def method_advantages(advantage, rollout, low, high, config):
 def train_step(policy, reference, optimizer, env, config, step):
     """Make one step of reinforcement learning, from prompts to optimizer.step.
 
-    Returns a dict of floats to log. Raises UserError, with the weights unchanged, if a reward is not
-    finite or sampler and learner are not one policy.
+    Returns a dict of floats to log. Raises UserError, with the weights unchanged, if a reward is
+    not finite or sampler and learner are not one policy.
     """
     P = config.prompts
     G = config.group_size
@@ -413,9 +414,9 @@ def bonus_stats(A, A_t, rollout, high, rewards):
 
 
 def sampler_against_learner(rollout, logp):
-    """Compare log-probs (B, T) with those of sampling, before the update: sampler and learner must
-    be one policy. Returns the mean difference in nats, and the largest of difference / (1 + |logp|),
-    the relative one."""
+    """Compare log-probs (B, T) with those of sampling, before the update: sampler and learner
+    must be one policy. Returns the mean difference in nats, and the largest of difference / (1 +
+    |logp|), the relative one."""
     difference = (logp - rollout.logp).abs() * rollout.valid
     return dict(
         logp_diff_mean=difference.sum() / rollout.valid.sum(),

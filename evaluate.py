@@ -4,10 +4,10 @@
 
     -> out/small/results.json, results.md (the printed table), before-after.png, curves.png
 
-`eval` and `rare` prompts never occur in training, not even as paraphrases; every `rare` prompt has
-one rare colour-shape pair (scenes.py), and the pairs take turns. In reinforcement learning a third of
-the prompts have a rare pair too, in other scenes. All policies answer the same prompts with the same
-noise.
+`eval` and `rare` prompts never occur in training, not even as paraphrases; every `rare` prompt
+has one rare colour-shape pair (scenes.py), and the pairs take turns. In reinforcement learning a
+third of the prompts have a rare pair too, in other scenes. All policies answer the same prompts
+with the same noise.
 """
 
 import io
@@ -78,8 +78,8 @@ def policy_of(record, env):
 
 
 def load_base(config, env):
-    """Read the base policy of a preset. Returns the frozen model, and {file: digest} of what runs of
-    reinforcement learning are made from."""
+    """Read the base policy of a preset. Returns the frozen model, and {file: digest} of what runs
+    of reinforcement learning are made from."""
     path = f"{config.out}/{config.preset}/base.pt"
     command = common.command_for("pretrain", config)
     policy, _ = load_policy(path, "base", config, env, env.made_from, command)
@@ -94,7 +94,8 @@ def load_run(path, config, env, made_from):
 
 
 def load_policies(config, env):
-    """Load the base policy and every finished run. Returns {name: (policy, options to sample it)}."""
+    """Load the base policy and every finished run. Returns {name: (policy, options to sample
+    it)}."""
     base, made_from = load_base(config, env)
     policies = {"base": (base, dict(no_plan=True)), "base + plan": (base, {})}
     folder = Path(config.out) / config.preset
@@ -210,7 +211,8 @@ def markdown_table(head, rows):
 
 
 def results_table(results):
-    """Format {policy: {"eval": summary, "rare": summary}} as three Markdown tables; "-" for None."""
+    """Format {policy: {"eval": summary, "rare": summary}} as three Markdown tables; "-" for
+    None."""
 
     def show(value, half=None):
         if value is None:

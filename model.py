@@ -42,9 +42,9 @@ class Block(nn.Module):
     def forward(self, x, mask, cache=None, slot=0):
         """Process n slots at once.
 
-        x: (B, n, D); mask: (B, 1, n or 1, slots so far), bool, True where a slot may attend, or what
-        is added to the scores. cache: keys and values of a sequence's slots, (2, B, heads, N,
-        D/heads): those of the n slots from `slot` on are written to it, those before are read.
+        x: (B, n, D); mask: (B, 1, n or 1, slots so far), bool, True where a slot may attend, or
+        what is added to the scores. cache: keys and values of a sequence's slots, (2, B, heads,
+        N, D/heads): those of the n slots from `slot` on are written to it, those before are read.
         """
         b, n, d = x.shape
         qkv = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, -1)
@@ -147,7 +147,8 @@ class Policy(nn.Module):
             return self.word_head(x.float())
 
     def code_logits(self, x):
-        """Logits of codes, (..., D) -> (..., V), float32: own weights plus queries of the codebook."""
+        """Logits of codes, (..., D) -> (..., V), float32: own weights plus queries of the
+        codebook."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             return self.code_head(x) + self.code_query(x) @ self.codebook.t()
@@ -200,10 +201,12 @@ def precision(device):
 
 
 def policy_logits(raw, empty=None, guidance=1.0):
-    """Compute the logits of codes that are sampled from and scored: the one definition of the policy.
+    """Compute the logits of codes that are sampled from and scored: the one definition of the
+    policy.
 
-    raw: (..., V), float32. Classifier-free guidance: empty + guidance * (raw - empty), where `empty`
-    are the raw logits without prompt and plan. Guidance 1 needs none. Plans are never guided.
+    raw: (..., V), float32. Classifier-free guidance: empty + guidance * (raw - empty), where
+    `empty` are the raw logits without prompt and plan. Guidance 1 needs none. Plans are never
+    guided.
     """
     return raw if guidance == 1.0 else empty + guidance * (raw - empty)
 
@@ -275,8 +278,8 @@ def sample_token(logits, noise):
 class Decoder:
     """State of B sequences that are being sampled: words, padding, keys and values.
 
-    `hidden` (B, D) is the output at the last slot that was fed. The cache has 2 * layers * B * N * D
-    elements; guidance needs a second one.
+    `hidden` (B, D) is the output at the last slot that was fed. The cache has 2 * layers * B * N
+    * D elements; guidance needs a second one.
     """
 
     def __init__(self, policy, batch):
@@ -285,7 +288,8 @@ class Decoder:
         self.positions = policy.position_embeddings()
 
     def prefill(self, words):
-        """Feed the first n slots at once. words: (P, n), each row of which B / P sequences share."""
+        """Feed the first n slots at once. words: (P, n), each row of which B / P sequences
+        share."""
         prompts, n = words.shape
         repeats = self.batch // prompts
         x = self.policy.embed_words(words) + self.positions[:n]
@@ -301,7 +305,8 @@ class Decoder:
         self.hidden = self.policy.norm(x[:, -1]).repeat_interleave(repeats, 0)
         self.words = words.repeat_interleave(repeats, 0)
         self.slot = n
-        # Added to the scores: -inf at padding. In the network's type, or each layer would convert it.
+        # Added to the scores: -inf at padding. In the network's type, or each layer would convert
+        # it.
         self.bias = x.new_zeros(self.batch, slots, dtype=dtype)
         self.bias[:, :n].masked_fill_(self.words == PAD, float("-inf"))
 

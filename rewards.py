@@ -14,8 +14,8 @@ only `relation` returns it). Add your own as one more:
 `exact` is 1 if the image has the right objects, no others, a true relation and no smears. It is
 measured, not optimised.
 
-Shapes: B images of h x w pixels; `colours`, `textures`, `shapes` and `cells` stand for their counts;
-a kind is a colour, a texture and a shape, numbered in this order.
+Shapes: B images of h x w pixels; `colours`, `textures`, `shapes` and `cells` stand for their
+counts; a kind is a colour, a texture and a shape, numbered in this order.
 """
 
 import math
@@ -80,8 +80,8 @@ def encode_targets(world, scenes, device="cpu"):
 
 @lru_cache(maxsize=8)
 def _palette(device):
-    """Background (3,) and the offsets of the palette colours from it (colours, 3). Cached, because a
-    copy from the host synchronises."""
+    """Background (3,) and the offsets of the palette colours from it (colours, 3). Cached,
+    because a copy from the host synchronises."""
     background = torch.tensor(BACKGROUND, device=device) / 255
     colours = torch.tensor(list(COLOURS.values()), device=device) / 255
     return background, colours - background
@@ -93,7 +93,8 @@ def _saturate(contrast):
 
 
 def paint_coverage(images):
-    """How much of each pixel is painted in each colour. (B, 3, h, w) -> (B, colours, h, w), in [0, 1].
+    """How much of each pixel is painted in each colour. (B, 3, h, w) -> (B, colours, h, w), in
+    [0, 1].
 
     A pixel is background + contrast * (colour - background); it belongs to the colour that leaves
     the smallest residual.

@@ -20,12 +20,12 @@ Prompt categories follow the paper's benchmarks (T2I-CompBench and WISE):
 
 The background is a dark sky in which a patch may hold one faint star, more often towards the top.
 Objects stand at the same place of their cell and are lit unevenly: each patch has a brightness of
-its own. The prompt leaves stars and light open, so that image tokens are uncertain everywhere: least
-in the calm sky at the bottom, most on objects.
+its own. The prompt leaves stars and light open, so that image tokens are uncertain everywhere:
+least in the calm sky at the bottom, most on objects.
 
 Splits: a hash of what a scene asks for decides, so that no paraphrase of a `train` prompt is in
-`eval`. The colour-shape pairs of RARE_PAIRS occur in neither; scenes with one of them are split into
-`rare-train` and `rare` in the same way. Scene number i of these has pair i mod 6.
+`eval`. The colour-shape pairs of RARE_PAIRS occur in neither; scenes with one of them are split
+into `rare-train` and `rare` in the same way. Scene number i of these has pair i mod 6.
 
 The pretraining corpus is noisy, like captions from the web: a policy that imitates it makes errors,
 which reinforcement learning can correct.
@@ -402,8 +402,8 @@ def _contradict(world, scene, rng):
 def corpus_item(world, seed, index):
     """Make one item of the noisy pretraining corpus, a Scene.
 
-    Each rare pair has its fraction of the items. In CAPTION_FAULTS of all, image and plan contradict
-    the prompt; in PLAN_FAULTS of the rest, the plan contradicts prompt and image.
+    Each rare pair has its fraction of the items. In CAPTION_FAULTS of all, image and plan
+    contradict the prompt; in PLAN_FAULTS of the rest, the plan contradicts prompt and image.
     """
     rng = _rng("corpus", seed, index)
     pairs, fractions = zip(*RARE_PAIRS.items())

@@ -9,12 +9,12 @@
 #                                         lab.study, ... with its own flags
 #   bash train.sh test                    the tests
 #
-# Uses the current Python if it has the packages, else makes .venv and installs requirements.txt into
-# it. A finished stage is skipped, an interrupted one goes on.
+# Uses the current Python if it has the packages, else makes .venv and installs requirements.txt
+# into it. A finished stage is skipped, an interrupted one goes on.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")"
-# Or idle threads take the cores of busy ones: on two cores with two other processes a step took twice
-# as long without it. On an idle machine it costs a tenth.
+# Or idle threads take the cores of busy ones: on two cores with two other processes a step took
+# twice as long without it. On an idle machine it costs a tenth.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 usage="usage: bash train.sh [--preset smoke|small|large] [--method NAME] [--seed N] [--device NAME] [--out DIR] | bash train.sh MODULE [FLAGS] | bash train.sh test"

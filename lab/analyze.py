@@ -310,8 +310,8 @@ def missing_jobs(config):
 
 
 def analyze(runs, records, guided, passes, config):
-    """Reduce a study to its numbers: the content of study.json. records: {setting: rows}; guided: of
-    images sampled with guidance 2; passes: of many images per prompt."""
+    """Reduce a study to its numbers: the content of study.json. records: {setting: rows}; guided:
+    of images sampled with guidance 2; passes: of many images per prompt."""
     variants = {}
     for name, own in runs.items():
         other = counterpart(name)

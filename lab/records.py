@@ -11,7 +11,8 @@ from scenes import decode_words, encode_scenes
 
 @torch.no_grad()
 def draw_exact(config, env, policy, scene, number, **options):
-    """Draw images of a prompt, each with a plan of its own. Returns exact (pass_images,), 0 or 1."""
+    """Draw images of a prompt, each with a plan of its own. Returns exact (pass_images,), 0 or
+    1."""
     noise = draw_noise(policy, config.pass_images, config.seed, "passes", number)
     prompt, _ = encode_scenes(env.world, [scene])
     _, images = sample_images(env, policy, prompt, noise, **options)

@@ -81,7 +81,8 @@ def sample_tokens(env, policy, config):
 
 
 def entropy_figures(entropy, objects):
-    """Describe where entropy is. entropy: (n, L), objects: (n, L) bool. Returns a dict of floats."""
+    """Describe where entropy is. entropy: (n, L), objects: (n, L) bool. Returns a dict of
+    floats."""
     low, high = entropy_masks(entropy, torch.ones_like(objects))
     ascending = entropy.flatten().sort().values
     quantile = lambda fraction: ascending[int(fraction * len(ascending))]
@@ -109,8 +110,8 @@ def exact(env, policy, config, **options):
 
 
 def gradient_parts(batch, config):
-    """Split the advantages of EG-GRPO. Returns {part: (B, T)}: GRPO's; those on low, middle and high
-    tokens, which add up to GRPO's; the bonus; EG-GRPO's, with the bonus and without low."""
+    """Split the advantages of EG-GRPO. Returns {part: (B, T)}: GRPO's; those on low, middle and
+    high tokens, which add up to GRPO's; the bonus; EG-GRPO's, with the bonus and without low."""
     low, high, shaped = token_advantages(batch, config)
     a = batch.advantage[:, None].expand_as(shaped)
     bonus = torch.where(high, shaped - a, 0.0)

@@ -1,5 +1,5 @@
-"""Shared by the tests: a tiny random policy and tokenizer, and the smoke preset's pipeline, run once.
-No trained weights and no network."""
+"""Shared by the tests: a tiny random policy and tokenizer, and the smoke preset's pipeline, run
+once. No trained weights and no network."""
 
 import os
 import subprocess

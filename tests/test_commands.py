@@ -303,7 +303,8 @@ def made(out, tmp_path):
 
 
 def refuse(capsys, made, path, file, command, modules):
-    """Assert that commands refuse `path`, made from another `file`, and name both and the remedy."""
+    """Assert that commands refuse `path`, made from another `file`, and name both and the
+    remedy."""
     for module in modules:
         line = one_line(capsys, 2, call, module, made)
         assert f"{made}/smoke/{path} was made from another {file}: remove it and run" in line

@@ -1,4 +1,5 @@
-"""Each stage on tensors without values (the device "meta") and in bf16 on a CPU, all operations watched.
+"""Each stage on tensors without values (the device "meta") and in bf16 on a CPU, all operations
+watched.
 
 What a GPU would be surprised by and a CPU forgives: a tensor made on another device, a transfer to
 the host in the middle of sampling, probabilities in bf16. Says nothing about speed or memory.

@@ -250,8 +250,8 @@ def loss_weights(valid):
 
 
 def test_the_gradient_is_reinforce():
-    """With ratio 1 the gradient with respect to log-probs is -A / (B T_i), though the loss itself is
-    -mean(A): why "loss is 0" is right."""
+    """With ratio 1 the gradient with respect to log-probs is -A / (B T_i), though the loss itself
+    is -mean(A): why "loss is 0" is right."""
     logp, _ = random_logps()
     a, _, valid = random_batch()
     leaf = logp.clone().requires_grad_(True)
