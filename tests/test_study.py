@@ -401,4 +401,4 @@ def test_train_sh_makes_the_whole_study_and_goes_on_where_it_was(tmp_path):
 
     assert re.search(r"study: (\d+) jobs, \1 to do", run("lab.study"))
     assert re.search(r"study: \d+ jobs, 0 to do", run("lab.study"))
-    assert "| `exclude` |" in run("lab.analyze")
+    assert "| `exclude`, fewer steps |" in run("lab.analyze")
