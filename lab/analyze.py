@@ -65,7 +65,6 @@ MEASURES = {  # of a run
 }
 OF_POLICIES = [*SCORES, "vendi", "reward std"]  # measures of base policies too
 
-
 INTERACTIONS = {
     "text x image": ("eggrpo-text", "eggrpo-image"),
     "exclude x bonus": ("exclude", "bonus"),
@@ -334,6 +333,7 @@ def draw_figures(folder, numbers, records, guided):
     compared = {name: numbers for name, numbers in variants.items() if numbers["differences"]}
     if main:
         figures.draw_curves(folder / "curves.png", main)
+        figures.draw_discovery(folder / "discovery.png", main)
     if compared:
         figures.draw_differences(folder / "differences.png", compared)
     if records:
@@ -343,8 +343,6 @@ def draw_figures(folder, numbers, records, guided):
         figures.draw_joint(folder / "entropy-mean-guided.png", guided, "image_entropy")
     if numbers["passes"]:
         figures.draw_passes(folder / "pass-at-k.png", numbers["passes"])
-    if main:
-        figures.draw_discovery(folder / "discovery.png", main)
 
 
 def main(argv=None):

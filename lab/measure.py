@@ -9,11 +9,11 @@ import torch
 
 import eggrpo
 import model
-from evaluate import draw_noise, sample_images
+from evaluate import draw_noise, sample_and_score
 from lab.batch import step_config
 from lab.world import gradient_sizes
-from rewards import compute_rewards, detect, encode_targets
-from scenes import encode_scenes, make_scene
+from rewards import detect
+from scenes import make_scene
 
 DIVERSITY_SEED = 6000  # of the prompts
 
@@ -42,11 +42,9 @@ def diversity(env, policy, config, **options):
     for start in range(0, config.diverse_prompts, 10):
         numbers = range(start, min(start + 10, config.diverse_prompts))
         scenes = [make_scene(env.world, "eval", DIVERSITY_SEED, i) for i in numbers]
-        prompts, _ = encode_scenes(env.world, scenes)
-        noise = draw_noise(policy, len(scenes) * n, config.seed, "diversity", start)
-        _, images = sample_images(env, policy, prompts, noise, **options)
-        targets = encode_targets(env.world, [s for s in scenes for _ in range(n)], env.device)
-        rewards, _, _ = compute_rewards(images, targets, env.world)
+        repeated = [scene for scene in scenes for _ in range(n)]
+        noise = draw_noise(policy, len(repeated), config.seed, "diversity", start)
+        images, rewards, _, _ = sample_and_score(env, policy, repeated, noise, **options)
         kinds = detect(images, env.world).kind.unflatten(0, (-1, n)).cpu()  # (prompts, n, cells)
         vendi += [vendi_score(of_prompt) for of_prompt in kinds]
         spread += rewards.view(-1, n).std(1).tolist()

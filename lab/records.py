@@ -4,21 +4,16 @@ import torch
 
 import common
 from eggrpo import entropy_moments
-from evaluate import draw_noise, sample_images
+from evaluate import draw_noise, sample_and_score, sample_images
 from rewards import compute_rewards, encode_targets
 from scenes import decode_words, encode_scenes
 
 
 @torch.no_grad()
 def draw_exact(config, env, policy, scene, number, **options):
-    """Draw images of a prompt, each with a plan of its own. Returns exact (pass_images,), 0 or
-    1."""
+    """Draw images of a prompt, each with its own plan. Returns exact (pass_images,), 0 or 1."""
     noise = draw_noise(policy, config.pass_images, config.seed, "passes", number)
-    prompt, _ = encode_scenes(env.world, [scene])
-    _, images = sample_images(env, policy, prompt, noise, **options)
-    targets = encode_targets(env.world, [scene] * config.pass_images, env.device)
-    _, _, exact = compute_rewards(images, targets, env.world)
-    return exact
+    return sample_and_score(env, policy, [scene] * config.pass_images, noise, **options)[-1]
 
 
 @torch.no_grad()
