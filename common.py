@@ -108,7 +108,7 @@ def parse(config_class, presets, description, argv=None, methods=None):
             options["nargs"] = "?"
         help = f"default {field.default!r}"
         if field.name == "method":
-            help = "; ".join(f"{name}: {method.about}" for name, method in methods.items())
+            help = "; ".join(f"{key}: {method.about}" for key, method in methods.items())
         parser.add_argument(name, default=argparse.SUPPRESS, help=help, **options)
     given = vars(parser.parse_args(argv))
     values = dict(presets[given.get("preset", config_class.preset)])
@@ -134,28 +134,29 @@ OTHER_BUILD = (
 )
 
 
-def unusable_gpu():
-    """Name an NVIDIA GPU that this torch cannot use, or return ""."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if hidden or torch.cuda.is_available():
-        return ""
+def check_no_idle_gpu():
+    """Raise UserError if there is an NVIDIA GPU that this torch, without CUDA, would leave idle."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return
     command = ["nvidia-smi", "--list-gpus"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return listed.splitlines()[0] if listed.startswith("GPU") else ""
+        return
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    gpu = listed.partition("\n")[0]
+    problem = f"torch {torch.__version__}, built {built}, cannot use {gpu}"
+    check(not listed.startswith("GPU"), f"{problem}: {OTHER_BUILD}; or use --device cpu")
 
 
 def pick_device(name="auto"):
     """Choose the device and print it: CUDA if available, another only if asked for. Raises
     UserError if the device cannot be used, or if there is a GPU that torch would leave idle."""
     if name == "auto":
-        gpu = unusable_gpu()
-        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-        problem = f"torch {torch.__version__}, built {built}, cannot use {gpu}"
-        check(not gpu, f"{problem}: {OTHER_BUILD}; or use --device cpu")
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda"
+        if not torch.cuda.is_available():
+            check_no_idle_gpu()
+            name = "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # some device types cannot hold values
