@@ -101,8 +101,13 @@ def policy(world):
     return tiny_policy(world)
 
 
-@pytest.fixture
-def env(world):
+def tiny_env(world, device):
+    """The environment of tiny_policy, with a random tokenizer."""
     torch.manual_seed(0)
     tokenizer = VQVAE(world.patch, width=16, blocks=1, codebook_size=32, dim=4)
-    return Env(tokenizer, world, torch.device("cpu"), {})
+    return Env(tokenizer.to(device), world, device, {})
+
+
+@pytest.fixture
+def env(world):
+    return tiny_env(world, torch.device("cpu"))

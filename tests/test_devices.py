@@ -18,12 +18,10 @@ import eggrpo
 import model
 import pretrain
 import rewards
-from conftest import tiny_policy
-from evaluate import Env
+from conftest import tiny_env, tiny_policy
 from model import generate
 from scenes import encode_scenes, make_scene
 from tiny_vq import train as tiny_vq_train
-from tiny_vq.vqvae import VQVAE
 
 META = torch.device("meta")
 CPU = torch.device("cpu")
@@ -82,17 +80,11 @@ def watched(monkeypatch):
     return watch
 
 
-def make_env(world, device):
-    torch.manual_seed(0)
-    tokenizer = VQVAE(world.patch, width=16, blocks=1, codebook_size=32, dim=4)
-    return Env(tokenizer.to(device).requires_grad_(False), world, device, {})
-
-
 def step(world, device):
     """Make one step of reinforcement learning."""
     policy, reference = (tiny_policy(world, scale=2.0).to(device) for _ in range(2))
     optimizer = torch.optim.AdamW(policy.parameters())
-    return eggrpo.train_step(policy, reference, optimizer, make_env(world, device), CONFIG, 0)
+    return eggrpo.train_step(policy, reference, optimizer, tiny_env(world, device), CONFIG, 0)
 
 
 def sample(world, device):
@@ -116,7 +108,7 @@ def test_sampling_never_waits_for_the_device(watched, world):
 
 
 def test_tokenizer_and_pretraining_stay_on_their_device(watched, world):
-    tokenizer = make_env(world, META).tokenizer.requires_grad_(True)
+    tokenizer = tiny_env(world, META).tokenizer
     policy = tiny_policy(world).to(META)
     images = torch.rand(4, 3, world.image_size, world.image_size).to(META)
     tokens = [torch.zeros(4, n, dtype=torch.long) for n in (policy.S, policy.C, policy.L)]
