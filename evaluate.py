@@ -94,8 +94,7 @@ def load_run(path, config, env, made_from):
 
 
 def load_policies(config, env):
-    """Load the base policy and every finished run. Returns {name: (policy, options to sample
-    it)}."""
+    """Load the base policy and all finished runs. Returns {name: (policy, sampling options)}."""
     base, made_from = load_base(config, env)
     policies = {"base": (base, dict(no_plan=True)), "base + plan": (base, {})}
     folder = Path(config.out) / config.preset
@@ -211,8 +210,7 @@ def markdown_table(head, rows):
 
 
 def results_table(results):
-    """Format {policy: {"eval": summary, "rare": summary}} as three Markdown tables; "-" for
-    None."""
+    """Format {policy: {"eval": summary, "rare": summary}} as Markdown tables; "-" for None."""
 
     def show(value, half=None):
         if value is None:

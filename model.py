@@ -147,8 +147,7 @@ class Policy(nn.Module):
             return self.word_head(x.float())
 
     def code_logits(self, x):
-        """Logits of codes, (..., D) -> (..., V), float32: own weights plus queries of the
-        codebook."""
+        """Logits of codes, (..., D) -> (..., V), float32: own weights plus codebook queries."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             return self.code_head(x) + self.code_query(x) @ self.codebook.t()
@@ -201,8 +200,7 @@ def precision(device):
 
 
 def policy_logits(raw, empty=None, guidance=1.0):
-    """Compute the logits of codes that are sampled from and scored: the one definition of the
-    policy.
+    """Compute the logits of codes for sampling and scoring: the one definition of the policy.
 
     raw: (..., V), float32. Classifier-free guidance: empty + guidance * (raw - empty), where
     `empty` are the raw logits without prompt and plan. Guidance 1 needs none. Plans are never
@@ -278,8 +276,8 @@ def sample_token(logits, noise):
 class Decoder:
     """State of B sequences that are being sampled: words, padding, keys and values.
 
-    `hidden` (B, D) is the output at the last slot that was fed. The cache has 2 * layers * B * N
-    * D elements; guidance needs a second one.
+    `hidden` (B, D) is the output at the last slot that was fed. The cache has 2 * layers * B * N *
+    D elements; guidance needs a second one.
     """
 
     def __init__(self, policy, batch):
@@ -288,8 +286,7 @@ class Decoder:
         self.positions = policy.position_embeddings()
 
     def prefill(self, words):
-        """Feed the first n slots at once. words: (P, n), each row of which B / P sequences
-        share."""
+        """Feed the first n slots at once. words: (P, n), each row shared by B / P sequences."""
         prompts, n = words.shape
         repeats = self.batch // prompts
         x = self.policy.embed_words(words) + self.positions[:n]
@@ -305,8 +302,7 @@ class Decoder:
         self.hidden = self.policy.norm(x[:, -1]).repeat_interleave(repeats, 0)
         self.words = words.repeat_interleave(repeats, 0)
         self.slot = n
-        # Added to the scores: -inf at padding. In the network's type, or each layer would convert
-        # it.
+        # Added to the scores, -inf at padding; in the network's type: else each layer converts it.
         self.bias = x.new_zeros(self.batch, slots, dtype=dtype)
         self.bias[:, :n].masked_fill_(self.words == PAD, float("-inf"))
 

@@ -1,7 +1,7 @@
 """Type a prompt, get plans and images.
 
     python sample.py "a red circle left of a blue square"
-    python sample.py "three green crosses" --number 4 --guidance 2 --policy out/small/grpo-0/policy.pt
+    python sample.py "three green crosses" --guidance 2 --policy out/small/grpo-0/policy.pt
 
 -> out/small/samples/three-green-crosses.png
 """

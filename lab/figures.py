@@ -147,8 +147,7 @@ def draw_differences(path, variants):
 
 
 def draw_discovery(path, variants):
-    """Exact of rare pairs against their frequency in the corpus: mean over runs and its
-    interval."""
+    """Exact of rare pairs against their frequency in the corpus: means over runs, intervals."""
     figure, axis = plt.subplots(figsize=(4.5, 3.2))
     for variant, numbers in variants.items():
         found = numbers["discovery"]

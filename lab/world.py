@@ -81,8 +81,7 @@ def sample_tokens(env, policy, config):
 
 
 def entropy_figures(entropy, objects):
-    """Describe where entropy is. entropy: (n, L), objects: (n, L) bool. Returns a dict of
-    floats."""
+    """Describe where entropy is. entropy: (n, L), objects: (n, L) bool. Returns {key: float}."""
     low, high = entropy_masks(entropy, torch.ones_like(objects))
     ascending = entropy.flatten().sort().values
     quantile = lambda fraction: ascending[int(fraction * len(ascending))]
