@@ -13,9 +13,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, he
 
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that torch cannot use stops commands, not tests
-
 import common
 from evaluate import Env
 from model import Policy
@@ -25,15 +22,17 @@ from tiny_vq.vqvae import VQVAE
 ROOT = Path(__file__).parent.parent
 
 
-def pytest_sessionstart():
-    if torch.cuda.is_available():
+def pytest_configure(config):
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is compared bit for bit runs on a CPU
+    elif torch.cuda.is_available():
         common.set_up_cuda(torch.device("cuda"))  # as pick_device does in every command
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="no CUDA"))
+            item.add_marker(pytest.mark.skip(reason="needs CUDA, and bash train.sh test -m gpu"))
 
 
 def run(*command, status=0, cwd=ROOT):

@@ -168,14 +168,6 @@ def test_the_noise_at_its_ends_never_chooses_an_impossible_token():
         assert ((token >= 5) & (token < 507)).all() and logp.isfinite().all()
 
 
-@pytest.mark.gpu
-def test_cuda_samples_what_it_scores(policy, prompt):
-    """bf16 inside the network: the bound of training."""
-    draw = generate(policy.cuda(), prompt.cuda(), noise(policy, 3).cuda())
-    assert (rescored(policy, prompt.cuda(), draw) - draw.logp).abs().max() < 0.5
-    assert draw.codes.max() < 32
-
-
 @torch.no_grad()
 def test_codes_with_equal_codebook_vectors_share_embedding_and_logit_but_for_their_own_part(policy):
     """The tokenizer's codebook reaches input and output: what is learned of a code is shared."""
