@@ -16,6 +16,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
@@ -33,8 +34,9 @@ def check(condition, message):
         raise UserError(message)
 
 
-def run(main):
-    """Run a command's main(), and print what the user can correct as one line."""
+def run(main, memory_flags="--batch"):
+    """Run a command's main(), and print what the user can correct as one line. memory_flags: which
+    of its flags to lower if memory runs out."""
     sys.stdout.reconfigure(errors="replace")  # the terminal may not show every character
     try:
         return main()
@@ -48,7 +50,8 @@ def run(main):
         cpu = "can't allocate memory" in str(error)  # torch has no class for it
         if not cpu and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise
-        message, status = "error: out of memory: lower --micro-batch, or --batch", 2
+        stage = Path(sys.argv[0]).name
+        message, status = f"error: {stage} ran out of memory: lower {memory_flags}", 2
     print("\n" * (status == 130) + message, file=sys.stderr)
     sys.exit(status)
 
@@ -297,6 +300,7 @@ class Run:
                 problem = f"{self.path} was made with {flag(name)} {old}, not {value}"
                 check(old == value, f"{problem}: use that, another --out, or remove it")
         self.finished = self.first_step == self.steps
+        self.saved = time.monotonic()
 
     def start(self, device, model, optimizer):
         """Begin the log, or load the weights and optimizer of the earlier process and drop the log
@@ -330,9 +334,9 @@ class Run:
             check(math.isfinite(value), f"step {step}: {name} is {value}: {self.advice()}")
 
     def save(self, step, model, optimizer, **more):
-        """Write the checkpoint after the first step, every save_every steps and after the last."""
+        """Write the checkpoint after the last step, and before it every save_every minutes."""
         done = step + 1
-        if done not in (1, self.steps) and done % self.save_every:
+        if done < self.steps and time.monotonic() - self.saved < 60 * self.save_every:
             return
         weights = model.state_dict()
         finite = all(value.isfinite().all() for value in weights.values())
@@ -347,6 +351,7 @@ class Run:
             optimizer=optimizer.state_dict() if done < self.steps else {},
         )
         save_checkpoint(self.path, record | more)
+        self.saved = time.monotonic()
 
     def advice(self):
         """Say how to go on after a run has diverged."""

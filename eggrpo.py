@@ -63,7 +63,7 @@ class Config(common.BaseConfig):
     micro_batch: int = 16  # sequences per forward pass: changes memory, not results
     eval_every: int = 50  # steps between held-out evaluations, each with a gallery
     eval_prompts: int = 192  # per split: usual and rare pairs
-    save_every: int = 25  # steps
+    save_every: float = 2  # minutes between checkpoints
 
     def validate(self):
         super().validate()
@@ -491,4 +491,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(main, "--micro-batch, then --prompts")

@@ -43,7 +43,7 @@ class Config(common.BaseConfig):
     heads: int = 4
     drop_both: float = 0.10  # fraction of sequences without prompt and plan
     drop_plan: float = 0.15  # fraction of sequences without plan, but with a prompt
-    save_every: int = 200  # steps
+    save_every: float = 2  # minutes
 
     def validate(self):
         super().validate()
@@ -65,7 +65,7 @@ PRESETS = {
         width=512,
         layers=8,
         heads=8,
-        save_every=2000,
+        save_every=5,
     ),
 }
 
@@ -226,9 +226,10 @@ def main(argv=None):
             run.log(step=step, **terms)
             bar.set_postfix({name: f"{value:.2f}" for name, value in terms.items()})
         run.save(step, policy, optimizer)
+    run.log(step=config.steps, seconds=time.time() - started)
     nll = f"plan {terms['plan_nll']:.2f}, image {terms['image_nll']:.2f} nats per token"
     print(f"base policy: {nll}, {time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(main, "--micro-batch")

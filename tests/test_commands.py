@@ -67,7 +67,7 @@ def stage(out, tmp_path, request):
         if not folder.exists():
             inputs(out, folder)
             (folder / "smoke" / path).unlink(missing_ok=True)
-        call(module, folder, f"{short} --save-every 2 {flags}")
+        call(module, folder, f"{short} --save-every 0 {flags}")
         path_of_log = folder / "smoke" / log_path
         records = [json.loads(line) for line in path_of_log.read_text().splitlines()[1:]]
         log = [{k: v for k, v in r.items() if k != "seconds"} for r in records]

@@ -35,7 +35,7 @@ class Config(common.BaseConfig):
     paint_weight: float = 8.0  # how much more a painted pixel's error weighs than the background's
     commitment: float = 0.25
     scored: int = 420  # true scenes that the ceiling is the mean of
-    save_every: int = 200
+    save_every: float = 2  # minutes
 
     def validate(self):
         super().validate()
