@@ -47,12 +47,12 @@ class Block(nn.Module):
         N, D/heads): those of the n slots from `slot` on are written to it, those before are read.
         """
         b, n, d = x.shape
-        qkv = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, n, D/heads) each
+        qkv = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, kv = qkv[0], qkv[1:]  # (B, heads, n, D/heads) and (2, B, heads, n, D/heads)
         if cache is not None:
-            cache[:, :, :, slot : slot + n] = torch.stack([k, v])
-            k, v = cache[:, :, :, : slot + n]
-        attended = F.scaled_dot_product_attention(q, k, v, mask)
+            cache[:, :, :, slot : slot + n] = kv
+            kv = cache[:, :, :, : slot + n]
+        attended = F.scaled_dot_product_attention(q, *kv, mask)
         x = x + self.proj(attended.transpose(1, 2).reshape(b, n, d))
         hidden = self.up(self.norm2(x))
         return x + self.down(F.gelu(hidden))
