@@ -78,7 +78,15 @@ class Config(common.BaseConfig):
 PRESETS = {
     "smoke": dict(steps=4, prompts=2, group_size=4, eval_every=2, eval_prompts=12),
     "small": dict(),
-    "large": dict(steps=600, prompts=16, group_size=16, lr=1e-4, micro_batch=64, eval_prompts=384),
+    "large": dict(
+        steps=400,
+        prompts=16,
+        group_size=16,
+        lr=1e-4,
+        micro_batch=64,
+        eval_prompts=384,
+        save_every=5,
+    ),
 }
 
 

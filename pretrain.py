@@ -58,7 +58,7 @@ PRESETS = {
     "small": dict(),
     "large": dict(
         items=200000,
-        steps=12000,
+        steps=6000,
         batch=128,
         lr=6e-4,
         warm_up=400,

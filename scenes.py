@@ -195,10 +195,10 @@ WORLDS = {
     "smoke": World(),
     "small": World(),
     "large": World(
-        image_size=64,
+        image_size=48,
         patch=4,
         grid=4,
-        object_size=14,
+        object_size=11,
         textures=("solid", "striped", "hollow"),
         max_objects=4,
         prompt_slots=20,

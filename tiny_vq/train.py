@@ -46,7 +46,7 @@ class Config(common.BaseConfig):
 PRESETS = {
     "smoke": dict(scored=60, images=300, steps=30, width=32, batch=32, codebook_size=128),
     "small": dict(),
-    "large": dict(images=40000, steps=2000, batch=256, width=128),
+    "large": dict(steps=600),
 }
 
 
