@@ -4,8 +4,10 @@
 
 Decoding and a training step of the preset's model, with random weights, against transformers'
 generate and TRL's GRPOTrainer for a Llama of the same width, layers, heads, sequences and lengths.
-The overhead of EG-GRPO is the time of its masks and its shaping, all that it adds to GRPO. Times
-are medians of several calls; on a shared machine only their ratios are meaningful.
+The floors are what the preset's FLOPs, its memory traffic and its kernels would take, each alone,
+at this machine's measured rates (lab.cost). The overhead of EG-GRPO is that of its masks and its
+shaping, all that it adds to GRPO: their time, and the memory that they allocate in all. Times are
+medians of several calls; on a shared machine only their ratios are meaningful.
 """
 
 import copy
@@ -15,6 +17,8 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import common
 import pretrain
@@ -22,6 +26,7 @@ import tiny_vq.train
 from eggrpo import train_step
 from evaluate import Env, draw_noise, markdown_table, sample_images
 from lab.batch import step_config, token_advantages, training_batch
+from lab.cost import decoding, learning, load_preset, measure_machine
 from scenes import WORDS, WORLDS, encode_scenes
 from tiny_vq.vqvae import VQVAE
 
@@ -61,8 +66,29 @@ def make(config, device):
     return policy.to(device), Env(tokenizer, world, device, {})
 
 
-def time_ours(policy, env, settings, repeats):
-    """Return the seconds of decoding, of shaping, and of a whole step."""
+class Allocations(TorchDispatchMode):
+    """Add up the bytes of all memory that operations allocate for their results."""
+
+    def __init__(self):
+        super().__init__()
+        self.results = []  # kept, so that no memory is given out twice
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        storages = lambda values: {
+            x.untyped_storage().data_ptr(): x for x in tree_leaves(values) if torch.is_tensor(x)
+        }
+        old = storages([self.results, args])  # views and changes in place have an old one
+        for address, x in storages(result).items():
+            if address not in old:
+                self.results.append(x)
+                self.bytes += x.untyped_storage().nbytes()
+        return result
+
+
+def measure_ours(policy, env, settings, repeats):
+    """Return the seconds of decoding, of shaping and of a whole step, and shaping's bytes."""
     batch = training_batch(env, policy, settings, 0)
     # an untrained policy's rewards are equal, and cost nothing to shape
     batch = batch._replace(advantage=torch.randn_like(batch.advantage))
@@ -75,7 +101,28 @@ def time_ours(policy, env, settings, repeats):
         shaping=lambda: token_advantages(batch, settings),
         step=lambda: train_step(policy, reference, optimizer, env, settings, 0),
     )
-    return {name: seconds(call, env.device, repeats) for name, call in calls.items()}
+    times = {name: seconds(call, env.device, repeats) for name, call in calls.items()}
+    with Allocations() as allocations:
+        calls["shaping"]()
+    return times, allocations.bytes
+
+
+def floors(config, settings, device):
+    """Return what FLOPs, memory traffic and kernels of decoding and of a step would take alone, in
+    seconds: {name: three numbers}."""
+    preset = load_preset(config.preset)
+    machine = measure_machine(preset, device)
+    sequences = settings.prompts * settings.group_size
+    decode = decoding(preset.shape, settings.prompts, sequences)
+    update = learning(preset.shape, sequences, settings.micro_batch, reference=True)
+    limits = {}
+    for name, work in (("decoding", decode), ("a step of EG-GRPO", decode + update)):
+        limits[name] = (
+            work.flops / machine.network,
+            work.bytes / machine.bandwidth,
+            work.kernels * machine.host,
+        )
+    return limits
 
 
 # --- others ---------------------------------------------------------------------------------------
@@ -190,7 +237,8 @@ def main(argv=None):
     sequences = settings.prompts * settings.group_size
     print(f"{millions:.2f} M parameters, {sequences} sequences, {policy.C + policy.L} new tokens")
 
-    ours = time_ours(policy, env, settings, config.repeats)
+    ours, shaping_bytes = measure_ours(policy, env, settings, config.repeats)
+    limits = floors(config, settings, device)
     measured = {
         "decoding": ours["decoding"],
         "decoding, transformers": time_transformers(policy, settings, device, config.repeats),
@@ -199,10 +247,14 @@ def main(argv=None):
     }
     rows = []
     for name, value in measured.items():
-        rows.append([name, "not installed" if value is None else f"{value:.3f}"])
-    print(f"\n{markdown_table(['', 'seconds'], rows)}\n")
+        took = "not installed" if value is None else f"{value:.3f}"
+        rows.append([name, took, *(f"{limit:.3f}" for limit in limits.get(name, ()))])
+    head = ["", "seconds", "floor: FLOPs", "memory", "kernels"]
+    rows = [row + [""] * (len(head) - len(row)) for row in rows]
+    print(f"\n{markdown_table(head, rows)}\n")
     overhead = f"{1000 * ours['shaping']:.2f} ms of {1000 * ours['step']:.0f} ms per step"
-    print(f"EG-GRPO adds to GRPO: {overhead}, {ours['shaping'] / ours['step']:.2%}")
+    share = ours["shaping"] / ours["step"]
+    print(f"EG-GRPO adds to GRPO: {overhead}, {share:.2%}; {shaping_bytes / 2**20:.2f} MiB")
 
 
 if __name__ == "__main__":
