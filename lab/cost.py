@@ -5,7 +5,7 @@
 The model: a stage computes (FLOPs over the sustained rate), moves memory (bytes over bandwidth) and
 launches kernels, at the host's time for each. On a GPU the host runs ahead of the device, so the
 longer of the two counts; on a CPU they add up. Rates of this machine are measured, those of the
-GPUs are data sheets' times EFFICIENCY. The constants below were fitted to one H200 (docs/gpu.md).
+GPUs are a share of their data sheets'. The constants below were fitted to an H200 (docs/gpu.md).
 
 If the preset has been run here, measured times stand beside the estimates.
 """
@@ -28,10 +28,11 @@ from model import Policy, generate
 from scenes import END, WORDS, WORLDS, World, encode_scenes, make_scene, random_scene, render
 
 GIB = 2**30
-EFFICIENCY = 0.5  # of a data sheet's rate: what matrix products of a few hundred columns reach
-MOVES = 12  # times that a byte kept for the backward pass is read or written in an update
+EFFICIENCY = 0.5  # of a data sheet's FLOP/s: what matrix products of a few hundred columns reach
+BANDWIDTH = 0.8  # of a data sheet's bytes/s: what a copy reaches
+MOVES = 14  # times that a byte kept for the backward pass is read or written in an update
 CACHE_READS = 3  # times that attention with one query reads the cache
-HOST = 22e-6  # seconds of the host per kernel of decoding, in eager PyTorch
+HOST = 18e-6  # seconds of the host per kernel, in eager PyTorch: two hosts needed 16 and 22
 DISK = 200e6  # bytes per second that checkpoints are written at
 CONTEXT = 0.5 * GIB  # what CUDA itself takes
 
@@ -48,8 +49,13 @@ class Machine(NamedTuple):
 
 def gpu(network, float32, bandwidth, memory, bf16=True):
     """Make a Machine from a data sheet: TFLOP/s, TFLOP/s, TB/s, GiB."""
-    rates = EFFICIENCY * network * 1e12, EFFICIENCY * float32 * 1e12, bandwidth * 1e12
-    return Machine(*rates, bf16, memory * GIB)
+    return Machine(
+        network=EFFICIENCY * network * 1e12,
+        float32=EFFICIENCY * float32 * 1e12,
+        bandwidth=BANDWIDTH * bandwidth * 1e12,
+        bf16=bf16,
+        memory=memory * GIB,
+    )
 
 
 GPUS = {  # dense matrix products; bf16 with sums in float32, where the card has it
@@ -67,7 +73,7 @@ class Work(NamedTuple):
     float32: float = 0  # FLOPs of tokenizer and rewards
     bytes: float = 0  # moved, if the network computes in bf16
     kernels: float = 0
-    scenes: int = 0  # drawn by the host
+    scenes: float = 0  # drawn by the host, one after another
 
     def __add__(self, other):
         return Work(*(a + b for a, b in zip(self, other)))
@@ -182,9 +188,10 @@ def tokenizer_flops(world, config):
 
 
 def tokenizer_training(world, config):
-    """Work of one step."""
+    """Work of one step. Nothing flows back into images, nor through the nearest code."""
     encoder, nearest, decoder = tokenizer_flops(world, config)
-    flops = config.batch * (3 * encoder + nearest + 3 * decoder)
+    first = world.image_tokens * 2 * 3 * world.patch**2 * 4 * config.width
+    flops = config.batch * (3 * (encoder + decoder) + nearest - first)
     distances = config.batch * world.image_tokens * config.codebook_size * 4
     return Work(float32=flops, bytes=4 * distances, kernels=200)
 
@@ -231,7 +238,7 @@ def stages(preset):
     distances = world.image_tokens * tokenizer.codebook_size * 4
 
     encoding = Work(float32=encoder + nearest, bytes=4 * distances).times(base.items)
-    encoding += Work(scenes=base.items, kernels=base.items / pretrain.CHUNK * 20)
+    encoding += Work(scenes=base.items / pretrain.PROCESSES)
     pretraining = learning(s, base.batch, base.micro_batch, reference=False)
     B = rl.prompts * rl.group_size
     rollouts = decoding(s, rl.prompts, B) + Work(float32=B * decoder)
@@ -346,19 +353,24 @@ def measure_machine(preset, device):
     return Machine(*rates, bf16, total, measure_host(device), overlap=is_gpu)
 
 
-def measured_seconds(config):
-    """Read what the stages took here, {stage: seconds}, from the logs of finished runs."""
-    folder = Path(config.out) / config.preset
+LOGS = {
+    "tokenizer": "tokenizer.jsonl",
+    "base policy": "base.jsonl",
+    "rollouts and updates": "eggrpo-0/log.jsonl",
+}
+
+
+def measured_seconds(config, steps):
+    """Read what the stages took here from their logs. steps: {stage: the preset's number}, to
+    which a run of fewer steps is extrapolated. Returns {stage: seconds}."""
     found = {}
-    for stage, name in (("tokenizer", "tokenizer.jsonl"), ("base policy", "base.jsonl")):
-        if (folder / name).exists():
-            last = json.loads((folder / name).read_text().splitlines()[-1])
-            found[stage] = last.get("seconds")
-    log = folder / "eggrpo-0" / "log.jsonl"
-    if log.exists():
-        records = [json.loads(line) for line in log.read_text().splitlines()[1:]]
-        found["rollouts and updates"] = sum(r.get("seconds", 0) for r in records)
-    return {stage: took for stage, took in found.items() if took}
+    for stage, name in LOGS.items():
+        path = Path(config.out) / config.preset / name
+        if path.exists():
+            head, *records = map(json.loads, common.read_log(path, float("inf")))
+            took = sum(record.get("seconds", 0) for record in records)
+            found[stage] = took * steps[stage] / head["config"]["steps"]
+    return found
 
 
 @dataclass(frozen=True)
@@ -420,7 +432,8 @@ def main(argv=None):
         f"{1e3 * scene_seconds:.2f} ms per scene"
     )
     works["rollouts and updates"] = works["rollouts"] + works["updates"]
-    found = measured_seconds(config)
+    numbers = preset.tokenizer.steps, preset.base.steps, preset.rl.steps
+    found = measured_seconds(config, dict(zip(LOGS, numbers)))
     for stage, took in found.items():
         estimate = seconds(works[stage], here, scene_seconds)
         print(f"{stage}: estimated {estimate:.0f} s, measured {took:.0f} s, {estimate / took:.2f}")
