@@ -34,9 +34,23 @@ def check(condition, message):
         raise UserError(message)
 
 
-def run(main, memory_flags="--batch"):
-    """Run a command's main(), and print what the user can correct as one line. memory_flags: which
-    of its flags to lower if memory runs out."""
+@contextlib.contextmanager
+def explain_memory(command, flags="--batch"):
+    """Turn memory that runs out into a UserError that names the command and which of its flags to
+    lower. Decorates main()."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        cpu = "can't allocate memory" in str(error)  # torch has no class for it
+        if not cpu and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            raise
+        example = f"bash train.sh {command} {flags.split()[0]} N"
+        message = f"{command} ran out of memory: lower {flags} (`{example}`)"
+        raise UserError(message) from None
+
+
+def run(main):
+    """Run a command's main(), and print what the user can correct as one line."""
     sys.stdout.reconfigure(errors="replace")  # the terminal may not show every character
     try:
         return main()
@@ -46,12 +60,6 @@ def run(main, memory_flags="--batch"):
         message, status = f"error: {error}", 2
     except BrokenExecutor:
         message, status = "error: a child process was killed, perhaps for lack of memory", 2
-    except (MemoryError, RuntimeError) as error:
-        cpu = "can't allocate memory" in str(error)  # torch has no class for it
-        if not cpu and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            raise
-        stage = Path(sys.argv[0]).name
-        message, status = f"error: {stage} ran out of memory: lower {memory_flags}", 2
     print("\n" * (status == 130) + message, file=sys.stderr)
     sys.exit(status)
 
@@ -100,7 +108,7 @@ def parse(config_class, presets, description, argv=None, methods=None):
     """
     style = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=description, formatter_class=style, allow_abbrev=False)
-    choices = {"preset": list(presets), "method": list(methods or ())}
+    choices = {"preset": list(presets), "method": list(methods) if methods else None}
     for field in dataclasses.fields(config_class):
         options = dict(type=field.type, choices=choices.get(field.name))
         if field.type is bool:
@@ -110,7 +118,7 @@ def parse(config_class, presets, description, argv=None, methods=None):
             name = field.name
             options["nargs"] = "?"
         help = f"default {field.default!r}"
-        if field.name == "method":
+        if field.name == "method" and methods:
             help = "; ".join(f"{key}: {method.about}" for key, method in methods.items())
         parser.add_argument(name, default=argparse.SUPPRESS, help=help, **options)
     given = vars(parser.parse_args(argv))

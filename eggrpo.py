@@ -453,6 +453,7 @@ def check_one_policy(difference, config, device):
 # --- the run --------------------------------------------------------------------------------------
 
 
+@common.explain_memory("eggrpo", "--micro-batch, then --prompts")
 def main(argv=None):
     config = common.parse(Config, PRESETS, __doc__, argv, METHODS)
     folder = Path(config.out) / config.preset / (config.name or f"{config.method}-{config.seed}")
@@ -499,4 +500,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main, "--micro-batch, then --prompts")
+    common.run(main)

@@ -366,6 +366,7 @@ def plot_curves(folder, names):
 # --- the command ----------------------------------------------------------------------------------
 
 
+@common.explain_memory("evaluate")
 def main(argv=None):
     config = common.parse(Config, PRESETS, __doc__, argv)
     folder = Path(config.out) / config.preset

@@ -187,6 +187,7 @@ def update(policy, optimizer, prompt, plan, codes, micro_batch):
     return terms
 
 
+@common.explain_memory("pretrain", "--micro-batch")
 def main(argv=None):
     config = common.parse(Config, PRESETS, __doc__, argv)
     folder = Path(config.out) / config.preset
@@ -232,4 +233,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main, "--micro-batch")
+    common.run(main)

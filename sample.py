@@ -36,6 +36,7 @@ def file_name(prompt, seed):
     return f"{name}-{seed}.png" if seed else f"{name}.png"
 
 
+@common.explain_memory("sample", "--number")
 def main(argv=None):
     config = common.parse(Config, {name: {} for name in WORLDS}, __doc__, argv)
     world = WORLDS[config.preset]
@@ -64,4 +65,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main, "--number")
+    common.run(main)

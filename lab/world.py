@@ -156,6 +156,7 @@ def gradient_sizes(env, policy, config, batches):
     return dict(zip(parts, torch.stack(sizes).mean(0).tolist()))
 
 
+@common.explain_memory("lab.world")
 def main(argv=None):
     config = common.parse(Config, PRESETS, __doc__, argv)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is the line of JSON

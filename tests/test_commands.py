@@ -20,6 +20,7 @@ import pretrain
 import rewards
 import sample
 import scenes
+import train
 from common import UserError
 from conftest import ROOT, one_line, run
 from tiny_vq import train as tiny_vq_train
@@ -121,16 +122,18 @@ def test_the_learning_curves_are_drawn_from_logs_alone(tmp_path):
     assert picture.width > 1000 and len(picture.getcolors(10**6)) > 10
 
 
-def test_train_sh_refuses_what_it_does_not_know_before_the_first_stage(tmp_path):
-    for flags, words in (
-        ("--epochs 3", "unknown argument --epochs"),
-        ("--preset", "--preset without a value"),
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--epochs 3", "unrecognized arguments: --epochs 3"),
+        ("--preset", "--preset: expected one argument"),
         ("--preset=big", "invalid choice: 'big'"),
-        ("--preset=smoke --method ppo", "invalid choice: 'ppo'"),
-        ("--preset=smoke --device abacus", "--device abacus: cannot be used"),
-    ):
-        printed = run("bash", "train.sh", "--out", tmp_path, *flags.split(), status=2)
-        assert words in printed and "stage 1" not in printed
+        ("--method ppo", "--method ppo: must be one of both, grpo, eggrpo"),
+        ("--device abacus", "--device abacus: cannot be used"),
+    ],
+)
+def test_the_pipeline_refuses_what_it_does_not_know_before_the_first_stage(capsys, flags, words):
+    assert words in one_line(capsys, 2, train.main, flags.split())
 
 
 def test_sample_draws_what_is_typed(out, capsys):

@@ -75,12 +75,14 @@ def test_a_bad_flag_is_refused_by_its_name_in_one_line(module, argv, words):
 # --- errors, device and streams -------------------------------------------------------------------
 
 
-def test_memory_that_runs_out_is_one_line_that_says_what_to_lower(capsys):
-    def cuda():
+def test_memory_that_runs_out_is_one_line_that_says_what_to_lower(capsys, monkeypatch):
+    def cuda(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    for allocate in (lambda: torch.empty(10**15), cuda):
-        assert "ran out of memory: lower --batch" in one_line(capsys, 2, allocate)
+    for allocate in (lambda *_: torch.empty(10**15), cuda):
+        monkeypatch.setattr(pretrain, "load_tokenizer", allocate)
+        words = "pretrain ran out of memory: lower --micro-batch (`bash train.sh pretrain --mic"
+        assert words in one_line(capsys, 2, pretrain.main, [])
 
 
 def test_a_bug_keeps_its_traceback():

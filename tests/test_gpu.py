@@ -149,7 +149,7 @@ def test_memory_that_runs_out_names_the_flag_that_helps(out, capsys):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
-    assert "ran out of memory" in line
+    assert "eggrpo ran out of memory: lower --micro-batch" in line
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

@@ -46,7 +46,7 @@ def test_every_command_that_is_shown_parses():
         words = words[1:] if words[0] == "-m" else words
         name = words.pop(0).removesuffix(".py")
         if name == "train.sh":
-            name = words.pop(0) if words and words[0][0] != "-" else "eggrpo"
+            name = words.pop(0) if words and words[0][0] != "-" else "train"
         if name in ("test", "NAME", "MODULE"):
             continue
         assert importlib.util.find_spec(name), command

@@ -112,6 +112,7 @@ def update(model, optimizer, images, config, step, generator):
     return terms, codes
 
 
+@common.explain_memory("tiny_vq.train")
 def main(argv=None):
     config = common.parse(Config, PRESETS, __doc__, argv)
     folder = Path(config.out) / config.preset
