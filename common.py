@@ -17,7 +17,6 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 import torch
@@ -58,8 +57,6 @@ def run(main):
         message, status = "interrupted: the same command goes on from the last checkpoint", 130
     except UserError as error:
         message, status = f"error: {error}", 2
-    except BrokenExecutor:
-        message, status = "error: a child process was killed, perhaps for lack of memory", 2
     print("\n" * (status == 130) + message, file=sys.stderr)
     sys.exit(status)
 

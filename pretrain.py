@@ -7,18 +7,15 @@ some have neither prompt nor plan, so that guidance has something to compare wit
 """
 
 import math
-import multiprocessing
 import os
-import signal
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import common
@@ -73,53 +70,29 @@ PRESETS = {
 # --- the corpus -----------------------------------------------------------------------------------
 
 
-def corpus_chunk(world, seed, start, stop):
-    """Draw some items of the corpus. Returns prompts (n, S), plans (n, C), images (n, h, w, 3), all
-    arrays, which are cheap to send from one process to another."""
-    scenes = [corpus_item(world, seed, i) for i in range(start, stop)]
+def corpus_chunk(world, seed, items):
+    """Draw a range of items of the corpus. Returns prompts (n, S), plans (n, C), images (n, h, w,
+    3), all arrays, which are cheap to send from one process to another."""
+    scenes = [corpus_item(world, seed, i) for i in items]
     prompts, plans = encode_scenes(world, scenes)
     images = numpy.stack([render(world, scene) for scene in scenes])
     return prompts.to(torch.int16).numpy(), plans.to(torch.int16).numpy(), images
 
 
-def begin_process():
-    """Prepare a process that draws the corpus: Ctrl-C is for its parent, and it ends with that."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def end_with_parent():  # who may be killed; the pool would let its processes wait for ever
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def draw_corpus(config, world):
-    """Yield the chunks of the corpus in order; a large one is drawn by several processes."""
-    chunks = []
-    for start in range(0, config.items, CHUNK):
-        chunks.append((world, config.seed, start, min(start + CHUNK, config.items)))
-    if len(chunks) <= 10:
-        for chunk in chunks:
-            yield corpus_chunk(*chunk)
-        return
-    # spawned, not forked: threads of torch are running
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(PROCESSES, context, begin_process) as pool:
-        waiting = []
-        for chunk in chunks:
-            waiting.append(pool.submit(corpus_chunk, *chunk))
-            if len(waiting) > 2 * PROCESSES:  # what is ahead is held in memory
-                yield waiting.pop(0).result()
-        for future in waiting:
-            yield future.result()
-
-
 def make_corpus(config, world, tokenizer, device):
     """Draw and encode the corpus. Returns prompts (n, S), plans (n, C), codes (n, L), int16."""
+    chunks = []
+    for start in range(0, config.items, CHUNK):
+        chunks.append(range(start, min(start + CHUNK, config.items)))
+    loader = DataLoader(
+        chunks,
+        batch_size=None,
+        collate_fn=partial(corpus_chunk, world, config.seed),
+        num_workers=PROCESSES if len(chunks) > 10 else 0,  # a small corpus is soon drawn here
+        generator=torch.Generator(),  # or it would move the caller's random state
+    )
     encoded = []
-    total = math.ceil(config.items / CHUNK)
-    for prompts, plans, images in tqdm(draw_corpus(config, world), "corpus", total, leave=False):
+    for prompts, plans, images in tqdm(loader, "corpus", leave=False):
         codes = tokenizer.encode(stack_images(images).to(device) / 255)
         codes = codes.cpu().to(torch.int16)
         encoded.append((torch.from_numpy(prompts), torch.from_numpy(plans), codes))

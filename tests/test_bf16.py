@@ -30,14 +30,14 @@ def patch_codes(images):
 def trained():
     """A policy after some seconds of pretraining, prompts and noise."""
     torch.manual_seed(0)
-    prompt, plan, images = corpus_chunk(WORLD, 0, 0, 256)
+    prompt, plan, images = corpus_chunk(WORLD, 0, range(128))
     tokens = torch.from_numpy(prompt).long(), torch.from_numpy(plan).long(), patch_codes(images)
     sizes = WORLD.prompt_slots, WORLD.plan_slots, WORLD.image_tokens
     policy = Policy(len(WORDS), 27, 4, *sizes, width=64, layers=2, heads=2)
     optimizer = torch.optim.AdamW(policy.parameters(), 5e-3)
     for step in range(120):
-        rows = torch.arange(32) + 32 * (step % 8)
-        terms = pretrain.update(policy, optimizer, *(x[rows] for x in tokens), micro_batch=32)
+        rows = torch.arange(16) + 16 * (step % 8)
+        terms = pretrain.update(policy, optimizer, *(x[rows] for x in tokens), micro_batch=16)
     assert terms["image_nll"] < 0.6 and terms["plan_nll"] < 0.8  # from 3.3 and 4.2: it has learned
     noise = torch.rand(64, policy.C + policy.L, generator=torch.Generator().manual_seed(0))
     return policy, tokens[0][:64], noise

@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny_vq.train
-from conftest import run, tiny_policy
+from conftest import tiny_policy
 from lab import cost
 from model import generate, score
 from scenes import WORLDS
@@ -59,8 +59,9 @@ def test_large_fits_8_gib_and_writes_checkpoints_in_less_than_a_hundredth_of_its
         assert cost.writing_share(preset, times) < 0.01
 
 
-def test_cost_is_printed_for_every_gpu_and_beside_what_was_measured(out):
-    printed = run("bash", "train.sh", "lab.cost", "--preset", "smoke", "--out", out[0])
+def test_cost_is_printed_for_every_gpu_and_beside_what_was_measured(out, capsys):
+    cost.main(["--preset", "smoke", "--out", str(out[0])])
+    printed = capsys.readouterr().out
     for name in (*cost.GPUS, "this machine", "reinforcement learning", "evaluation in training"):
         assert f"| {name} |" in printed
     for stage in cost.LOGS:

@@ -6,6 +6,7 @@ the host in the middle of sampling, probabilities in bf16. Says nothing about sp
 """
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ import pretrain
 import rewards
 from conftest import tiny_env, tiny_policy
 from model import generate
-from scenes import encode_scenes, make_scene
+from scenes import END
 from tiny_vq import train as tiny_vq_train
 
 META = torch.device("meta")
@@ -88,9 +89,10 @@ def step(world, device):
 
 
 def sample(world, device):
-    policy = tiny_policy(world).to(device)
-    prompts, _ = encode_scenes(world, [make_scene(world, "train", 0, 0)])
-    return generate(policy, prompts.to(device), torch.rand(2, policy.C + policy.L).to(device), 2.0)
+    """Draw two images of few tokens, with guidance."""
+    policy = tiny_policy(replace(world, plan_slots=4, image_size=2 * world.patch)).to(device)
+    prompts = torch.full((1, policy.S), END).to(device)
+    return generate(policy, prompts, torch.rand(2, policy.C + policy.L).to(device), 2.0)
 
 
 @pytest.mark.parametrize("device", [META, CPU], ids=str)

@@ -1,16 +1,12 @@
 """Pretraining: the corpus, its batches, and micro-batches, which change memory and not results."""
 
 import copy
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import pretrain
-from conftest import ROOT, one_line, tiny_policy
+from conftest import tiny_policy
 from pretrain import corpus_chunk
 from scenes import PAD
 
@@ -18,7 +14,7 @@ from scenes import PAD
 @pytest.mark.parametrize("micro_batch", [1, 3])
 def test_micro_batches_give_the_step_of_the_whole_batch(world, micro_batch):
     """The denominators are those of the whole batch, though plans differ in length."""
-    prompt, plan, _ = corpus_chunk(world, 0, 0, 8)
+    prompt, plan, _ = corpus_chunk(world, 0, range(8))
     tokens = [torch.from_numpy(x).long() for x in (prompt, plan)]
     tokens.append(torch.randint(32, (8, world.image_tokens)))
     whole = tiny_policy(world, scale=1.0)
@@ -57,46 +53,11 @@ def test_an_epoch_has_every_item_once(world):
         assert sorted(items.tolist()) == list(range(1, 13))
 
 
-def interrupt_and_draw(*chunk):
-    os.kill(os.getpid(), signal.SIGINT)
-    return corpus_chunk(*chunk)
-
-
 def test_a_corpus_drawn_by_several_processes_is_the_one_drawn_by_one(env, world, monkeypatch):
-    """A terminal sends Ctrl-C to the children too, who leave it to the parent."""
     config = pretrain.Config(items=44)
+    before = torch.get_rng_state()
     alone = pretrain.make_corpus(config, world, env.tokenizer, env.device)
     monkeypatch.setattr(pretrain, "CHUNK", 4)
-    monkeypatch.setattr(pretrain, "corpus_chunk", interrupt_and_draw)
     together = pretrain.make_corpus(config, world, env.tokenizer, env.device)
     assert all(torch.equal(a, b) for a, b in zip(alone, together)) and len(alone[0]) == 44
-
-
-def kill_this_process(*chunk):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_killed_process_of_the_corpus_is_one_line_and_not_a_hang(world, monkeypatch, capsys):
-    """The system kills a process if memory runs out."""
-    monkeypatch.setattr(pretrain, "CHUNK", 4)
-    monkeypatch.setattr(pretrain, "PROCESSES", 1)
-    monkeypatch.setattr(pretrain, "corpus_chunk", kill_this_process)
-    corpus = pretrain.draw_corpus(pretrain.Config(items=44), world)
-    assert "a child process was killed" in one_line(capsys, 2, list, corpus)
-
-
-def test_processes_of_the_corpus_end_with_the_one_that_started_them():
-    """Killed, it cannot tell them. Its output is open for as long as one of them runs."""
-    script = """if True:
-        import time, pretrain
-        from scenes import WORLDS
-        pretrain.CHUNK, pretrain.PROCESSES = 4, 1
-        corpus = pretrain.draw_corpus(pretrain.Config(items=44), WORLDS["small"])
-        print(len(next(corpus)), flush=True)
-        time.sleep(60)
-    """
-    command = [sys.executable, "-c", script]
-    parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert parent.stdout.readline() == "3\n"
-    parent.kill()
-    parent.communicate(timeout=30)
+    assert torch.equal(before, torch.get_rng_state())

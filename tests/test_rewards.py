@@ -40,7 +40,7 @@ def paint(colour):
 @lru_cache
 def true_scenes(preset):
     splits = ("train", "eval", "rare-train", "rare")
-    return [make_scene(WORLDS[preset], split, 5, i) for split in splits for i in range(417)]
+    return [make_scene(WORLDS[preset], split, 5, i) for split in splits for i in range(210)]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
