@@ -1,0 +1,49 @@
+"""docs/experiments.md: its commands and snippets run, in the smoke preset and for one step."""
+
+import json
+import re
+import shlex
+
+import pytest
+import torch
+
+import eggrpo
+import rewards
+from conftest import ROOT
+
+PAGE = (ROOT / "docs" / "experiments.md").read_text()
+COMMANDS = re.findall(r"^bash train\.sh eggrpo (.*)$", PAGE, re.M)
+SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+
+
+@pytest.fixture
+def short(out, monkeypatch):
+    """Let eggrpo.main run in the smoke preset. Returns a function: name of a run -> its log."""
+    main = eggrpo.main
+    flags = "--preset smoke --steps 1 --prompts 1 --group-size 2 --eval-prompts 1 --out".split()
+    monkeypatch.setattr(eggrpo, "main", lambda argv: main([*argv, *flags, str(out[0])]))
+
+    def log(name):
+        lines = (out[0] / "smoke" / name / "log.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    return log
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[1])
+def test_each_command_trains(short, command):
+    words = shlex.split(command, comments=True)
+    eggrpo.main(words)
+    assert [record["step"] for record in short(words[1])[1:]] == [-1, 0]
+
+
+def test_each_snippet_does_what_the_page_says(short, capsys):
+    assert len(COMMANDS) == 10 and len(SNIPPETS) == 3
+    usual = dict(rewards.REWARDS)
+    for snippet in SNIPPETS:
+        exec(snippet, {})
+        rewards.REWARDS.clear()
+        rewards.REWARDS.update(usual)
+    assert "sampler and learner are not the same policy" in capsys.readouterr().out
+    assert "reward/red" in short("red")[2] and "reward/objects" not in short("red")[2]
+    assert [record["step"] for record in short("one-prompt")[1:]] == [-1, 0]
