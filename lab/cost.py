@@ -33,6 +33,7 @@ BANDWIDTH = 0.8  # of a data sheet's bytes/s: what a copy reaches
 MOVES = 14  # times that a byte kept for the backward pass is read or written in an update
 CACHE_READS = 3  # times that attention with one query reads the cache
 HOST = 18e-6  # seconds of the host per kernel, in eager PyTorch: two hosts needed 16 and 22
+SCENE = 0.6e-3  # seconds of the host to draw a scene
 DISK = 200e6  # bytes per second that checkpoints are written at
 CONTEXT = 0.5 * GIB  # what CUDA itself takes
 
@@ -44,6 +45,8 @@ class Machine(NamedTuple):
     bf16: bool  # whether the network computes in bfloat16
     memory: float  # bytes
     host: float = HOST
+    scene: float = SCENE
+    processes: int = 8  # that draw the corpus
     overlap: bool = True  # whether host and device work at the same time
 
 
@@ -230,15 +233,16 @@ def drawing(preset, images, batch):
     return work
 
 
-def stages(preset):
-    """Return {stage: Work} of bash train.sh, with reinforcement learning by one method."""
+def stages(preset, processes):
+    """Return {stage: Work} of bash train.sh, with reinforcement learning by one method. processes:
+    that draw the corpus."""
     s, world = preset.shape, preset.world
     tokenizer, base, rl = preset.tokenizer, preset.base, preset.rl
     encoder, nearest, decoder = tokenizer_flops(world, tokenizer)
     distances = world.image_tokens * tokenizer.codebook_size * 4
 
     encoding = Work(float32=encoder + nearest, bytes=4 * distances).times(base.items)
-    encoding += Work(scenes=base.items / pretrain.PROCESSES)
+    encoding += Work(scenes=base.items / processes)
     pretraining = learning(s, base.batch, base.micro_batch, reference=False)
     B = rl.prompts * rl.group_size
     rollouts = decoding(s, rl.prompts, B) + Work(float32=B * decoder)
@@ -256,14 +260,14 @@ def stages(preset):
     }
 
 
-def seconds(work, machine, scene_seconds):
-    """Estimate the time of a stage. scene_seconds: for the host to draw one scene."""
+def seconds(work, machine):
+    """Estimate the time of a stage."""
     bytes = work.bytes if machine.bf16 else 2 * work.bytes
     device = work.flops / machine.network + work.float32 / machine.float32
     device += bytes / machine.bandwidth
     host = work.kernels * machine.host
     both = max(device, host) if machine.overlap else device + host
-    return both + work.scenes * scene_seconds
+    return both + work.scenes * machine.scene
 
 
 def memory(preset, bf16=True):
@@ -348,9 +352,17 @@ def measure_machine(preset, device):
     bandwidth = 2 * block.numel() * 4 / clock(lambda: block.clone(), device)
     is_gpu = device.type == "cuda"
     total = torch.cuda.get_device_properties(device).total_memory if is_gpu else float("inf")
-    bf16 = dtype == torch.bfloat16
-    rates = rate(dtype), rate(torch.float32), bandwidth
-    return Machine(*rates, bf16, total, measure_host(device), overlap=is_gpu)
+    return Machine(
+        network=rate(dtype),
+        float32=rate(torch.float32),
+        bandwidth=bandwidth,
+        bf16=dtype == torch.bfloat16,
+        memory=total,
+        host=measure_host(device),
+        scene=measure_scene(preset.world),
+        processes=pretrain.PROCESSES,
+        overlap=is_gpu,
+    )
 
 
 LOGS = {
@@ -383,12 +395,25 @@ def show(value):
     return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
+def minutes_row(preset, name, machine):
+    """Make a row of the table: minutes of each stage, and of all with reinforcement learning by two
+    methods; whether it fits; the share of writing."""
+    works = stages(preset, machine.processes)
+    times = {stage: seconds(work, machine) for stage, work in works.items()}
+    second_method = times["rollouts"] + times["updates"] + times["evaluation in training"]
+    peak = max(memory(preset, machine.bf16).values()) + CONTEXT
+    minutes = [show(took / 60) for took in (*times.values(), sum(times.values()) + second_method)]
+    fits = "yes" if peak < machine.memory else "no"
+    return [name, *minutes, fits, f"{writing_share(preset, times):.1%}"]
+
+
 def main(argv=None):
     config = common.parse(Config, {name: {} for name in WORLDS}, __doc__, argv)
     device = common.pick_device(config.device)
     preset = load_preset(config.preset)
     s, rl = preset.shape, preset.rl
-    works = stages(preset)
+    here = measure_machine(preset, device)
+    works = stages(preset, here.processes)
     print(f"{s.parameters / 1e6:.1f} M parameters, {s.slots} slots, {s.C + s.L} sampled tokens")
     B = rl.prompts * rl.group_size
     tokens = {
@@ -411,31 +436,20 @@ def main(argv=None):
         rows.append([stage, *(f"{(m[stage] + CONTEXT) / GIB:.1f}" for m in (low, full))])
     print(f"{markdown_table(['peak GiB of a GPU', 'bf16', 'float32'], rows)}\n")
 
-    scene_seconds = measure_scene(preset.world)
-    machines = {"this machine": measure_machine(preset, device), **GPUS}
-    rows = []
-    for name, machine in machines.items():
-        times = {stage: seconds(work, machine, scene_seconds) for stage, work in works.items()}
-        twice = sum(times.values()) + sum(times[stage] for stage in list(works)[2:5])
-        peak = max((low if machine.bf16 else full).values()) + CONTEXT
-        fits = "yes" if peak < machine.memory else "no"
-        writing = f"{writing_share(preset, times):.1%}"
-        minutes = [show(times[stage] / 60) for stage in works]
-        rows.append([name, *minutes, show(twice / 60), fits, writing])
     head = ["minutes", *works, "bash train.sh (two methods)", "fits", "writing"]
+    rows = [minutes_row(preset, "this machine", here)]
+    rows += [minutes_row(preset, name, machine) for name, machine in GPUS.items()]
     print(markdown_table(head, rows))
-
-    here = machines["this machine"]
     print(
         f"\nthis machine: {here.network / 1e9:.0f} GFLOP/s in the network, {here.float32 / 1e9:.0f}"
         f" in float32, {here.bandwidth / 1e9:.0f} GB/s, {1e6 * here.host:.1f} us per kernel, "
-        f"{1e3 * scene_seconds:.2f} ms per scene"
+        f"{1e3 * here.scene:.2f} ms per scene"
     )
     works["rollouts and updates"] = works["rollouts"] + works["updates"]
     numbers = preset.tokenizer.steps, preset.base.steps, preset.rl.steps
     found = measured_seconds(config, dict(zip(LOGS, numbers)))
     for stage, took in found.items():
-        estimate = seconds(works[stage], here, scene_seconds)
+        estimate = seconds(works[stage], here)
         print(f"{stage}: estimated {estimate:.0f} s, measured {took:.0f} s, {estimate / took:.2f}")
     if not found:
         folder = Path(config.out) / config.preset

@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny_vq.train
-from conftest import tiny_policy
+from conftest import ROOT, tiny_policy
 from lab import cost
 from model import generate, score
 from scenes import WORLDS
@@ -55,8 +55,17 @@ def test_large_fits_8_gib_and_writes_checkpoints_in_less_than_a_hundredth_of_its
     preset = cost.load_preset("large")
     assert max(cost.memory(preset).values()) + cost.CONTEXT < 8 * cost.GIB
     for machine in cost.GPUS.values():
-        times = {k: cost.seconds(w, machine, 1e-3) for k, w in cost.stages(preset).items()}
+        times = {k: cost.seconds(w, machine) for k, w in cost.stages(preset, 8).items()}
         assert cost.writing_share(preset, times) < 0.01
+
+
+def test_the_page_about_gpus_has_the_estimates_of_the_presets():
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    for name in ("small", "large"):
+        preset = cost.load_preset(name)
+        for gpu, machine in cost.GPUS.items():
+            row = cost.minutes_row(preset, gpu, machine)
+            assert " | ".join([name, *row]) in page
 
 
 def test_cost_is_printed_for_every_gpu_and_beside_what_was_measured(out, capsys):
