@@ -5,7 +5,6 @@ import re
 import shlex
 
 import pytest
-import torch
 
 import eggrpo
 import rewards
