@@ -40,12 +40,17 @@ def explain_memory(command, flags="--batch"):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        cpu = "can't allocate memory" in str(error)  # torch has no class for it
-        if not cpu and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if not is_out_of_memory(error):
             raise
-        example = f"bash train.sh {command} {flags.split()[0]} N"
-        message = f"{command} ran out of memory: lower {flags} (`{example}`)"
+        message = f"{command} ran out of memory: lower {flags} (see bash train.sh {command} --help)"
         raise UserError(message) from None
+
+
+def is_out_of_memory(error):
+    """Return whether memory ran out: of Python, of a GPU, or of the host, for which torch has no
+    class; there the system may also have killed a process that draws the corpus."""
+    host = "can't allocate memory" in str(error) or "DataLoader worker" in str(error)
+    return host or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def run(main):
@@ -57,6 +62,10 @@ def run(main):
         message, status = "interrupted: the same command goes on from the last checkpoint", 130
     except UserError as error:
         message, status = f"error: {error}", 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message, status = "error: out of memory", 2
     print("\n" * (status == 130) + message, file=sys.stderr)
     sys.exit(status)
 
@@ -101,7 +110,7 @@ def parse(config_class, presets, description, argv=None, methods=None):
     """Build a config from defaults, preset, method and flags, each overriding those before it.
 
     config_class: subclass of BaseConfig; presets: {name: {field: value}}; methods: {name: Method},
-    if it has a field `method`.
+    whose values are fields of the config, chosen by its field `method`.
     """
     style = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=description, formatter_class=style, allow_abbrev=False)

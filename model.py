@@ -48,7 +48,8 @@ class Block(nn.Module):
         """
         b, n, d = x.shape
         qkv = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, kv = qkv[0], qkv[1:]  # (B, heads, n, D/heads) and (2, B, heads, n, D/heads)
+        q = qkv[0]  # (B, heads, n, D/heads)
+        kv = qkv[1:]  # (2, B, heads, n, D/heads)
         if cache is not None:
             cache[:, :, :, slot : slot + n] = kv
             kv = cache[:, :, :, : slot + n]

@@ -72,7 +72,7 @@ PRESETS = {
 
 def corpus_chunk(world, seed, items):
     """Draw a range of items of the corpus. Returns prompts (n, S), plans (n, C), images (n, h, w,
-    3), all arrays, which are cheap to send from one process to another."""
+    3), all arrays: tensors would be sent through shared memory, of which containers have little."""
     scenes = [corpus_item(world, seed, i) for i in items]
     prompts, plans = encode_scenes(world, scenes)
     images = numpy.stack([render(world, scene) for scene in scenes])
@@ -199,8 +199,9 @@ def main(argv=None):
         if step % 20 == 0 or step + 1 == config.steps:
             run.log(step=step, **terms)
             bar.set_postfix({name: f"{value:.2f}" for name, value in terms.items()})
+        if step + 1 == config.steps:
+            run.log(step=config.steps, seconds=time.time() - started)
         run.save(step, policy, optimizer)
-    run.log(step=config.steps, seconds=time.time() - started)
     nll = f"plan {terms['plan_nll']:.2f}, image {terms['image_nll']:.2f} nats per token"
     print(f"base policy: {nll}, {time.time() - started:.0f} s")
 

@@ -28,7 +28,8 @@ class Config(common.BaseConfig):
         common.check(self.method in known, message)
 
 
-MACHINES = {"small": "two CPU cores", "large": "an H200"}  # where the times were measured
+# Where the times were measured, or extrapolated from shorter runs (docs/gpu.md).
+MACHINES = {"small": "two CPU cores", "large": "an H200"}
 
 
 def stages(config):
@@ -53,10 +54,10 @@ def main(argv=None):
     shared = ["--preset", config.preset, "--device", config.device, "--out", config.out]
     todo = stages(config)
     for number, (title, stage, flags, times) in enumerate(todo, 1):
-        time = "seconds"
+        duration = "seconds"
         if config.preset in times:
-            time = f"about {times[config.preset]} on {MACHINES[config.preset]}"
-        print(f"stage {number} of {len(todo)}: {title} ({time})", flush=True)
+            duration = f"about {times[config.preset]} on {MACHINES[config.preset]}"
+        print(f"stage {number} of {len(todo)}: {title} ({duration})", flush=True)
         stage([*shared, *flags])
 
 

@@ -25,8 +25,8 @@ import pretrain
 import tiny_vq.train
 from eggrpo import train_step
 from evaluate import Env, draw_noise, markdown_table, sample_images
+from lab import cost
 from lab.batch import step_config, token_advantages, training_batch
-from lab.cost import decoding, learning, load_preset, measure_machine
 from scenes import WORDS, WORLDS, encode_scenes
 from tiny_vq.vqvae import VQVAE
 
@@ -66,6 +66,12 @@ def make(config, device):
     return policy.to(device), Env(tokenizer, world, device, {})
 
 
+def storages(values):
+    """Return {address of its memory: tensor} of the tensors in nested values."""
+    tensors = [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+    return {x.untyped_storage().data_ptr(): x for x in tensors}
+
+
 class Allocations(TorchDispatchMode):
     """Add up the bytes of all memory that operations allocate for their results."""
 
@@ -76,10 +82,7 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        storages = lambda values: {
-            x.untyped_storage().data_ptr(): x for x in tree_leaves(values) if torch.is_tensor(x)
-        }
-        old = storages([self.results, args])  # views and changes in place have an old one
+        old = storages([self.results, args, kwargs])  # views and changes in place have an old one
         for address, x in storages(result).items():
             if address not in old:
                 self.results.append(x)
@@ -110,19 +113,13 @@ def measure_ours(policy, env, settings, repeats):
 def floors(config, settings, device):
     """Return what FLOPs, memory traffic and kernels of decoding and of a step would take alone, in
     seconds: {name: three numbers}."""
-    preset = load_preset(config.preset)
-    machine = measure_machine(preset, device)
+    preset = cost.load_preset(config.preset)
+    machine = cost.measure_machine(preset, device)
     sequences = settings.prompts * settings.group_size
-    decode = decoding(preset.shape, settings.prompts, sequences)
-    update = learning(preset.shape, sequences, settings.micro_batch, reference=True)
-    limits = {}
-    for name, work in (("decoding", decode), ("a step of EG-GRPO", decode + update)):
-        limits[name] = (
-            work.flops / machine.network,
-            work.bytes / machine.bandwidth,
-            work.kernels * machine.host,
-        )
-    return limits
+    decode = cost.decoding(preset.shape, settings.prompts, sequences)
+    update = cost.learning(preset.shape, sequences, settings.micro_batch, reference=True)
+    works = {"decoding": decode, "a step of EG-GRPO": decode + update}
+    return {name: cost.floors(work, machine) for name, work in works.items()}
 
 
 # --- others ---------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ If the preset has been run here, measured times stand beside the estimates.
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,14 +108,14 @@ def policy_shape(policy):
     """Return the Shape of a Policy."""
     config = policy.config
     return Shape(
-        policy.S,
-        policy.C,
-        policy.L,
-        config["codebook_size"],
-        config["width"],
-        config["layers"],
-        config["code_dim"],
-        sum(p.numel() for p in policy.parameters()),
+        S=policy.S,
+        C=policy.C,
+        L=policy.L,
+        V=config["codebook_size"],
+        D=config["width"],
+        layers=config["layers"],
+        dim=config["code_dim"],
+        parameters=sum(p.numel() for p in policy.parameters()),
     )
 
 
@@ -234,8 +233,8 @@ def drawing(preset, images, batch):
 
 
 def stages(preset, processes):
-    """Return {stage: Work} of bash train.sh, with reinforcement learning by one method. processes:
-    that draw the corpus."""
+    """Return {stage: Work} of bash train.sh: reinforcement learning by one method, evaluation of
+    the policies of two. processes: that draw the corpus."""
     s, world = preset.shape, preset.world
     tokenizer, base, rl = preset.tokenizer, preset.base, preset.rl
     encoder, nearest, decoder = tokenizer_flops(world, tokenizer)
@@ -260,13 +259,18 @@ def stages(preset, processes):
     }
 
 
+def floors(work, machine):
+    """Return the seconds of computing, of moving memory and of launching kernels, each alone."""
+    compute = work.flops / machine.network + work.float32 / machine.float32
+    moved = work.bytes if machine.bf16 else 2 * work.bytes
+    return compute, moved / machine.bandwidth, work.kernels * machine.host
+
+
 def seconds(work, machine):
     """Estimate the time of a stage."""
-    bytes = work.bytes if machine.bf16 else 2 * work.bytes
-    device = work.flops / machine.network + work.float32 / machine.float32
-    device += bytes / machine.bandwidth
-    host = work.kernels * machine.host
-    both = max(device, host) if machine.overlap else device + host
+    compute, move, launch = floors(work, machine)
+    device = compute + move
+    both = max(device, launch) if machine.overlap else device + launch
     return both + work.scenes * machine.scene
 
 
@@ -283,7 +287,7 @@ def memory(preset, bf16=True):
     B = rl.prompts * rl.group_size
     improving = trained + 4 * s.parameters + max(min(B, rl.micro_batch) * kept, B * cache)
     return {
-        "tokenizer": 3 * preset.tokenizer.batch * distances,
+        "tokenizer": max(3 * preset.tokenizer.batch, 2 * 256) * distances,  # 256: fit_residuals
         "base policy": max(learning, encoding),
         "reinforcement learning": improving,
         "evaluation": 8 * s.parameters + preset.evaluation.batch * cache,
@@ -374,24 +378,22 @@ LOGS = {
 
 def measured_seconds(config, steps):
     """Read what the stages took here from their logs. steps: {stage: the preset's number}, to
-    which a run of fewer steps is extrapolated. Returns {stage: seconds}."""
+    which a finished run of fewer steps is extrapolated. Of tokenizer and base policy, what a
+    process after an interruption took counts alone. Returns {stage: seconds}."""
     found = {}
     for stage, name in LOGS.items():
         path = Path(config.out) / config.preset / name
         if path.exists():
             head, *records = map(json.loads, common.read_log(path, float("inf")))
             took = sum(record.get("seconds", 0) for record in records)
-            found[stage] = took * steps[stage] / head["config"]["steps"]
+            number = head["config"]["steps"]
+            if took and records[-1]["step"] >= number - 1:
+                found[stage] = took * steps[stage] / number
     return found
 
 
-@dataclass(frozen=True)
-class Config(common.BaseConfig):
-    pass
-
-
 def show(value):
-    """Format with two significant digits."""
+    """Format with two significant digits, or without decimals."""
     return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
@@ -408,7 +410,7 @@ def minutes_row(preset, name, machine):
 
 
 def main(argv=None):
-    config = common.parse(Config, {name: {} for name in WORLDS}, __doc__, argv)
+    config = common.parse(common.BaseConfig, {name: {} for name in WORLDS}, __doc__, argv)
     device = common.pick_device(config.device)
     preset = load_preset(config.preset)
     s, rl = preset.shape, preset.rl

@@ -81,8 +81,9 @@ def test_memory_that_runs_out_is_one_line_that_says_what_to_lower(capsys, monkey
 
     for allocate in (lambda *_: torch.empty(10**15), cuda):
         monkeypatch.setattr(pretrain, "load_tokenizer", allocate)
-        words = "pretrain ran out of memory: lower --micro-batch (`bash train.sh pretrain --mic"
+        words = "pretrain ran out of memory: lower --micro-batch (see bash train.sh pretrain --help"
         assert words in one_line(capsys, 2, pretrain.main, [])
+        assert one_line(capsys, 2, allocate) == "error: out of memory"  # in any other command
 
 
 def test_a_bug_keeps_its_traceback():
