@@ -48,8 +48,8 @@ def explain_memory(command, flags="--batch"):
 
 def is_out_of_memory(error):
     """Return whether memory ran out: of Python, of a GPU, or of the host, for which torch has no
-    class; there the system may also have killed a process that draws the corpus."""
-    host = "can't allocate memory" in str(error) or "DataLoader worker" in str(error)
+    class."""
+    host = "can't allocate memory" in str(error)
     return host or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
@@ -63,9 +63,12 @@ def run(main):
     except UserError as error:
         message, status = f"error: {error}", 2
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        killed = "DataLoader worker (pid" in str(error)  # it has no class either
+        if not killed and not is_out_of_memory(error):
             raise
         message, status = "error: out of memory", 2
+        if killed:
+            message = "error: a child process was killed, perhaps for lack of memory"
     print("\n" * (status == 130) + message, file=sys.stderr)
     sys.exit(status)
 

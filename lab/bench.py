@@ -5,7 +5,8 @@
 Decoding and a training step of the preset's model, with random weights, against transformers'
 generate and TRL's GRPOTrainer for a Llama of the same width, layers, heads, sequences and lengths.
 The floors are what the preset's FLOPs, its memory traffic and its kernels would take, each alone,
-at this machine's measured rates (lab.cost). The overhead of EG-GRPO is that of its masks and its
+at this machine's measured rates (lab.cost); memory traffic is that of a GPU's kernels, of which a
+CPU's caches save a part. The overhead of EG-GRPO is that of its masks and its
 shaping, all that it adds to GRPO: their time, and the memory that they allocate in all. Times are
 medians of several calls; on a shared machine only their ratios are meaningful.
 """
@@ -27,6 +28,7 @@ from eggrpo import train_step
 from evaluate import Env, draw_noise, markdown_table, sample_images
 from lab import cost
 from lab.batch import step_config, token_advantages, training_batch
+from lab.work import decoding, learning, load_preset
 from scenes import WORDS, WORLDS, encode_scenes
 from tiny_vq.vqvae import VQVAE
 
@@ -36,16 +38,9 @@ class Config(common.BaseConfig):
     repeats: int = 7  # calls that a median is of
 
 
-def seconds(function, device, repeats):
-    """Return the median wall time of a call, after one that is not counted."""
-    times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+def median_time(function, device, repeats):
+    """Return the median wall time of a call in seconds."""
+    return cost.clock(function, device, repeats, statistics.median)
 
 
 def make(config, device):
@@ -104,7 +99,7 @@ def measure_ours(policy, env, settings, repeats):
         shaping=lambda: token_advantages(batch, settings),
         step=lambda: train_step(policy, reference, optimizer, env, settings, 0),
     )
-    times = {name: seconds(call, env.device, repeats) for name, call in calls.items()}
+    times = {name: median_time(call, env.device, repeats) for name, call in calls.items()}
     with Allocations() as allocations:
         calls["shaping"]()
     return times, allocations.bytes
@@ -113,11 +108,11 @@ def measure_ours(policy, env, settings, repeats):
 def floors(config, settings, device):
     """Return what FLOPs, memory traffic and kernels of decoding and of a step would take alone, in
     seconds: {name: three numbers}."""
-    preset = cost.load_preset(config.preset)
+    preset = load_preset(config.preset)
     machine = cost.measure_machine(preset, device)
     sequences = settings.prompts * settings.group_size
-    decode = cost.decoding(preset.shape, settings.prompts, sequences)
-    update = cost.learning(preset.shape, sequences, settings.micro_batch, reference=True)
+    decode = decoding(preset.shape, settings.prompts, sequences)
+    update = learning(preset.shape, sequences, settings.micro_batch, reference=True)
     works = {"decoding": decode, "a step of EG-GRPO": decode + update}
     return {name: cost.floors(work, machine) for name, work in works.items()}
 
@@ -160,7 +155,7 @@ def time_transformers(policy, settings, device, repeats):
         top_k=0,
         pad_token_id=0,
     )
-    return seconds(lambda: model.generate(prompt, **options), device, repeats)
+    return median_time(lambda: model.generate(prompt, **options), device, repeats)
 
 
 def word_tokenizer(size):

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tiny_vq.train
 from conftest import ROOT, tiny_policy
-from lab import cost
+from lab import cost, work
 from model import generate, score
 from scenes import WORLDS
 from tiny_vq.vqvae import VQVAE
@@ -28,14 +28,14 @@ def tokens(policy, sequences):
 @pytest.mark.parametrize("preset", ["small", "large"])
 def test_flops_of_the_policy_are_those_that_are_counted(preset):
     policy = tiny_policy(WORLDS[preset])
-    shape = cost.policy_shape(policy)
+    shape = work.policy_shape(policy)
     prompts, noise = tokens(policy, 2)[0], torch.rand(6, policy.C + policy.L)
     forward = counted(lambda: score(policy, *tokens(policy, 3)))
     both = counted(lambda: score(policy, *tokens(policy, 3)).sum().backward())
     sampling = counted(lambda: generate(policy, prompts, noise))
-    assert forward == pytest.approx(3 * cost.score_flops(shape), rel=0.05)
-    assert both == pytest.approx(3 * 3 * cost.score_flops(shape), rel=0.05)
-    assert sampling == pytest.approx(cost.decode_flops(shape, 2, 6), rel=0.05)
+    assert forward == pytest.approx(3 * work.score_flops(shape), rel=0.05)
+    assert both == pytest.approx(3 * 3 * work.score_flops(shape), rel=0.05)
+    assert sampling == pytest.approx(work.decode_flops(shape, 2, 6), rel=0.05)
 
 
 def test_flops_of_the_tokenizer_are_those_that_are_counted(world):
@@ -47,22 +47,22 @@ def test_flops_of_the_tokenizer_are_those_that_are_counted(world):
         error, commitment, *_ = tiny_vq.train.loss_terms(model, images, 1.0)
         (error + commitment).backward()
 
-    estimate = cost.tokenizer_training(world, config).float32
+    estimate = work.tokenizer_training(world, config).float32
     assert counted(train) == pytest.approx(estimate, rel=0.05)
 
 
 def test_large_fits_8_gib_and_writes_checkpoints_in_less_than_a_hundredth_of_its_time():
-    preset = cost.load_preset("large")
-    assert max(cost.memory(preset).values()) + cost.CONTEXT < 8 * cost.GIB
+    preset = work.load_preset("large")
+    assert max(work.memory(preset).values()) + cost.CONTEXT < 8 * cost.GIB
     for machine in cost.GPUS.values():
-        times = {k: cost.seconds(w, machine) for k, w in cost.stages(preset, 8).items()}
+        times = {k: cost.seconds(w, machine) for k, w in work.stages(preset, 8).items()}
         assert cost.writing_share(preset, times) < 0.01
 
 
 def test_the_page_about_gpus_has_the_estimates_of_the_presets():
     page = (ROOT / "docs" / "gpu.md").read_text()
     for name in ("small", "large"):
-        preset = cost.load_preset(name)
+        preset = work.load_preset(name)
         for gpu, machine in cost.GPUS.items():
             row = cost.minutes_row(preset, gpu, machine)
             assert " | ".join([name, *row]) in page

@@ -1,12 +1,15 @@
 """Pretraining: the corpus, its batches, and micro-batches, which change memory and not results."""
 
 import copy
+import os
+import signal
 
 import pytest
 import torch
 
+import common
 import pretrain
-from conftest import tiny_policy
+from conftest import one_line, tiny_policy
 from pretrain import corpus_chunk
 from scenes import PAD
 
@@ -61,3 +64,24 @@ def test_a_corpus_drawn_by_several_processes_is_the_one_drawn_by_one(env, world,
     together = pretrain.make_corpus(config, world, env.tokenizer, env.device)
     assert all(torch.equal(a, b) for a, b in zip(alone, together)) and len(alone[0]) == 44
     assert torch.equal(before, torch.get_rng_state())
+
+
+def kill_this_process(world, seed, items):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def have_a_bug(world, seed, items):
+    raise RuntimeError("shapes do not fit")
+
+
+def test_a_killed_process_of_the_corpus_is_one_line_and_a_bug_keeps_its_traceback(
+    env, world, monkeypatch, capsys
+):
+    """The system kills a process if memory runs out."""
+    monkeypatch.setattr(pretrain, "CHUNK", 4)
+    arguments = pretrain.Config(items=44), world, env.tokenizer, env.device
+    monkeypatch.setattr(pretrain, "corpus_chunk", kill_this_process)
+    assert "a child process was killed" in one_line(capsys, 2, pretrain.make_corpus, *arguments)
+    monkeypatch.setattr(pretrain, "corpus_chunk", have_a_bug)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        common.run(lambda: pretrain.make_corpus(*arguments))
