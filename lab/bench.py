@@ -6,9 +6,9 @@ Decoding and a training step of the preset's model, with random weights, against
 generate and TRL's GRPOTrainer for a Llama of the same width, layers, heads, sequences and lengths.
 The floors are what the preset's FLOPs, its memory traffic and its kernels would take, each alone,
 at this machine's measured rates (lab.cost); memory traffic is that of a GPU's kernels, of which a
-CPU's caches save a part. The overhead of EG-GRPO is that of its masks and its
-shaping, all that it adds to GRPO: their time, and the memory that they allocate in all. Times are
-medians of several calls; on a shared machine only their ratios are meaningful.
+CPU's caches save a part. The overhead of EG-GRPO is that of its masks and its shaping, all that it
+adds to GRPO: their time, and the memory that they allocate in all. Times are medians of several
+calls; on a shared machine only their ratios are meaningful.
 """
 
 import copy
