@@ -5,7 +5,7 @@ import torch
 import common
 from eggrpo import entropy_moments
 from evaluate import draw_noise, sample_and_score, sample_images
-from rewards import compute_rewards, encode_targets
+from rewards import compute_rewards, detect, encode_targets
 from scenes import decode_words, encode_scenes
 
 
@@ -21,7 +21,8 @@ def record_rows(config, env, policy, scene, number, **options):
     """Draw a prompt's plans, and some images for each plan. Returns a dict per image.
 
     Entropies are those of the distributions that were sampled from, as fractions of log V.
-    distance: mean root mean square difference to the prompt's other images, 0 to 1.
+    distance: mean root mean square difference to the prompt's other images, 0 to 1. paint: painted
+    fraction of the image.
     """
     n = config.plans * config.images
     noise = draw_noise(policy, n, config.seed, "records", number)
@@ -31,6 +32,8 @@ def record_rows(config, env, policy, scene, number, **options):
     rollout, images = sample_images(env, policy, prompt, noise, **options)
     targets = encode_targets(env.world, [scene] * n, env.device)
     reward, _, exact = compute_rewards(images, targets, env.world)
+    pixels = images.shape[2] * images.shape[3]
+    paint = detect(images, env.world).paint / pixels
 
     flat = images.flatten(1)
     total = torch.cdist(flat, flat).sum(1)
@@ -45,6 +48,7 @@ def record_rows(config, env, policy, scene, number, **options):
         reward=reward,
         exact=exact,
         distance=distance,
+        paint=paint,
         plan_entropy=plan_entropy,
         image_entropy=image_entropy,
         image_entropy_std=image_entropy_std,

@@ -171,7 +171,8 @@ def test_records_tell_of_the_images_that_were_drawn(tiny):
     assert rows[0]["plan"] == rows[1]["plan"] != rows[2]["plan"]
     assert rows[0]["plan_entropy"] == rows[1]["plan_entropy"] != rows[2]["plan_entropy"]
     for row in rows:
-        assert all(0 < row[key] < 1 for key in ("plan_entropy", "image_entropy", "distance"))
+        for key in ("plan_entropy", "image_entropy", "distance", "paint"):
+            assert 0 < row[key] < 1
     again = records.record_rows(config, env, policy, scene, "base 0, colour 0")
     direct = records.record_rows(config, env, policy, scene, "base 0, colour 0", no_plan=True)
     assert again == rows and {row["plan"] for row in direct} == {""}
