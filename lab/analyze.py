@@ -4,12 +4,11 @@
 
     -> out/study/small/study.json (every number), study.md (the tables), figures/*.png
 
-A study that was stopped early is analysed as far as it went. Intervals are 95 %: `mean ± half` by
-Student's t over runs; `value [low, high]` by bootstrap over prompts. A difference is paired: both
-methods have the base policy, the training prompts and the noise of the rollouts in common. Pairs of
-one base policy are not independent of it; the interval "over base policies" is Student's t over the
-mean difference of each base policy. Prompts are resampled as if they were independent, although
-each base policy is recorded on a part of them.
+A study that was stopped early is analysed as far as it went. All intervals are 95 % by Student's t,
+`mean ± half`: over runs for scores, over base policies for what is recorded of single policies,
+each of which is described by itself. A difference is paired: both methods have the base policy, the
+training prompts and the noise of the rollouts in common. Pairs of one base policy are not
+independent of it; the interval "over base policies" is over the mean difference of each.
 """
 
 import json
@@ -20,14 +19,7 @@ import numpy as np
 
 import common
 from lab import figures, study
-from lab.stats import (
-    bootstrap_mean,
-    correlate,
-    mean_t_ci,
-    paired_difference,
-    pass_at_k,
-    within,
-)
+from lab.stats import correlation, mean_t_ci, paired_difference, pass_at_k, slope, within
 from lab.tables import FELL, FOUND, SCORES, SETTINGS, counterpart, report
 from scenes import RARE_PAIRS, WORLDS
 
@@ -35,8 +27,6 @@ from scenes import RARE_PAIRS, WORLDS
 @dataclass(frozen=True)
 class Config(common.BaseConfig):
     out: str = "out/study"
-    seed: int = 0  # of the bootstrap
-    resamples: int = 1000
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -187,6 +177,40 @@ def describe_training(runs):
 # --- records --------------------------------------------------------------------------------------
 
 
+def over_bases(of_bases):
+    """Average numbers over base policies. of_bases: {base: {name: value}}. Returns {name:
+    interval}."""
+    values = {}
+    for numbers in of_bases.values():
+        for name, value in numbers.items():
+            values.setdefault(name, []).append(value)
+    return {name: mean_t_ci(found) for name, found in values.items()}
+
+
+def describe_settings(records, describe):
+    """Describe what each setting's policies drew. records: {setting: {base: rows}}; describe: rows
+    of one policy -> {name: value}. Returns {setting: {name: interval}}."""
+    found = {}
+    for setting, of_bases in records.items():
+        found[setting] = over_bases({base: describe(rows) for base, rows in of_bases.items()})
+    return found
+
+
+def describe_changes(records, describe):
+    """Describe settings, and the differences of neighbouring ones, paired by base policy."""
+    found = describe_settings(records, describe)
+    settings = list(records)
+    for before, after in zip(settings, settings[1:]):
+        changes = {}
+        for base in records[before].keys() & records[after].keys():
+            old = describe(records[before][base])
+            new = describe(records[after][base])
+            changes[base] = {name: new[name] - old[name] for name in new}
+        if changes:
+            found[f"{after} - {before}"] = over_bases(changes)
+    return found
+
+
 def by_prompt(rows, *keys):
     """Collect columns of rows by prompt. Returns a list of (n, keys)."""
     groups = {}
@@ -209,72 +233,108 @@ def average_plans(rows):
     return plans
 
 
-def describe_correlations(rows, config):
-    """Correlate reward with image entropy over images, and with plan entropy over plans: pooled,
-    within prompts, and within prompts and thirds of the std of image entropy."""
-    plans = average_plans(rows)
+def correlate_images(rows):
+    """Relate reward to the mean and the std of image entropy: over all images, within prompts, and
+    with the painted area held."""
     found = {}
-    for key in ("image_entropy", "image_entropy_std", "plan_entropy"):
-        groups = by_prompt(plans if key == "plan_entropy" else rows, key, "reward")
+    for key in ("image_entropy", "image_entropy_std"):
         name = key.replace("_", " ")
-        found[name] = correlate(groups, config)
-        found[f"{name}, within prompts"] = correlate(within(groups), config)
+        groups = by_prompt(rows, key, "reward", "paint")
+        pairs = [group[:, :2] for group in groups]
+        found[name] = correlation(pairs)
+        found[f"{name}, within prompts"] = correlation(within(pairs))
+        found[f"{name}, paint held"] = correlation(groups)
+        found[f"{name}, within prompts, paint held"] = correlation(within(groups))
+        found[f"slope on {name}"] = slope(pairs)
+        found[f"slope on {name}, within prompts"] = slope(within(pairs))
+    return found
+
+
+def correlate_plans(rows):
+    """Relate the mean reward of a plan's images to the plan's entropy: over all plans, within
+    prompts, and within prompts and thirds of the std of image entropy; and their interaction."""
+    plans = average_plans(rows)
+    pairs = by_prompt(plans, "plan_entropy", "reward")
+    found = {
+        "plan entropy": correlation(pairs),
+        "plan entropy, within prompts": correlation(within(pairs)),
+    }
     stds = [plan["image_entropy_std"] for plan in plans]
     thirds = np.searchsorted(np.quantile(stds, (1 / 3, 2 / 3)), stds)
     for third, label in enumerate(("lowest", "middle", "highest")):
         inside = [plan for plan, its in zip(plans, thirds) if its == third]
         if inside:
-            groups = within(by_prompt(inside, "plan_entropy", "reward"))
             name = f"plan entropy, within prompts, {label} third of image entropy std"
-            found[name] = correlate(groups, config)
+            found[name] = correlation(within(by_prompt(inside, "plan_entropy", "reward")))
+    columns = within(by_prompt(plans, "plan_entropy", "image_entropy_std", "reward"))
+    entropy, std, reward = np.concatenate(columns).T
+    both = np.stack([entropy * std, reward, entropy, std], 1)
+    found["plan entropy x image entropy std, within prompts"] = correlation([both])
     return found
+
+
+def describe_correlations(rows):
+    """Correlate reward with entropies."""
+    return correlate_images(rows) | correlate_plans(rows)
 
 
 PASS_AT = (1, 2, 4, 8, 16, 32, 64, 100)
 
 SPREADS = {  # of the images of a prompt
+    "reward": lambda rows: np.mean([row["reward"] for row in rows]),
     "std of reward": lambda rows: np.std([row["reward"] for row in rows], ddof=1),
     "distance of images": lambda rows: np.mean([row["distance"] for row in rows]),
     "distinct plans": lambda rows: len({row["plan"] for row in rows}),
     "plan entropy": lambda rows: np.mean([row["plan_entropy"] for row in rows]),
     "image entropy": lambda rows: np.mean([row["image_entropy"] for row in rows]),
-    "std of image entropy": lambda rows: np.mean([row["image_entropy_std"] for row in rows]),
+    "its std over tokens": lambda rows: np.mean([row["image_entropy_std"] for row in rows]),
+    "its std over images": lambda rows: np.std([row["image_entropy"] for row in rows], ddof=1),
 }
 
 
-def describe_spread(records, config):
-    """Spread of what each policy draws for a prompt, and differences of neighbouring settings,
-    paired by prompt."""
+def describe_spread(rows):
+    """Describe the images that a policy draws for a prompt: means over prompts."""
+    prompts = {}
+    for row in rows:
+        prompts.setdefault(row["number"], []).append(row)
     found = {}
     for name, function in SPREADS.items():
-        spread = {}  # {setting: {prompt: value}}
-        for setting, rows in records.items():
-            prompts = {}
-            for row in rows:
-                prompts.setdefault(row["number"], []).append(row)
-            spread[setting] = {number: function(group) for number, group in prompts.items()}
-        settings = list(spread)
-        for before, after in zip(settings, settings[1:]):
-            both = spread[after].keys() & spread[before].keys()
-            change = {number: spread[after][number] - spread[before][number] for number in both}
-            spread[f"{after} - {before}"] = change
-        for setting, numbers in spread.items():
-            groups = [[numbers[number]] for number in sorted(numbers)]
-            if groups:
-                found.setdefault(setting, {})[name] = bootstrap_mean(groups, config)
+        found[name] = float(np.mean([function(group) for group in prompts.values()]))
     return found
 
 
-def describe_passes(passes, config):
-    """pass@k by split: the fraction of prompts that k images would solve, with intervals over
-    prompts. passes: rows of a setting. Returns {split: {k: interval}}."""
+def mean_pass(rows, k):
+    """pass@k: the fraction of prompts that k images would solve."""
+    return float(np.mean([pass_at_k(row["n"], row["exact"], k) for row in rows]))
+
+
+def describe_passes(rows):
+    """Describe pass@k of a policy."""
+    return {k: mean_pass(rows, k) for k in PASS_AT if k <= rows[0]["n"]}
+
+
+def crossing(before, after):
+    """Find the least number of images with which the base policies `before` solve more prompts than
+    the trained ones `after`, in the mean over those that both have. {base: rows} each. Returns None
+    if there is none."""
+    both = before.keys() & after.keys()
+    n = min(row["n"] for base in both for row in before[base])
+    for k in range(1, n + 1):
+        ahead = sum(mean_pass(before[base], k) - mean_pass(after[base], k) for base in both)
+        if ahead > 0:
+            return k
+    return None
+
+
+def describe_crossings(passes):
+    """Find where pass@k of the base policy crosses that of the trained ones. passes: {setting:
+    {base: rows}}. Returns {setting: k or None}."""
+    before = passes.get(SETTINGS["base"], {})
     found = {}
-    for split in ("eval", "rare"):
-        rows = [row for row in passes if row["split"] == split]
-        for k in PASS_AT:
-            if rows and k <= rows[0]["n"]:
-                values = [[pass_at_k(row["n"], row["exact"], k)] for row in rows]
-                found.setdefault(split, {})[k] = bootstrap_mean(values, config)
+    for name in ("grpo-0", "eggrpo-0"):
+        after = passes.get(SETTINGS[name], {})
+        if before.keys() & after.keys():
+            found[SETTINGS[name]] = crossing(before, after)
     return found
 
 
@@ -291,13 +351,25 @@ def read_runs(folder):
 
 
 def read_records(config, kind, ending=""):
-    """Read the records of every base policy. Returns {setting: rows}."""
+    """Read the records of every base policy. Returns {setting: {base: rows}}."""
     records = {}
     for name, setting in SETTINGS.items():
         pattern = f"base-*/{config.preset}/{kind}/{name}{ending}.jsonl"
         for path in sorted(Path(config.out).glob(pattern)):
-            records.setdefault(setting, []).extend(study.read_lines(path))
+            base = path.parts[-4]
+            records.setdefault(setting, {})[base] = study.read_lines(path)
     return records
+
+
+def read_passes(config):
+    """Read the counts for pass@k. Returns {split: {setting: {base: rows}}}."""
+    passes = {}
+    for setting, of_bases in read_records(config, "passes").items():
+        for base, rows in of_bases.items():
+            for row in rows:
+                of_setting = passes.setdefault(row["split"], {}).setdefault(setting, {})
+                of_setting.setdefault(base, []).append(row)
+    return passes
 
 
 def missing_jobs(config):
@@ -308,9 +380,10 @@ def missing_jobs(config):
     return [job.name for job in jobs if not study.result_path(of_study, job).exists()]
 
 
-def analyze(runs, records, guided, passes, config):
-    """Reduce a study to its numbers: the content of study.json. records: {setting: rows}; guided:
-    of images sampled with guidance 2; passes: of many images per prompt."""
+def analyze(runs, records, guided, passes):
+    """Reduce a study to its numbers: the content of study.json. runs: {variant: {(base, number):
+    run}}; records and guided, of images sampled with guidance 2: {setting: {base: rows}}; passes, of
+    many images per prompt: {split: {setting: {base: rows}}}."""
     variants = {}
     for name, own in runs.items():
         other = counterpart(name)
@@ -318,11 +391,12 @@ def analyze(runs, records, guided, passes, config):
     return dict(
         variants=variants,
         interactions=describe_interactions(runs),
-        correlations={s: describe_correlations(rows, config) for s, rows in records.items()},
-        spread=describe_spread(records, config),
-        guided_correlations={s: describe_correlations(r, config) for s, r in guided.items()},
-        guided_spread=describe_spread(guided, config),
-        passes={setting: describe_passes(rows, config) for setting, rows in passes.items()},
+        correlations=describe_settings(records, describe_correlations),
+        spread=describe_changes(records, describe_spread),
+        guided_correlations=describe_settings(guided, describe_correlations),
+        guided_spread=describe_changes(guided, describe_spread),
+        passes={split: describe_changes(own, describe_passes) for split, own in passes.items()},
+        crossings={split: describe_crossings(own) for split, own in passes.items()},
     )
 
 
@@ -351,10 +425,10 @@ def main(argv=None):
     runs = read_runs(folder)
     records = read_records(config, "records")
     guided = read_records(config, "records", study.GUIDED)
-    passes = read_records(config, "passes")
+    passes = read_passes(config)
     command = common.command_for("lab.study", config)
     common.check(runs or records, f"no study in {folder}: make it by `{command}`")
-    numbers = analyze(runs, records, guided, passes, config)
+    numbers = analyze(runs, records, guided, passes)
     content = json.dumps(common.to_jsonable(numbers), indent=1)
     numbers = json.loads(content)  # rounded, so that the tables are those of the file
     tables = report(numbers)

@@ -60,7 +60,10 @@ def contour_levels(height):
 
 def draw_joint(path, records, key):
     """Reward against an entropy, as in the paper's figure. The contours hold half and nine tenths
-    of the images; histograms at the margins."""
+    of the images; histograms at the margins. records: {setting: {base: rows}}, pooled here."""
+    pooled = {}
+    for setting, of_bases in records.items():
+        pooled[setting] = [row for rows in of_bases.values() for row in rows]
     figure, axes = plt.subplots(
         2,
         2,
@@ -72,11 +75,11 @@ def draw_joint(path, records, key):
         gridspec_kw=dict(hspace=0.05, wspace=0.05),
     )
     (top, corner), (joint, side) = axes
-    every = np.array([row[key] for rows in records.values() for row in rows])
+    every = np.array([row[key] for rows in pooled.values() for row in rows])
     left, right = np.quantile(every, (0.001, 0.999)) + (0, 1e-6)
     x_grid = np.linspace(left, right, 120)
     y_grid = np.linspace(-0.05, 1.1, 120)
-    for setting, rows in records.items():
+    for setting, rows in pooled.items():
         colour = STYLES[setting]["color"]
         line = STYLES[setting]["linestyle"]
         points = np.array([(row[key], row["reward"]) for row in rows])
@@ -162,19 +165,19 @@ def draw_discovery(path, variants):
 
 
 def draw_passes(path, passes):
-    """pass@k against k for usual and rare pairs, with its interval over prompts."""
+    """pass@k against k for usual and rare pairs: mean over base policies and its interval."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
     titles = dict(eval="usual pairs", rare="rare pairs")
     for axis, (split, title) in zip(axes, titles.items()):
-        for setting, splits in passes.items():
-            found = splits.get(split, {})
+        for setting, found in passes.get(split, {}).items():
+            if setting not in STYLES:
+                continue  # a difference of two settings
             k = np.array([int(number) for number in found])
-            value = np.array([x["value"] for x in found.values()])
-            low = [x["low"] for x in found.values()]
-            high = [x["high"] for x in found.values()]
+            mean = np.array([x["mean"] for x in found.values()])
+            half = np.array([x["half"] or 0.0 for x in found.values()])  # None if n = 1
             style = STYLES[setting]
-            axis.plot(k, value, label=setting, markersize=3, **style)
-            axis.fill_between(k, low, high, color=style["color"], alpha=0.15)
+            axis.plot(k, mean, label=setting, markersize=3, **style)
+            axis.fill_between(k, mean - half, mean + half, color=style["color"], alpha=0.15)
         axis.set(title=title, xlabel="k", xscale="log", ylim=(0, 1))
     axes[0].set_ylabel("pass@k")
     axes[0].legend(frameon=False, fontsize=8)

@@ -1,8 +1,8 @@
-"""Statistics of the study: intervals, paired differences, bootstrap, correlations.
+"""Statistics of the study: intervals, paired differences, correlations, pass@k.
 
-Used by lab.analyze. Intervals are 95 %: `mean` and `half`, the half-width, by Student's t; `value`,
-`low` and `high` by bootstrap over prompts. Values of runs are {(base policy, number): value};
-groups are lists of (n, columns), one array per prompt.
+Used by lab.analyze. All intervals are 95 % by Student's t: `mean`, `half` (the half-width) and `n`.
+Values of runs are {(base policy, number): value}; groups are lists of (n, columns), one array per
+prompt.
 """
 
 import math
@@ -58,49 +58,28 @@ def within(groups):
     return [group - group.mean(0) for group in groups]
 
 
-def bootstrap(sums, statistic, config):
-    """A statistic and its 95 % percentile interval over resampled prompts.
-
-    sums: (prompts, ...), what each prompt adds to the sums; statistic: (m, ...) sums -> (m,).
-    """
-    n = len(sums)
-    draw = np.random.RandomState(config.seed)
-    counts = draw.multinomial(n, [1 / n] * n, config.resamples)  # (resamples, n)
-    values = statistic(np.tensordot(counts, sums, 1))
-    values = values[~np.isnan(values)]
-    low = high = np.nan
-    if len(values):
-        low, high = np.percentile(values, (2.5, 97.5))
-    value = statistic(sums.sum(0)[None])[0]
-    return dict(value=float(value), low=float(low), high=float(high), n=n)
+def residuals(columns, held):
+    """What least squares by the columns of `held` leaves of `columns`. (n, columns), (n, held)."""
+    columns = columns - columns.mean(0)
+    held = held - held.mean(0)
+    return columns - held @ np.linalg.pinv(held) @ columns
 
 
-def bootstrap_mean(groups, config):
-    """Mean of all values with its bootstrap interval. groups: a list of (n,), one per prompt."""
-    sums = np.array([(len(group), np.sum(group)) for group in groups], float)
-    return bootstrap(sums, lambda s: s[:, 1] / s[:, 0], config)
+def correlation(groups):
+    """Pearson's correlation of the first two columns, with further columns held: the partial
+    correlation given them. groups: a list of (n, columns). NaN if a column does not vary."""
+    columns = np.concatenate(groups)
+    left = residuals(columns[:, :2], columns[:, 2:])
+    if (left.std(0) < 1e-9).any():
+        return np.nan
+    return float(np.corrcoef(left.T)[0, 1])
 
 
-def correlate(groups, config):
-    """Pearson's correlation of two columns with its bootstrap interval. groups: a list of (n, 2),
-    one per prompt. NaN if a column does not vary."""
-    together = np.concatenate(groups)
-    mean = together.mean(0)
-    scale = together.std(0)
-    if (scale < 1e-9).any():
-        return dict(value=np.nan, low=np.nan, high=np.nan, n=len(groups))
-    sums = []
-    for group in groups:
-        columns = np.insert((group - mean) / scale, 0, 1, axis=1)  # (n, 3): 1, x, y
-        sums.append(columns.T @ columns)
-    return bootstrap(np.array(sums), correlation, config)
-
-
-def correlation(sums):
-    """Correlation from sums of products of (1, x, y). (m, 3, 3) -> (m,)."""
-    mean = sums[:, 0] / sums[:, :1, 0]  # (m, 3)
-    products = sums / sums[:, :1, :1]
-    cov = products - mean[:, :, None] * mean[:, None]
-    square = cov[:, 1, 1] * cov[:, 2, 2]
-    scale = np.sqrt(np.maximum(square, 1e-12))
-    return np.where(square > 1e-12, cov[:, 1, 2] / scale, np.nan)
+def slope(groups):
+    """Slope of the second column on the first, with further columns held. groups: a list of (n,
+    columns). NaN if the first column does not vary."""
+    columns = np.concatenate(groups)
+    x, y = residuals(columns[:, :2], columns[:, 2:]).T
+    if x.std() < 1e-9:
+        return np.nan
+    return float(x @ y / (x @ x))

@@ -50,9 +50,8 @@ def show(x, signed=False):
         return format(x, form)
     if not isinstance(x, dict):
         return str(x)
-    if "value" in x:
-        ends = [show(x[end], signed) for end in ("low", "high")]
-        return "-" if x["value"] is None else f"{x['value']:{form}} [{', '.join(ends)}]"
+    if x["mean"] is None:
+        return "-"
     mean = format(x["mean"], form)
     return mean if x["n"] == 1 else f"{mean} ± {x['half']:.3f}"
 
@@ -130,20 +129,32 @@ def run_tables(variants):
     }
 
 
+def pass_tables(study):
+    """Lay pass@k out, and where curves cross. Returns {title: Markdown}."""
+    tables = {}
+    for split, kind in (("eval", "usual"), ("rare", "rare")):
+        rows = {}
+        for setting, values in study["passes"].get(split, {}).items():
+            rows[setting] = {f"k = {k}": interval for k, interval in values.items()}
+        title = f"pass@k, {kind} pairs: the fraction of prompts that k images solve"
+        tables[title] = table("", rows)
+    crossings = {}
+    for split, found in study["crossings"].items():
+        for setting, k in found.items():
+            crossings.setdefault(setting, {})[split] = k
+    title = "Least k with which base + plan solves more prompts than the trained policy"
+    return tables | {title: table("", crossings)}
+
+
 def report(study):
     """Lay all tables out, as study.md."""
-    passes = {}
-    for setting, splits in study["passes"].items():
-        for split, values in splits.items():
-            name = setting if split == "eval" else f"{setting}, rare pairs"
-            passes[name] = {f"k = {k}": interval for k, interval in values.items()}
     tables = run_tables(study["variants"]) | {
         "Interactions: both - one - other + neither": table("", study["interactions"], signed=True),
-        "pass@k: the fraction of prompts that k images solve": table("", passes),
+        **pass_tables(study),
     }
     for regime, title in (("", ""), ("guided_", ", guidance 2")):
         correlations = transposed(study[f"{regime}correlations"])
-        correlations = table("correlation with", correlations, signed=True)
+        correlations = table("correlation with, or slope on", correlations, signed=True)
         spread = table("", transposed(study[f"{regime}spread"]))
         tables[f"Reward against entropy{title}"] = correlations
         tables[f"What is drawn for a prompt: means over prompts{title}"] = spread

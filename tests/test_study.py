@@ -26,7 +26,6 @@ from scenes import RARE_PAIRS, WORDS, WORLDS, make_scene
 from tiny_vq.vqvae import VQVAE
 
 ROOT = Path(__file__).parent.parent
-CONFIG = analyze.Config(resamples=300)
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -56,31 +55,31 @@ def test_a_paired_difference_cancels_what_a_pair_shares():
 
 def test_correlations_are_numpys():
     points = np.random.RandomState(0).randn(50, 2)
-    found = stats.correlate(np.split(points, 10), CONFIG)
-    assert abs(found["value"] - np.corrcoef(points.T)[0, 1]) < 1e-12 and found["n"] == 10
-    assert found["low"] < found["value"] < found["high"]
-    assert np.isnan(stats.correlate([np.ones((5, 2))] * 3, CONFIG)["value"])
+    found = stats.correlation(np.split(points, 10))
+    assert abs(found - np.corrcoef(points.T)[0, 1]) < 1e-12
+    assert abs(stats.slope(np.split(points, 10)) - np.polyfit(*points.T, 1)[0]) < 1e-12
+    assert np.isnan(stats.correlation([np.ones((5, 2))] * 3))
+    assert np.isnan(stats.slope([np.ones((5, 2))] * 3))
 
 
 def test_correlation_within_prompts_does_not_see_what_is_between_them():
     """Prompts with high x have high y; within each, y falls with x."""
     x = np.arange(5.0)
     groups = [np.stack([x + 10 * i, 30 * i - x], 1) for i in range(4)]
-    assert stats.correlate(groups, CONFIG)["value"] > 0.9
-    assert abs(stats.correlate(stats.within(groups), CONFIG)["value"] + 1) < 1e-12
+    assert stats.correlation(groups) > 0.9
+    assert abs(stats.correlation(stats.within(groups)) + 1) < 1e-12
+    assert abs(stats.slope(stats.within(groups)) + 1) < 1e-12
 
 
-def test_a_bootstrap_interval_holds_the_truth_and_narrows_with_prompts():
-    """Prompts are resampled, not images: ten copies of each image narrow nothing."""
-    draw = np.random.RandomState(1).randn
-    prompts = [draw(1) for _ in range(500)]
-    few, copied, many = (
-        stats.bootstrap_mean(groups, CONFIG)
-        for groups in (prompts[:20], [np.repeat(g, 10) for g in prompts[:20]], prompts)
-    )
-    width = lambda x: x["high"] - x["low"]
-    assert few["low"] < 0 < few["high"] and width(many) < 0.4 * width(few)
-    assert abs(width(copied) - width(few)) < 1e-9
+def test_what_a_third_column_causes_is_held():
+    """x and y both rise with z; besides, y falls with x."""
+    draw = np.random.RandomState(0).randn
+    z, noise = draw(2, 1000)
+    x = 5 * z + noise
+    y = 10 * z - (x - 5 * z) + 0.1 * draw(1000)
+    assert stats.correlation([np.stack([x, y], 1)]) > 0.8
+    assert stats.correlation([np.stack([x, y, z], 1)]) < -0.98
+    assert abs(stats.slope([np.stack([x, y, z], 1)]) + 1) < 0.02
 
 
 # --- jobs and records -----------------------------------------------------------------------------
@@ -223,7 +222,7 @@ def small(tmp_path_factory):
         study.main([*arguments, "--only", name])
     config = study.Config(**study.PRESETS["smoke"] | dict(preset="smoke", out=str(folder)))
     study.collect(config, study.plan(config))
-    analyze.main([*arguments, "--resamples", "20"])
+    analyze.main(arguments)
     return folder
 
 
@@ -296,7 +295,7 @@ def synthetic_runs():
 
 def test_tables_of_runs_by_hand():
     """A guided method is compared with guided GRPO; a variant with one run has no interval."""
-    found = analyze.analyze(synthetic_runs(), {}, {}, {}, CONFIG)
+    found = analyze.analyze(synthetic_runs(), {}, {}, {})
     eggrpo = found["variants"]["eggrpo"]
     assert eggrpo["runs"] == 4 and eggrpo["bases"] == 2
     assert eggrpo["measures"]["reward"]["mean"] == pytest.approx(0.85)
@@ -327,9 +326,27 @@ def test_pass_at_k_by_hand():
     """Of 4 draws 1 is right: one draw has it with 1/4, two with 1 - C(3, 2) / C(4, 2) = 1/2."""
     assert [stats.pass_at_k(4, 1, k) for k in (1, 2, 4)] == [0.25, 0.5, 1.0]
     assert stats.pass_at_k(4, 0, 4) == 0
-    rows = [dict(split="eval", n=4, exact=1), dict(split="eval", n=4, exact=0)]
-    found = analyze.describe_passes(rows, CONFIG)
-    assert {k: x["value"] for k, x in found["eval"].items()} == {1: 0.125, 2: 0.25, 4: 0.5}
+    rows = [dict(n=4, exact=1), dict(n=4, exact=0)]
+    assert analyze.describe_passes(rows) == {1: 0.125, 2: 0.25, 4: 0.5}
+
+
+def test_where_curves_of_pass_at_k_cross():
+    """The base policy solves both prompts with 1 of 4 draws: 1/4, 1/2, 3/4, 1; the trained one
+    always one of them: 1/2. The second base policy has no trained partner."""
+    before = {0: [dict(n=4, exact=1), dict(n=4, exact=1)], 1: [dict(n=4, exact=0)]}
+    after = {0: [dict(n=4, exact=4), dict(n=4, exact=0)]}
+    passes = {"base + plan": before, "GRPO": after, "EG-GRPO": {0: [dict(n=4, exact=4)]}}
+    assert analyze.describe_crossings(passes) == {"GRPO": 3, "EG-GRPO": None}
+
+
+def test_intervals_of_records_are_over_base_policies():
+    """Each base policy is described by itself; a change is that of the same base policy."""
+    total = lambda rows: dict(total=sum(rows))
+    records = {"before": {0: [1], 1: [2]}, "after": {0: [1, 2], 1: [5, 1], 2: [9]}}
+    found = analyze.describe_changes(records, total)
+    assert found["before"]["total"]["mean"] == 1.5 and found["after"]["total"]["mean"] == 6
+    change = found["after - before"]["total"]  # 2 and 4
+    assert change["mean"] == 3 and change["n"] == 2 and abs(change["half"] - 12.706) < 1e-9
 
 
 def test_a_study_that_is_not_there_is_named():
