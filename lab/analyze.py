@@ -84,9 +84,11 @@ def describe_variant(runs, grpo):
     names = list(MEASURES) if trained else OF_POLICIES
     found["measures"] = {}
     found["differences"] = {}
+    found["values"] = {}
     for name in names:
         values = measure(runs, MEASURES[name])
         found["measures"][name] = mean_t_ci([*values.values()])
+        found["values"][name] = {f"{base}-{number}": x for (base, number), x in values.items()}
         if grpo and trained:
             others = measure(grpo, MEASURES[name])
             found["differences"][name] = paired_difference(values, others)
@@ -408,6 +410,7 @@ def draw_figures(folder, numbers, records, guided):
     if main:
         figures.draw_curves(folder / "curves.png", main)
         figures.draw_discovery(folder / "discovery.png", main)
+    figures.draw_diversity(folder / "diversity.png", variants)
     if compared:
         figures.draw_differences(folder / "differences.png", compared)
     if records:

@@ -164,6 +164,23 @@ def draw_discovery(path, variants):
     save(path, figure)
 
 
+def draw_diversity(path, variants):
+    """Vendi score against reward: a point per run, grey for those of fewer steps or guidance."""
+    figure, axis = plt.subplots(figsize=(4.5, 3.2))
+    for variant, numbers in variants.items():
+        reward = [*numbers["values"]["reward"].values()]
+        vendi = [*numbers["values"]["vendi"].values()]
+        name = label(variant)
+        if name in STYLES:
+            options = dict(STYLES[name], linestyle="none", label=name.strip("`"), zorder=2)
+        else:
+            options = dict(color="0.8", linestyle="none", marker=".", zorder=1)
+        axis.plot(reward, vendi, markersize=4, **options)
+    axis.set(xlabel="reward", ylabel="Vendi score of ten images")
+    axis.legend(frameon=False, fontsize=8)
+    save(path, figure)
+
+
 def draw_passes(path, passes):
     """pass@k against k for usual and rare pairs: mean over base policies and its interval."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)

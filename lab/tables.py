@@ -20,6 +20,7 @@ NAMES = {
     "grpo": "GRPO",
     "eggrpo": "EG-GRPO",
 }
+MAIN_ROWS = (*NAMES, "eggrpo-released")
 PREFIXES = {  # of variants that are compared with a GRPO of their own
     "short-": "fewer steps",
     "guided-": "fewer steps, guidance 2",
@@ -73,6 +74,30 @@ def transposed(columns):
         for row, cell in cells.items():
             rows.setdefault(row, {})[column] = cell
     return rows
+
+
+def main_table(variants):
+    """Lay out the scores of the base policy and the main methods, as Markdown."""
+    rows = {}
+    for variant in MAIN_ROWS:
+        if variant not in variants:
+            continue
+        x = variants[variant]
+        difference = x["differences"].get("exact")
+        pairs = [*x.get("discovery", {}).values()]
+        found = sum(pair["found"] for pair in pairs)
+        rows[label(variant)] = {
+            "runs": x["runs"],
+            "reward": x["measures"]["reward"],
+            "exact": x["measures"]["exact"],
+            "exact, minus GRPO's": show(difference["bases"], signed=True) if difference else "-",
+            "exact, rare pairs": x["measures"]["rare exact"],
+            "rare pairs found": f"{found} of {sum(pair['of'] for pair in pairs)}" if pairs else "-",
+            "Vendi score": x["measures"]["vendi"],
+            "image entropy": x["measures"].get("image entropy"),
+            "KL": x["measures"].get("KL"),
+        }
+    return table("", rows)
 
 
 def run_tables(variants):
@@ -148,7 +173,8 @@ def pass_tables(study):
 
 def report(study):
     """Lay all tables out, as study.md."""
-    tables = run_tables(study["variants"]) | {
+    tables = {"The main methods": main_table(study["variants"])}
+    tables |= run_tables(study["variants"]) | {
         "Interactions: both - one - other + neither": table("", study["interactions"], signed=True),
         **pass_tables(study),
     }

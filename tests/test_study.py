@@ -234,6 +234,7 @@ def test_a_study_that_was_stopped_early_leaves_tables_and_figures(small):
         "entropy-mean-guided.png",
         "pass-at-k.png",
         "discovery.png",
+        "diversity.png",
         "curves.png",
         "differences.png",
     }
@@ -309,6 +310,9 @@ def test_tables_of_runs_by_hand():
     assert area["mean"] == pytest.approx((0.05 + 0.25) / 2)
     assert eggrpo["fell"] == 4 and eggrpo["largest_fall"] == pytest.approx(0.1)  # from .7 to .6
     page = tables.report(json.loads(json.dumps(found)))
+    main = page.splitlines()[6]  # of the first table
+    assert "| EG-GRPO | 4 | 0.850 ± 0.094 | 0.650 ± 0.094 | -0.010 ± 0.000 |" in main
+    assert "| 4 of 24 |" in main  # rare pairs found
     assert "| EG-GRPO | 4 | -0.010 ± 0.000 | -0.010 ± 0.000 |" in page
     assert "| `exclude` | 1 | 1 | 0.820 | 0.620 |" in page
     assert "| base + plan | 0.100 ± 0.184 | 0.000 ± 0.000 |" in page
