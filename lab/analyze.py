@@ -343,12 +343,48 @@ def describe_crossings(passes):
 # --- the study ------------------------------------------------------------------------------------
 
 
-def read_runs(folder):
-    """Read runs.jsonl. Returns {variant: {(base, number): run}}."""
+def jobs_of(config):
+    """List the jobs of the default study that are done, and those that are not, with the study's
+    settings."""
+    values = study.PRESETS[config.preset] | dict(preset=config.preset, out=config.out)
+    of_study = study.Config(**values)
+    done = []
+    missing = []
+    for job in study.plan(of_study):
+        (done if study.result_path(of_study, job).exists() else missing).append(job)
+    return done, missing, of_study
+
+
+def read_run(path):
+    """Reduce a finished run to its scores, its learning curve, and the end of its training. path:
+    of its scores."""
+    head, *log = study.read_lines(path.with_name("log.jsonl"))
+    curve = []
+    for record in log:
+        if "eval_exact" in record:
+            keys = ("eval_exact", "rare_exact", "rare_exact_by_pair")
+            point = {key: record[key] for key in keys}
+            curve.append(dict(step=record["step"] + 1, **point))
+    end = {}
+    steps = [record for record in log if record["step"] >= 0]  # without the first evaluation
+    for key in ("plan_entropy", "image_entropy", "kl", "lambda", "turned_signs"):
+        end[key] = float(np.mean([record[key] for record in steps[-10:]]))
+    scores = json.loads(path.read_text())
+    return dict(commit=head["commit"], scores=scores, curve=curve, end=end)
+
+
+def read_runs(config, done):
+    """Read the base policies and the finished runs of a study. Returns {variant: {(base, number):
+    run}}."""
     runs = {}
-    path = folder / "runs.jsonl"
-    for run in study.read_lines(path) if path.exists() else []:
-        runs.setdefault(run["variant"], {})[run["base"], run["number"]] = run
+    for job in done:
+        path = study.result_path(config, job)
+        if job.kind == "base":
+            for variant, scores in json.loads(path.read_text()).items():
+                runs.setdefault(variant, {})[job.base, 0] = dict(scores=scores)
+        if job.kind == "runs":
+            variant, _, number = job.last.rpartition("-")
+            runs.setdefault(variant, {})[job.base, int(number)] = read_run(path)
     return runs
 
 
@@ -374,14 +410,6 @@ def read_passes(config):
     return passes
 
 
-def missing_jobs(config):
-    """List the jobs of the default study that have not been done."""
-    values = study.PRESETS[config.preset] | dict(preset=config.preset, out=config.out)
-    of_study = study.Config(**values)
-    jobs = study.plan(of_study)
-    return [job.name for job in jobs if not study.result_path(of_study, job).exists()]
-
-
 def analyze(runs, records, guided, passes):
     """Reduce a study to its numbers: the content of study.json. runs: {variant: {(base, number):
     run}}; records and guided, of images sampled with guidance 2: {setting: {base: rows}}; passes, of
@@ -390,7 +418,9 @@ def analyze(runs, records, guided, passes):
     for name, own in runs.items():
         other = counterpart(name)
         variants[name] = describe_variant(own, runs.get(other) if other != name else None)
+    trained = [run for of_variant in runs.values() for run in of_variant.values() if "curve" in run]
     return dict(
+        commits=sorted({run["commit"] for run in trained}),
         variants=variants,
         interactions=describe_interactions(runs),
         correlations=describe_settings(records, describe_correlations),
@@ -425,13 +455,13 @@ def draw_figures(folder, numbers, records, guided):
 def main(argv=None):
     config = common.parse(Config, {name: {} for name in WORLDS}, __doc__, argv)
     folder = Path(config.out) / config.preset
-    runs = read_runs(folder)
+    done, missing, of_study = jobs_of(config)
+    command = common.command_for("lab.study", config)
+    common.check(done, f"no study in {folder}: make it by `{command}`")
+    runs = read_runs(of_study, done)
     records = read_records(config, "records")
     guided = read_records(config, "records", study.GUIDED)
-    passes = read_passes(config)
-    command = common.command_for("lab.study", config)
-    common.check(runs or records, f"no study in {folder}: make it by `{command}`")
-    numbers = analyze(runs, records, guided, passes)
+    numbers = analyze(runs, records, guided, read_passes(config))
     content = json.dumps(common.to_jsonable(numbers), indent=1)
     numbers = json.loads(content)  # rounded, so that the tables are those of the file
     tables = report(numbers)
@@ -440,12 +470,9 @@ def main(argv=None):
     print(tables)
     draw_figures(folder / "figures", numbers, records, guided)
     print(f"figures: {folder / 'figures'}")
-    missing = missing_jobs(config)
     if missing:
-        some = ", ".join(missing[:10])
-        print(
-            f"{len(missing)} jobs of the study are missing ({some} ...): make them by `{command}`"
-        )
+        names = ", ".join(job.name for job in missing)
+        print(f"{len(missing)} jobs of the study are missing; make them by `{command}`: {names}")
 
 
 if __name__ == "__main__":

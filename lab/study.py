@@ -3,8 +3,7 @@
     bash train.sh lab.study                      hours on two cores; then: bash train.sh lab.analyze
     bash train.sh lab.study --preset smoke       the same in minutes; nothing is learned
 
-    -> out/study/base-<b>/small/       tokenizer, base policy, a folder per run, records
-       out/study/small/runs.jsonl      a line per base policy and finished run: scores and curve
+    -> out/study/base-<b>/small/    tokenizer, base policy, a folder per run, records
 
 Each base policy has a tokenizer and a corpus of its own seed. Runs of base b and number s have the
 seed 10 b + s: methods are compared on the same base policy, training prompts and rollout noise. All
@@ -287,50 +286,6 @@ def on_cuda(config):
     return torch.cuda.is_available() and config.device.startswith(("auto", "cuda"))
 
 
-def run_record(config, job):
-    """Reduce a finished run to its scores, its learning curve, and the end of its training."""
-    path = result_path(config, job)
-    head, *log = read_lines(path.with_name("log.jsonl"))
-    curve = []
-    for record in log:
-        if "eval_exact" in record:
-            keys = ("eval_exact", "rare_exact", "rare_exact_by_pair")
-            point = {key: record[key] for key in keys}
-            curve.append(dict(step=record["step"] + 1, **point))
-    end = {}
-    steps = [record for record in log if record["step"] >= 0]  # without the first evaluation
-    for key in ("plan_entropy", "image_entropy", "kl", "lambda", "turned_signs"):
-        values = [record[key] for record in steps[-10:]]
-        end[key] = sum(values) / len(values)
-    variant, _, number = job.last.rpartition("-")
-    return dict(
-        variant=variant,
-        base=job.base,
-        number=int(number),
-        commit=head["commit"],
-        flags=" ".join(job.flags),
-        scores=json.loads(path.read_text()),
-        curve=curve,
-        end=end,
-    )
-
-
-def collect(config, jobs):
-    """Write runs.jsonl: the scores of base policies, and what is kept of every finished run."""
-    rows = []
-    for job in jobs:
-        path = result_path(config, job)
-        if not path.exists():
-            continue
-        if job.kind == "base":
-            for variant, scores in json.loads(path.read_text()).items():
-                rows.append(dict(variant=variant, base=job.base, number=0, scores=scores))
-        if job.kind == "runs":
-            rows.append(run_record(config, job))
-    content = to_lines(rows)
-    common.write(Path(config.out) / config.preset / "runs.jsonl", content.encode())
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     config = common.parse(Config, PRESETS, __doc__, argv)
@@ -353,7 +308,6 @@ def main(argv=None):
         failed = [job.name for job in tqdm(left, "study") if running[job.name].result()]
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C the jobs to come do not start
-        collect(config, jobs)
     logs = f"{config.out}/{config.preset}/logs"
     again = common.command_for("lab.study", config)
     problem = f"{len(failed)} jobs failed ({', '.join(failed[:5])}): see {logs}"

@@ -220,8 +220,6 @@ def small(tmp_path_factory):
     names += ["base-0/passes/base"]
     for name in names:
         study.main([*arguments, "--only", name])
-    config = study.Config(**study.PRESETS["smoke"] | dict(preset="smoke", out=str(folder)))
-    study.collect(config, study.plan(config))
     analyze.main(arguments)
     return folder
 
@@ -283,6 +281,7 @@ def synthetic_runs():
                 )
             )
             if variant != "base":
+                run["commit"] = "abc"
                 run["curve"] = [
                     dict(step=0, eval_exact=0.4, rare_exact=0.0, rare_exact_by_pair=pairs(0.0)),
                     dict(step=30, eval_exact=0.7, rare_exact=0.1, rare_exact_by_pair=pairs(0.4)),
