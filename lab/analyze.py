@@ -19,7 +19,15 @@ import numpy as np
 
 import common
 from lab import figures, study
-from lab.stats import correlation, mean_t_ci, paired_difference, pass_at_k, slope, within
+from lab.findings import (
+    describe_changes,
+    describe_correlations,
+    describe_crossings,
+    describe_passes,
+    describe_settings,
+    describe_spread,
+)
+from lab.stats import mean_t_ci, paired_difference
 from lab.tables import FELL, FOUND, SCORES, SETTINGS, counterpart, report
 from scenes import RARE_PAIRS, WORLDS
 
@@ -173,170 +181,6 @@ def describe_training(runs):
     found["worst_reward"] = min(measure(runs, MEASURES["reward"]).values())
     found["fell"] = sum(fall > FELL for fall in falls)
     found["largest_fall"] = max(falls)
-    return found
-
-
-# --- records --------------------------------------------------------------------------------------
-
-
-def over_bases(of_bases):
-    """Average numbers over base policies. of_bases: {base: {name: value}}. Returns {name:
-    interval}."""
-    values = {}
-    for numbers in of_bases.values():
-        for name, value in numbers.items():
-            values.setdefault(name, []).append(value)
-    return {name: mean_t_ci(found) for name, found in values.items()}
-
-
-def describe_settings(records, describe):
-    """Describe what each setting's policies drew. records: {setting: {base: rows}}; describe: rows
-    of one policy -> {name: value}. Returns {setting: {name: interval}}."""
-    found = {}
-    for setting, of_bases in records.items():
-        found[setting] = over_bases({base: describe(rows) for base, rows in of_bases.items()})
-    return found
-
-
-def describe_changes(records, describe):
-    """Describe settings, and the differences of neighbouring ones, paired by base policy."""
-    found = describe_settings(records, describe)
-    settings = list(records)
-    for before, after in zip(settings, settings[1:]):
-        changes = {}
-        for base in records[before].keys() & records[after].keys():
-            old = describe(records[before][base])
-            new = describe(records[after][base])
-            changes[base] = {name: new[name] - old[name] for name in new}
-        if changes:
-            found[f"{after} - {before}"] = over_bases(changes)
-    return found
-
-
-def by_prompt(rows, *keys):
-    """Collect columns of rows by prompt. Returns a list of (n, keys)."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(row["number"], []).append([row[key] for key in keys])
-    return [np.array(group, float) for group in groups.values()]
-
-
-def average_plans(rows):
-    """Average the images of each plan. Returns a dict per plan."""
-    groups = {}
-    for row in rows:
-        groups.setdefault((row["number"], row["plan_index"]), []).append(row)
-    plans = []
-    for (number, _), group in groups.items():
-        plan = dict(number=number)
-        for key in ("reward", "plan_entropy", "image_entropy_std"):
-            plan[key] = float(np.mean([row[key] for row in group]))
-        plans.append(plan)
-    return plans
-
-
-def correlate_images(rows):
-    """Relate reward to the mean and the std of image entropy: over all images, within prompts, and
-    with the painted area held."""
-    found = {}
-    for key in ("image_entropy", "image_entropy_std"):
-        name = key.replace("_", " ")
-        groups = by_prompt(rows, key, "reward", "paint")
-        pairs = [group[:, :2] for group in groups]
-        found[name] = correlation(pairs)
-        found[f"{name}, within prompts"] = correlation(within(pairs))
-        found[f"{name}, paint held"] = correlation(groups)
-        found[f"{name}, within prompts, paint held"] = correlation(within(groups))
-        found[f"slope on {name}"] = slope(pairs)
-        found[f"slope on {name}, within prompts"] = slope(within(pairs))
-    return found
-
-
-def correlate_plans(rows):
-    """Relate the mean reward of a plan's images to the plan's entropy: over all plans, within
-    prompts, and within prompts and thirds of the std of image entropy; and their interaction."""
-    plans = average_plans(rows)
-    pairs = by_prompt(plans, "plan_entropy", "reward")
-    found = {
-        "plan entropy": correlation(pairs),
-        "plan entropy, within prompts": correlation(within(pairs)),
-    }
-    stds = [plan["image_entropy_std"] for plan in plans]
-    thirds = np.searchsorted(np.quantile(stds, (1 / 3, 2 / 3)), stds)
-    for third, label in enumerate(("lowest", "middle", "highest")):
-        inside = [plan for plan, its in zip(plans, thirds) if its == third]
-        if inside:
-            name = f"plan entropy, within prompts, {label} third of image entropy std"
-            found[name] = correlation(within(by_prompt(inside, "plan_entropy", "reward")))
-    columns = within(by_prompt(plans, "plan_entropy", "image_entropy_std", "reward"))
-    entropy, std, reward = np.concatenate(columns).T
-    both = np.stack([entropy * std, reward, entropy, std], 1)
-    found["plan entropy x image entropy std, within prompts"] = correlation([both])
-    return found
-
-
-def describe_correlations(rows):
-    """Correlate reward with entropies."""
-    return correlate_images(rows) | correlate_plans(rows)
-
-
-PASS_AT = (1, 2, 4, 8, 16, 32, 64, 100)
-
-SPREADS = {  # of the images of a prompt
-    "reward": lambda rows: np.mean([row["reward"] for row in rows]),
-    "std of reward": lambda rows: np.std([row["reward"] for row in rows], ddof=1),
-    "distance of images": lambda rows: np.mean([row["distance"] for row in rows]),
-    "distinct plans": lambda rows: len({row["plan"] for row in rows}),
-    "plan entropy": lambda rows: np.mean([row["plan_entropy"] for row in rows]),
-    "image entropy": lambda rows: np.mean([row["image_entropy"] for row in rows]),
-    "its std over tokens": lambda rows: np.mean([row["image_entropy_std"] for row in rows]),
-    "its std over images": lambda rows: np.std([row["image_entropy"] for row in rows], ddof=1),
-}
-
-
-def describe_spread(rows):
-    """Describe the images that a policy draws for a prompt: means over prompts."""
-    prompts = {}
-    for row in rows:
-        prompts.setdefault(row["number"], []).append(row)
-    found = {}
-    for name, function in SPREADS.items():
-        found[name] = float(np.mean([function(group) for group in prompts.values()]))
-    return found
-
-
-def mean_pass(rows, k):
-    """pass@k: the fraction of prompts that k images would solve."""
-    return float(np.mean([pass_at_k(row["n"], row["exact"], k) for row in rows]))
-
-
-def describe_passes(rows):
-    """Describe pass@k of a policy."""
-    return {k: mean_pass(rows, k) for k in PASS_AT if k <= rows[0]["n"]}
-
-
-def crossing(before, after):
-    """Find the least number of images with which the base policies `before` solve more prompts than
-    the trained ones `after`, in the mean over those that both have. {base: rows} each. Returns None
-    if there is none."""
-    both = before.keys() & after.keys()
-    n = min(row["n"] for base in both for row in before[base])
-    for k in range(1, n + 1):
-        ahead = sum(mean_pass(before[base], k) - mean_pass(after[base], k) for base in both)
-        if ahead > 0:
-            return k
-    return None
-
-
-def describe_crossings(passes):
-    """Find where pass@k of the base policy crosses that of the trained ones. passes: {setting:
-    {base: rows}}. Returns {setting: k or None}."""
-    before = passes.get(SETTINGS["base"], {})
-    found = {}
-    for name in ("grpo-0", "eggrpo-0"):
-        after = passes.get(SETTINGS[name], {})
-        if before.keys() & after.keys():
-            found[SETTINGS[name]] = crossing(before, after)
     return found
 
 
