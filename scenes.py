@@ -241,7 +241,7 @@ def plan_text(objects):
     """Write the plan of a scene: each object with its attributes and its cell, in raster order.
 
     The order of the image tokens; in the order of the prompt the policy learned more slowly
-    (docs/results.md).
+    (docs/notes.md).
     """
     objects = sorted(objects, key=lambda o: (o.row, o.column))
     return " ; ".join(f"{_name(o)} at row {o.row + 1} column {o.column + 1}" for o in objects)

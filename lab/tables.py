@@ -178,7 +178,7 @@ def report(study):
         "Interactions: both - one - other + neither": table("", study["interactions"], signed=True),
         **pass_tables(study),
     }
-    for regime, title in (("", ""), ("guided_", ", guidance 2")):
+    for regime, title in (("", ""), ("guided_", ", trained at guidance 1 and sampled at 2")):
         correlations = transposed(study[f"{regime}correlations"])
         correlations = table("correlation with, or slope on", correlations, signed=True)
         spread = table("", transposed(study[f"{regime}spread"]))
