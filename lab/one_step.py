@@ -22,6 +22,7 @@ from evaluate import load_base, load_env, load_run, markdown_table
 from lab.batch import step_config, token_advantages, training_batch
 from lab.one_step_figure import draw
 from lab.study import read_lines
+from lab.world import object_tokens
 from model import score
 from scenes import WORDS, WORLDS
 
@@ -49,12 +50,14 @@ def choose_prompt(batch):
     return max(range(len(batch.scenes)), key=clarity)
 
 
-def describe_tokens(batch, low, high, shaped, row):
-    """List the valid tokens of a sequence: {modality: {field: list}}, and the words of the plan."""
+def describe_tokens(batch, low, high, shaped, objects, row):
+    """List the valid tokens of a sequence: {modality: {field: list}}, and the words of the plan.
+    objects: (B, L) bool, the image tokens that draw objects."""
     rollout = batch.rollout
     c = rollout.plan.shape[1]
     fields = dict(
         entropy=rollout.entropy[row],
+        probability=rollout.logp[row].exp(),  # of the sampled token
         low=low[row],
         high=high[row],
         grpo=batch.advantage[row].expand_as(shaped[row]),
@@ -66,6 +69,7 @@ def describe_tokens(batch, low, high, shaped, row):
     for name, values in fields.items():
         found["plan"][name] = values[:c][of_plan].tolist()
         found["image"][name] = values[c:].tolist()
+    found["image"]["object"] = objects[row].tolist()
     words = rollout.plan[row][of_plan]
     found["words"] = [WORDS[word] for word in words]
     return found
@@ -113,7 +117,8 @@ def measure(config, device):
     sequences = slice(i * g, (i + 1) * g)
     chosen = dict(good=int(rewards.argmax()), bad=int(rewards.argmin()))
     rows = {name: i * g + k for name, k in chosen.items()}
-    tokens = [describe_tokens(batch, low, high, shaped, i * g + k) for k in range(g)]
+    objects = object_tokens(batch.images, env.world)
+    tokens = [describe_tokens(batch, low, high, shaped, objects, i * g + k) for k in range(g)]
     masks = dict(all=valid, low=low, high=high)
     update = {}
     for method, own in settings.items():
@@ -132,6 +137,7 @@ def measure(config, device):
         "exact": batch.exact[i].tolist(),
         "advantages": batch.advantage[sequences].tolist(),
         "lambda": coefficient.item(),
+        "sequences": len(valid),
         "plans": [sequence["words"] for sequence in tokens],
         "chosen": chosen,
         "tokens": {name: tokens[k] for name, k in chosen.items()},
@@ -157,6 +163,7 @@ def page(data):
         fields[f"{name}_reward"] = data["rewards"][k]
         fields[f"{name}_top"] = image["entropy"][most_uncertain]
         fields[f"{name}_token"] = image["eggrpo"][most_uncertain]
+        fields[f"{name}_p"] = image["probability"][most_uncertain]
 
     good = data["tokens"]["good"]
     low_tokens = []
@@ -173,6 +180,21 @@ def page(data):
     most_uncertain = good["plan"]["entropy"].index(fields["plan_top"])
     fields["word"] = good["words"][most_uncertain]
     fields["bonus"] = data["lambda"] * fields["good_top"]
+
+    image = good["image"]
+    on_object = [h for h, is_object in zip(image["entropy"], image["object"]) if is_object]
+    on_sky = [h for h, is_object in zip(image["entropy"], image["object"]) if not is_object]
+    fields["object_n"] = len(on_object)
+    fields["object_h"] = sum(on_object) / max(len(on_object), 1)
+    fields["sky_h"] = sum(on_sky) / max(len(on_sky), 1)
+    pairs = [*zip(image["object"], image["low"], image["high"])]
+    fields["object_low"] = sum(is_object and low for is_object, low, _ in pairs)
+    fields["object_high"] = sum(is_object and high for is_object, _, high in pairs)
+
+    # of the log-prob of the most uncertain image token, by its logit, in the loss's weight
+    fields["weight"] = (fields["plan_n"] + fields["image_n"]) * data["sequences"]
+    for name, advantage in (("grpo", fields["good"]), ("eggrpo", fields["good_token"])):
+        fields[f"{name}_gradient"] = advantage * (1 - fields["good_p"]) / fields["weight"]
 
     rows = []
     for name in ("good", "bad"):
