@@ -311,8 +311,8 @@ def main(argv=None):
     tables = report(numbers)
     common.write(folder / "study.json", f"{content}\n".encode())
     common.write(folder / "study.md", tables.encode())
-    print(tables)
     draw_figures(folder / "figures", numbers, records, guided)
+    print(tables)
     print(f"figures: {folder / 'figures'}")
     if missing:
         names = ", ".join(job.name for job in missing)
