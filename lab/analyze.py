@@ -28,7 +28,7 @@ from lab.findings import (
     describe_spread,
 )
 from lab.stats import mean_t_ci, paired_difference
-from lab.tables import FELL, FOUND, SCORES, SETTINGS, counterpart, report
+from lab.tables import FELL, FOUND, MAIN_ROWS, SCORES, SETTINGS, counterpart, report
 from scenes import RARE_PAIRS, WORLDS
 
 
@@ -100,9 +100,9 @@ def describe_variant(runs, grpo):
         if grpo and trained:
             others = measure(grpo, MEASURES[name])
             found["differences"][name] = paired_difference(values, others)
+    found["discovery"] = describe_discovery(runs)
     if trained:
         found |= describe_training(runs)
-        found["discovery"] = describe_discovery(runs)
         found["gradient"] = describe_gradient(runs)
     return found
 
@@ -118,8 +118,9 @@ def step_found(curve, pair):
 
 
 def describe_discovery(runs):
-    """Describe by a rare pair's frequency in the corpus: exact, with its interval over runs; how
-    many of the pairs were found in training, and after how many steps in the mean."""
+    """Describe exact on rare pairs by their frequency in the corpus, with its interval over runs;
+    of trained policies also how many of the pairs were found, and after how many steps in the
+    mean."""
     by_frequency = {}
     for pair, frequency in RARE_PAIRS.items():
         by_frequency.setdefault(frequency, []).append(" ".join(pair))
@@ -130,14 +131,14 @@ def describe_discovery(runs):
         for run in runs.values():
             scores = run["scores"]["rare"]["rare_pairs"]
             exact.append(np.mean([scores[pair]["exact"] for pair in pairs]))
-            steps += [step_found(run["curve"], pair) for pair in pairs]
-        found = [step for step in steps if step is not None]
-        discovery[f"{frequency:.1%}"] = dict(
-            exact=mean_t_ci(exact),
-            found=len(found),
-            of=len(steps),
-            step=float(np.mean(found)) if found else None,
-        )
+            if "curve" in run:
+                steps += [step_found(run["curve"], pair) for pair in pairs]
+        of_frequency = dict(exact=mean_t_ci(exact))
+        if steps:
+            found = [step for step in steps if step is not None]
+            mean = float(np.mean(found)) if found else None
+            of_frequency |= dict(found=len(found), of=len(steps), step=mean)
+        discovery[f"{frequency:.1%}"] = of_frequency
     return discovery
 
 
@@ -280,10 +281,11 @@ def draw_figures(folder, numbers, records, guided):
     """Draw every figure that the study has the data for."""
     variants = numbers["variants"]
     main = {name: variants[name] for name in study.MAIN if name in variants}
+    with_base = {name: variants[name] for name in MAIN_ROWS if name in variants}
     compared = {name: numbers for name, numbers in variants.items() if numbers["differences"]}
     if main:
         figures.draw_curves(folder / "curves.png", main)
-        figures.draw_discovery(folder / "discovery.png", main)
+    figures.draw_discovery(folder / "discovery.png", with_base)
     figures.draw_diversity(folder / "diversity.png", variants)
     if compared:
         figures.draw_differences(folder / "differences.png", compared)

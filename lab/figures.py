@@ -144,6 +144,7 @@ def draw_differences(path, variants):
             axis.errorbar([x["mean"]], [y], xerr=of_pairs, color="k", fmt="o", capsize=2)
         axis.axvline(0, color="0.5", linewidth=0.8, linestyle="--")
         axis.set_xlabel(f"{score} minus GRPO's")
+        axis.locator_params(axis="x", nbins=4)
     axes[0].set(yticks=range(len(names)), yticklabels=names)
     axes[0].set_ylim(len(names) - 0.5, -0.5)
     save(path, figure)
@@ -152,15 +153,19 @@ def draw_differences(path, variants):
 def draw_discovery(path, variants):
     """Exact of rare pairs against their frequency in the corpus: means over runs, intervals."""
     figure, axis = plt.subplots(figsize=(4.5, 3.2))
-    for variant, numbers in variants.items():
+    for i, (variant, numbers) in enumerate(variants.items()):
         found = numbers["discovery"]
         frequency = np.array([float(name.rstrip("%")) for name in found])
+        shift = 1.03 ** (i - 2)  # so that intervals do not cover each other
         mean = [x["exact"]["mean"] for x in found.values()]
         half = [x["exact"]["half"] or 0.0 for x in found.values()]  # None if n = 1
         name = f"{label(variant).strip('`')} ({numbers['runs']})"
-        axis.errorbar(frequency, mean, half, label=name, markersize=3, **STYLES[label(variant)])
+        style = STYLES[label(variant)]
+        axis.errorbar(frequency * shift, mean, half, label=name, markersize=3, **style)
     axis.set(xscale="log", ylim=(0, 1), ylabel="exact", xlabel="frequency in the corpus, %")
-    axis.legend(frameon=False, fontsize=8)
+    axis.set_xticks(frequency, [f"{x:g}" for x in frequency])
+    axis.set_xticks([], minor=True)
+    axis.legend(frameon=False, fontsize=8, loc="upper left")
     save(path, figure)
 
 

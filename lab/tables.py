@@ -5,6 +5,12 @@ Used by lab.analyze.
 
 from evaluate import markdown_table
 
+HEAD = """# Tables of the study
+
+Written by `bash train.sh lab.analyze`, runs of commit {commits}; the same numbers are in study.json.
+Intervals (±) are 95 % by Student's t: over runs, or over base policies where each has one policy.
+A dash: not measured, or it does not vary. The findings in words: [results.md](results.md).
+"""
 SCORES = ("reward", "exact", "rare exact")
 FELL = 0.05  # of held-out exact, from its best evaluation in training to its last
 FOUND = 0.3  # exact of a rare pair, above which in two evaluations a run has found it
@@ -76,6 +82,14 @@ def transposed(columns):
     return rows
 
 
+def show_found(x):
+    """Say how many rare pairs were found, and at which step in the mean; "-" of a base policy."""
+    if "found" not in x:
+        return "-"
+    at = "" if x["step"] is None else f", step {x['step']:.0f}"
+    return f"{x['found']} of {x['of']}{at}"
+
+
 def main_table(variants):
     """Lay out the scores of the base policy and the main methods, as Markdown."""
     rows = {}
@@ -84,7 +98,7 @@ def main_table(variants):
             continue
         x = variants[variant]
         difference = x["differences"].get("exact")
-        pairs = [*x.get("discovery", {}).values()]
+        pairs = [pair for pair in x["discovery"].values() if "found" in pair]
         found = sum(pair["found"] for pair in pairs)
         rows[label(variant)] = {
             "runs": x["runs"],
@@ -116,6 +130,10 @@ def run_tables(variants):
         scores[name] = numbers | x["measures"]
         categories[name] = x["categories"]
         pairs[name] = x["rare_pairs"]
+        for frequency, found in x["discovery"].items():
+            cells = discovery.setdefault(name, {})
+            cells[f"exact, {frequency} of corpus"] = found["exact"]
+            cells[f"found, {frequency}"] = show_found(found)
         if "fell" not in x:  # base policies
             continue
         steps[name] = {f"step {step}": ci for step, ci in x["rare_exact"].items()}
@@ -127,11 +145,6 @@ def run_tables(variants):
         }
         if x["gradient"]:
             gradient[name] = x["gradient"]
-        for frequency, found in x["discovery"].items():
-            cells = discovery.setdefault(name, {})
-            cells[f"exact, {frequency} of corpus"] = found["exact"]
-            at = "" if found["step"] is None else f", step {found['step']:.0f}"
-            cells[f"found, {frequency}"] = f"{found['found']} of {found['of']}{at}"
         for measure in (*SCORES, "rare exact over training", "vendi"):
             difference = x["differences"].get(measure)
             if difference:
@@ -184,5 +197,6 @@ def report(study):
         spread = table("", transposed(study[f"{regime}spread"]))
         tables[f"Reward against entropy{title}"] = correlations
         tables[f"What is drawn for a prompt: means over prompts{title}"] = spread
-    sections = [f"## {title}\n\n{content}\n" for title, content in tables.items()]
+    sections = [HEAD.format(commits=", ".join(study["commits"]))]
+    sections += [f"## {title}\n\n{content}\n" for title, content in tables.items()]
     return "\n".join(sections)

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 import re
 import shlex
 from types import SimpleNamespace
@@ -54,6 +55,21 @@ def test_every_command_that_is_shown_parses():
             words.pop(0)  # the prompt
         if not name.startswith("lab.") and "..." not in words:
             read_flags(name, words)
+
+
+def test_the_table_is_that_of_the_study():
+    variants = json.loads((ROOT / "assets/study.json").read_text())["variants"]
+    rows = {
+        "base policy, no plan": "base-no-plan",
+        "base policy + plan": "base",
+        "GRPO, 250 steps": "grpo",
+        "EG-GRPO, 250 steps": "eggrpo",
+    }
+    for row, name in rows.items():
+        measures = variants[name]["measures"]
+        exact = measures["exact"]["mean"]
+        rare = measures["rare exact"]["mean"]
+        assert f"| {row} | {exact:.2f} | {rare:.2f} |" in README
 
 
 def test_every_snippet_runs(monkeypatch):
