@@ -27,7 +27,7 @@ from lab.findings import (
     describe_settings,
     describe_spread,
 )
-from lab.stats import mean_t_ci, paired_difference
+from lab.stats import average, mean_t_ci, paired_difference
 from lab.tables import FELL, FOUND, MAIN_ROWS, SCORES, SETTINGS, counterpart, report
 from scenes import RARE_PAIRS, WORLDS
 
@@ -76,11 +76,11 @@ def measure(runs, function):
 
 def describe_groups(runs, split, groups):
     """Average exact of a split's categories or rare pairs over runs. Returns {group: interval}."""
-    values = {}
-    for run in runs.values():
-        for name, group in run["scores"][split][groups].items():
-            values.setdefault(name, []).append(group["exact"])
-    return {name: mean_t_ci(found) for name, found in values.items()}
+    exact = {}
+    for key, run in runs.items():
+        of_groups = run["scores"][split][groups]
+        exact[key] = {name: group["exact"] for name, group in of_groups.items()}
+    return average(exact)
 
 
 def describe_variant(runs, grpo):
@@ -144,11 +144,7 @@ def describe_discovery(runs):
 
 def describe_gradient(runs):
     """Average the parts of the gradient over the runs in which they were measured."""
-    parts = {}
-    for run in runs.values():
-        for name, size in run["scores"].get("gradient", {}).items():
-            parts.setdefault(name, []).append(size)
-    return {name: mean_t_ci(sizes) for name, sizes in parts.items()}
+    return average({key: run["scores"].get("gradient", {}) for key, run in runs.items()})
 
 
 def describe_interactions(runs):
@@ -257,8 +253,8 @@ def read_passes(config):
 
 def analyze(runs, records, guided, passes):
     """Reduce a study to its numbers: the content of study.json. runs: {variant: {(base, number):
-    run}}; records and guided, of images sampled with guidance 2: {setting: {base: rows}}; passes, of
-    many images per prompt: {split: {setting: {base: rows}}}."""
+    run}}; records and guided, of images sampled with guidance 2: {setting: {base: rows}}; passes,
+    of many images per prompt: {split: {setting: {base: rows}}}."""
     variants = {}
     for name, own in runs.items():
         other = counterpart(name)

@@ -7,18 +7,8 @@ described by itself: intervals are over base policies.
 
 import numpy as np
 
-from lab.stats import correlation, mean_t_ci, pass_at_k, slope, within
+from lab.stats import average, correlation, pass_at_k, slope, within
 from lab.tables import SETTINGS
-
-
-def over_bases(of_bases):
-    """Average numbers over base policies. of_bases: {base: {name: value}}. Returns {name:
-    interval}."""
-    values = {}
-    for numbers in of_bases.values():
-        for name, value in numbers.items():
-            values.setdefault(name, []).append(value)
-    return {name: mean_t_ci(found) for name, found in values.items()}
 
 
 def describe_settings(records, describe):
@@ -26,7 +16,7 @@ def describe_settings(records, describe):
     of one policy -> {name: value}. Returns {setting: {name: interval}}."""
     found = {}
     for setting, of_bases in records.items():
-        found[setting] = over_bases({base: describe(rows) for base, rows in of_bases.items()})
+        found[setting] = average({base: describe(rows) for base, rows in of_bases.items()})
     return found
 
 
@@ -41,7 +31,7 @@ def describe_changes(records, describe):
             new = describe(records[after][base])
             changes[base] = {name: new[name] - old[name] for name in new}
         if changes:
-            found[f"{after} - {before}"] = over_bases(changes)
+            found[f"{after} - {before}"] = average(changes)
     return found
 
 

@@ -27,6 +27,16 @@ def mean_t_ci(values):
     return dict(mean=float(np.mean(values)), half=float(half), n=n)
 
 
+def average(numbers):
+    """Average numbers of the same name over runs or base policies. numbers: {key: {name: value}}.
+    Returns {name: interval}."""
+    values = {}
+    for of_one in numbers.values():
+        for name, value in of_one.items():
+            values.setdefault(name, []).append(value)
+    return {name: mean_t_ci(found) for name, found in values.items()}
+
+
 def paired_difference(one, other):
     """Difference of two variants over the (base policy, number) that both have; None without any.
 
