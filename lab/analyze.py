@@ -211,7 +211,8 @@ def read_run(path):
     for key in ("plan_entropy", "image_entropy", "kl", "lambda", "turned_signs"):
         end[key] = float(np.mean([record[key] for record in steps[-10:]]))
     scores = json.loads(path.read_text())
-    return dict(commit=head["commit"], scores=scores, curve=curve, end=end)
+    made = f"{head['commit']} on {head['device']}, torch {head['torch']}"
+    return dict(made=made, scores=scores, curve=curve, end=end)
 
 
 def read_runs(config, done):
@@ -261,7 +262,7 @@ def analyze(runs, records, guided, passes):
         variants[name] = describe_variant(own, runs.get(other) if other != name else None)
     trained = [run for of_variant in runs.values() for run in of_variant.values() if "curve" in run]
     return dict(
-        commits=sorted({run["commit"] for run in trained}),
+        made=sorted({run["made"] for run in trained}),
         variants=variants,
         interactions=describe_interactions(runs),
         correlations=describe_settings(records, describe_correlations),
@@ -278,11 +279,20 @@ def draw_figures(folder, numbers, records, guided):
     variants = numbers["variants"]
     main = {name: variants[name] for name in study.MAIN if name in variants}
     with_base = {name: variants[name] for name in MAIN_ROWS if name in variants}
-    compared = {name: numbers for name, numbers in variants.items() if numbers["differences"]}
+    mixed = {}
+    others = {}  # so that runs that fail do not stretch the axes
+    for name, of_variant in variants.items():
+        if name.startswith(study.MIXED):
+            mixed[name.removeprefix(study.MIXED)] = of_variant
+        else:
+            others[name] = of_variant
+    compared = {name: numbers for name, numbers in others.items() if numbers["differences"]}
     if main:
         figures.draw_curves(folder / "curves.png", main)
+    if mixed:
+        figures.draw_curves(folder / "curves-mixed.png", mixed)
     figures.draw_discovery(folder / "discovery.png", with_base)
-    figures.draw_diversity(folder / "diversity.png", variants)
+    figures.draw_diversity(folder / "diversity.png", others)
     if compared:
         figures.draw_differences(folder / "differences.png", compared)
     if records:

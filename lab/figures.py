@@ -21,8 +21,15 @@ STYLES = {
     "base + plan": dict(color="#e69f00", linestyle="--", marker="^"),
     "GRPO": dict(color="#0072b2", linestyle="-.", marker="o"),
     "EG-GRPO": dict(color="#000000", linestyle="-", marker="D"),
-    "`eggrpo-released`": dict(color="#cc79a7", linestyle=(0, (5, 1)), marker="v"),
+    "eggrpo-released": dict(color="#cc79a7", linestyle=(0, (5, 1)), marker="v"),
+    "bonus": dict(color="#d55e00", linestyle=(0, (1, 1)), marker="x"),
+    "exclude": dict(color="#009e73", linestyle=(0, (3, 1, 1, 1)), marker="s"),
 }
+
+
+def plain(variant):
+    """Name a variant in a figure."""
+    return label(variant).replace("`", "")
 
 
 def save(path, figure):
@@ -116,8 +123,8 @@ def draw_curves(path, variants):
             mean = [x["mean"] for x in numbers[key].values()]
             half = [x["half"] or 0.0 for x in numbers[key].values()]  # None if n = 1
             shift = (i - 1) * steps[-1] / 100  # so that intervals do not cover each other
-            name = f"{label(variant).strip('`')} ({numbers['runs']})"
-            style = STYLES[label(variant)]
+            name = f"{plain(variant)} ({numbers['runs']})"
+            style = STYLES[plain(variant)]
             axis.errorbar(steps + shift, mean, half, label=name, markersize=3, **style)
         axis.set(title=title, xlabel="step", ylim=(0, 1))
     axes[0].legend(frameon=False, fontsize=8)
@@ -132,7 +139,7 @@ def draw_differences(path, variants):
     names = []
     for variant, numbers in variants.items():
         n = (numbers["differences"]["reward"] or {}).get("n", 0)
-        names.append(f"{label(variant).strip('`')} ({n})")
+        names.append(f"{plain(variant)} ({n})")
     for axis, score in zip(axes, SCORES):
         for y, numbers in enumerate(variants.values()):
             x = numbers["differences"][score]
@@ -159,8 +166,8 @@ def draw_discovery(path, variants):
         shift = 1.03 ** (i - 2)  # so that intervals do not cover each other
         mean = [x["exact"]["mean"] for x in found.values()]
         half = [x["exact"]["half"] or 0.0 for x in found.values()]  # None if n = 1
-        name = f"{label(variant).strip('`')} ({numbers['runs']})"
-        style = STYLES[label(variant)]
+        name = f"{plain(variant)} ({numbers['runs']})"
+        style = STYLES[plain(variant)]
         axis.errorbar(frequency * shift, mean, half, label=name, markersize=3, **style)
     axis.set(xscale="log", ylim=(0, 1), ylabel="exact", xlabel="frequency in the corpus, %")
     axis.set_xticks(frequency, [f"{x:g}" for x in frequency])
@@ -175,9 +182,9 @@ def draw_diversity(path, variants):
     for variant, numbers in variants.items():
         reward = [*numbers["values"]["reward"].values()]
         vendi = [*numbers["values"]["vendi"].values()]
-        name = label(variant)
+        name = plain(variant)
         if name in STYLES:
-            options = dict(STYLES[name], linestyle="none", label=name.strip("`"), zorder=2)
+            options = dict(STYLES[name], linestyle="none", label=name, zorder=2)
         else:
             options = dict(color="0.8", linestyle="none", marker=".", zorder=1)
         axis.plot(reward, vendi, markersize=4, **options)

@@ -7,9 +7,11 @@ from evaluate import markdown_table
 
 HEAD = """# Tables of the study
 
-Written by `bash train.sh lab.analyze`, runs of commit {commits}; the same numbers are in study.json.
-Intervals (±) are 95 % by Student's t: over runs, or over base policies where each has one policy.
-A dash: not measured, or it does not vary. The findings in words: [results.md](results.md).
+Written by `bash train.sh lab.analyze`; the same numbers are in study.json. Intervals (±) are 95 %
+by Student's t: over runs, or over base policies where each has one policy. A dash: not measured, or
+it does not vary. The findings in words: [results.md](results.md). Runs of these commits:
+
+{made}
 """
 SCORES = ("reward", "exact", "rare exact")
 FELL = 0.05  # of held-out exact, from its best evaluation in training to its last
@@ -197,6 +199,6 @@ def report(study):
         spread = table("", transposed(study[f"{regime}spread"]))
         tables[f"Reward against entropy{title}"] = correlations
         tables[f"What is drawn for a prompt: means over prompts{title}"] = spread
-    sections = [HEAD.format(commits=", ".join(study["commits"]))]
+    sections = [HEAD.format(made="\n".join(f"- {line}" for line in study["made"]))]
     sections += [f"## {title}\n\n{content}\n" for title, content in tables.items()]
     return "\n".join(sections)

@@ -299,7 +299,7 @@ def synthetic_runs():
                 )
             )
             if variant != "base":
-                run["commit"] = "abc"
+                run["made"] = "abc on cpu"
                 run["curve"] = [
                     dict(step=0, eval_exact=0.4, rare_exact=0.0, rare_exact_by_pair=pairs(0.0)),
                     dict(step=30, eval_exact=0.7, rare_exact=0.1, rare_exact_by_pair=pairs(0.4)),
