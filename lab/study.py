@@ -1,6 +1,7 @@
 """Run the study: methods over base policies and seeds, then records of single policies.
 
     bash train.sh lab.study                      hours on two cores; then: bash train.sh lab.analyze
+    bash train.sh lab.study --jobs 14            on a GPU that has room for 14 processes
     bash train.sh lab.study --preset smoke       the same in minutes; nothing is learned
 
     -> out/study/base-<b>/small/    tokenizer, base policy, a folder per run, records
@@ -11,7 +12,8 @@ policies answer the same evaluation prompts with the same noise.
 
 Jobs run in the order of `plan`, the most informative first, so that a study that is stopped early
 is balanced. A finished job is skipped, an interrupted one continues. On a CPU as many jobs as there
-are cores run at a time, one thread each, which is faster than all threads on one job.
+are cores run at a time, one thread each, which is faster than all threads on one job; on a GPU one
+at a time unless --jobs says otherwise (docs/gpu.md).
 """
 
 import contextlib
@@ -275,17 +277,11 @@ def launch(config, job, argv, running):
     logs = Path(config.out) / config.preset / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{job.name.replace('/', '-')}.txt"
-    environment = dict(os.environ)
-    if not on_cuda(config):
-        environment["OMP_NUM_THREADS"] = "1"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "lab.study", *argv, "--out", config.out, "--only", job.name]
     with open(log, "w") as file:
         options = dict(cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
         return subprocess.run(command, **options).returncode
-
-
-def on_cuda(config):
-    return torch.cuda.is_available() and config.device.startswith(("auto", "cuda"))
 
 
 def main(argv=None):
@@ -300,7 +296,8 @@ def main(argv=None):
         return do(config, chosen[0])
     started = time.time()
     left = [job for job in jobs if not result_path(config, job).exists()]
-    number = config.jobs or (1 if on_cuda(config) else os.cpu_count())
+    on_cuda = torch.cuda.is_available() and config.device.startswith(("auto", "cuda"))
+    number = config.jobs or (1 if on_cuda else os.cpu_count())
     print(f"study: {len(jobs)} jobs, {len(left)} to do, {number} at a time")
     pool = ThreadPoolExecutor(number)
     running = {}

@@ -37,7 +37,7 @@ def test_each_command_trains(short, command):
 
 
 def test_each_snippet_does_what_the_page_says(short, capsys):
-    assert len(COMMANDS) == 10 and len(SNIPPETS) == 3
+    assert len(COMMANDS) == 10 and len(SNIPPETS) == 4
     usual = dict(rewards.REWARDS)
     for snippet in SNIPPETS:
         exec(snippet, {})
@@ -45,4 +45,5 @@ def test_each_snippet_does_what_the_page_says(short, capsys):
     assert "sampler and learner are not the same policy" in capsys.readouterr().out
     record = short("only-red")[2]
     assert "reward/red" in record and "reward/objects" not in record
+    assert short("mixed-eggrpo")[2]["logp_diff_mean"] > 1e-3  # and yet it goes on
     assert [record["step"] for record in short("one-prompt")[1:]] == [-1, 0]
