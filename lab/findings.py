@@ -14,22 +14,24 @@ from lab.tables import SETTINGS
 def describe_settings(records, describe):
     """Describe what each setting's policies drew. records: {setting: {base: rows}}; describe: rows
     of one policy -> {name: value}. Returns {setting: {name: interval}}."""
-    found = {}
-    for setting, of_bases in records.items():
-        found[setting] = average({base: describe(rows) for base, rows in of_bases.items()})
-    return found
+    return {setting: average(describe_bases(of, describe)) for setting, of in records.items()}
+
+
+def describe_bases(of_bases, describe):
+    """Describe each base policy's rows. {base: rows} -> {base: {name: value}}."""
+    return {base: describe(rows) for base, rows in of_bases.items()}
 
 
 def describe_changes(records, describe):
     """Describe settings, and the differences of neighbouring ones, paired by base policy."""
-    found = describe_settings(records, describe)
-    settings = list(records)
+    described = {setting: describe_bases(of, describe) for setting, of in records.items()}
+    found = {setting: average(of_bases) for setting, of_bases in described.items()}
+    settings = list(described)
     for before, after in zip(settings, settings[1:]):
+        old, new = described[before], described[after]
         changes = {}
-        for base in records[before].keys() & records[after].keys():
-            old = describe(records[before][base])
-            new = describe(records[after][base])
-            changes[base] = {name: new[name] - old[name] for name in new}
+        for base in old.keys() & new.keys():
+            changes[base] = {name: new[base][name] - old[base][name] for name in new[base]}
         if changes:
             found[f"{after} - {before}"] = average(changes)
     return found
