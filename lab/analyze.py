@@ -27,7 +27,7 @@ from lab.findings import (
     describe_settings,
     describe_spread,
 )
-from lab.stats import average, mean_t_ci, paired_difference
+from lab.stats import average, over_bases, paired_difference
 from lab.tables import FELL, FOUND, MAIN_ROWS, SCORES, SETTINGS, counterpart, report
 from scenes import RARE_PAIRS, WORLDS
 
@@ -95,7 +95,7 @@ def describe_variant(runs, grpo):
     found["values"] = {}
     for name in names:
         values = measure(runs, MEASURES[name])
-        found["measures"][name] = mean_t_ci([*values.values()])
+        found["measures"][name] = over_bases(values)
         found["values"][name] = {f"{base}-{number}": x for (base, number), x in values.items()}
         if grpo and trained:
             others = measure(grpo, MEASURES[name])
@@ -118,22 +118,22 @@ def step_found(curve, pair):
 
 
 def describe_discovery(runs):
-    """Describe exact on rare pairs by their frequency in the corpus, with its interval over runs;
-    of trained policies also how many of the pairs were found, and after how many steps in the
+    """Describe exact on rare pairs by their frequency in the corpus, with its interval; of
+    trained policies also how many of the pairs were found, and after how many steps in the
     mean."""
     by_frequency = {}
     for pair, frequency in RARE_PAIRS.items():
         by_frequency.setdefault(frequency, []).append(" ".join(pair))
     discovery = {}
     for frequency, pairs in by_frequency.items():
-        exact = []
+        exact = {}
         steps = []
-        for run in runs.values():
+        for key, run in runs.items():
             scores = run["scores"]["rare"]["rare_pairs"]
-            exact.append(np.mean([scores[pair]["exact"] for pair in pairs]))
+            exact[key] = np.mean([scores[pair]["exact"] for pair in pairs])
             if "curve" in run:
                 steps += [step_found(run["curve"], pair) for pair in pairs]
-        of_frequency = dict(exact=mean_t_ci(exact))
+        of_frequency = dict(exact=over_bases(exact))
         if steps:
             found = [step for step in steps if step is not None]
             mean = float(np.mean(found)) if found else None
@@ -165,12 +165,11 @@ def describe_interactions(runs):
 def describe_training(runs):
     """Describe learning curves: means by step, the worst run, and falls of held-out exact."""
     found = {}
-    for key in ("eval_exact", "rare_exact"):
-        values = {}
-        for run in runs.values():
-            for point in run["curve"]:
-                values.setdefault(point["step"], []).append(point[key])
-        found[key] = {step: mean_t_ci(values[step]) for step in sorted(values)}
+    for name in ("eval_exact", "rare_exact"):
+        curves = {}
+        for key, run in runs.items():
+            curves[key] = {point["step"]: point[name] for point in run["curve"]}
+        found[name] = average(curves)
     falls = []
     for run in runs.values():
         exact = [point["eval_exact"] for point in run["curve"]]

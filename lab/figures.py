@@ -132,23 +132,20 @@ def draw_curves(path, variants):
 
 
 def draw_differences(path, variants):
-    """Each variant minus GRPO: reward, exact, exact on rare pairs. Black: 95 % interval over pairs;
-    grey: over base policies."""
+    """Each variant minus GRPO: reward, exact, exact on rare pairs, with 95 % intervals."""
     height = 1 + 0.3 * len(variants)
     figure, axes = plt.subplots(1, 3, figsize=(10, height), sharey=True)
     names = []
     for variant, numbers in variants.items():
-        n = (numbers["differences"]["reward"] or {}).get("n", 0)
-        names.append(f"{plain(variant)} ({n})")
+        pairs = (numbers["differences"]["reward"] or {}).get("runs", 0)
+        names.append(f"{plain(variant)} ({pairs})")
     for axis, score in zip(axes, SCORES):
         for y, numbers in enumerate(variants.values()):
             x = numbers["differences"][score]
             if not x:
                 continue
-            of_bases = x["bases"]["half"] or 0.0  # None if n = 1
-            of_pairs = x["half"] or 0.0
-            axis.errorbar([x["mean"]], [y], xerr=of_bases, color="0.7", elinewidth=4)
-            axis.errorbar([x["mean"]], [y], xerr=of_pairs, color="k", fmt="o", capsize=2)
+            half = x["half"] or 0.0  # None if n = 1
+            axis.errorbar([x["mean"]], [y], xerr=half, color="k", fmt="o", capsize=2)
         axis.axvline(0, color="0.5", linewidth=0.8, linestyle="--")
         axis.set_xlabel(f"{score} minus GRPO's")
         axis.locator_params(axis="x", nbins=4)

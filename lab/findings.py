@@ -18,8 +18,8 @@ def describe_settings(records, describe):
 
 
 def describe_bases(of_bases, describe):
-    """Describe each base policy's rows. {base: rows} -> {base: {name: value}}."""
-    return {base: describe(rows) for base, rows in of_bases.items()}
+    """Describe each base policy's rows. {base: rows} -> {(base, 0): {name: value}}."""
+    return {(base, 0): describe(rows) for base, rows in of_bases.items()}
 
 
 def describe_changes(records, describe):
@@ -30,8 +30,8 @@ def describe_changes(records, describe):
     for before, after in zip(settings, settings[1:]):
         old, new = described[before], described[after]
         changes = {}
-        for base in old.keys() & new.keys():
-            changes[base] = {name: new[base][name] - old[base][name] for name in new[base]}
+        for key in old.keys() & new.keys():
+            changes[key] = {name: new[key][name] - old[key][name] for name in new[key]}
         if changes:
             found[f"{after} - {before}"] = average(changes)
     return found

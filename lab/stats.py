@@ -1,8 +1,8 @@
 """Statistics of the study: intervals, paired differences, correlations, pass@k.
 
-Used by lab.analyze. All intervals are 95 % by Student's t: `mean`, `half` (the half-width) and `n`.
-Values of runs are {(base policy, number): value}; groups are lists of (n, columns), one array per
-prompt.
+Used by lab.analyze. All intervals are 95 % by Student's t: `mean`, `half` (the half-width) and `n`,
+over base policies. Values of runs are {(base policy, number): value}; groups are lists of (n,
+columns), one array per prompt.
 """
 
 import math
@@ -27,34 +27,31 @@ def mean_t_ci(values):
     return dict(mean=float(np.mean(values)), half=float(half), n=n)
 
 
+def over_bases(values):
+    """Average runs of the same base policy, then base policies: mean, half and n over these. values:
+    {(base policy, number): value}. The runs of one base policy are alike, so they do not count as
+    independent."""
+    by_base = {}
+    for base, number in sorted(values):
+        by_base.setdefault(base, []).append(values[base, number])
+    return mean_t_ci([np.mean(of_base) for of_base in by_base.values()]) | dict(runs=len(values))
+
+
 def average(numbers):
-    """Average numbers of the same name over runs or base policies. numbers: {key: {name: value}}.
-    Returns {name: interval}."""
+    """Average numbers of the same name. numbers: {(base policy, number): {name: value}}. Returns
+    {name: interval}."""
     values = {}
-    for of_one in numbers.values():
-        for name, value in of_one.items():
-            values.setdefault(name, []).append(value)
-    return {name: mean_t_ci(found) for name, found in values.items()}
+    for key, of_run in numbers.items():
+        for name, value in of_run.items():
+            values.setdefault(name, {})[key] = value
+    return {name: over_bases(of_name) for name, of_name in values.items()}
 
 
 def paired_difference(one, other):
     """Difference of two variants over the (base policy, number) that both have; None without any.
-
-    one, other: {(base, number): value}. Returns mean, half and n over pairs, the number of positive
-    pairs, and `bases`: mean, half and n over the base policies' mean differences.
-    """
-    by_base = {}
-    for base, number in sorted(one.keys() & other.keys()):
-        difference = one[base, number] - other[base, number]
-        by_base.setdefault(base, []).append(difference)
-    if not by_base:
-        return None
-    pairs = np.concatenate([*by_base.values()])
-    means = [np.mean(differences) for differences in by_base.values()]
-    found = mean_t_ci(pairs)
-    found["positive"] = int((pairs > 0).sum())
-    found["bases"] = mean_t_ci(means)
-    return found
+    one, other: {(base policy, number): value}."""
+    pairs = one.keys() & other.keys()
+    return over_bases({key: one[key] - other[key] for key in pairs}) if pairs else None
 
 
 def pass_at_k(n, successes, k):

@@ -8,8 +8,8 @@ from evaluate import markdown_table
 HEAD = """# Tables of the study
 
 Written by `bash train.sh lab.analyze`; the same numbers are in study.json. Intervals (±) are 95 %
-by Student's t: over runs, or over base policies where each has one policy. A dash: not measured, or
-it does not vary. The findings in words: [results.md](results.md). Runs of these commits:
+by Student's t over base policies, of the means of each one's runs. A dash: not measured, or it does
+not vary. The findings in words: [results.md](results.md). Runs of these commits:
 
 {made}
 """
@@ -106,7 +106,7 @@ def main_table(variants):
             "runs": x["runs"],
             "reward": x["measures"]["reward"],
             "exact": x["measures"]["exact"],
-            "exact, minus GRPO's": show(difference["bases"], signed=True) if difference else "-",
+            "exact, minus GRPO's": show(difference, signed=True) if difference else "-",
             "exact, rare pairs": x["measures"]["rare exact"],
             "rare pairs found": f"{found} of {sum(pair['of'] for pair in pairs)}" if pairs else "-",
             "Vendi score": x["measures"]["vendi"],
@@ -150,11 +150,10 @@ def run_tables(variants):
         for measure in (*SCORES, "rare exact over training", "vendi"):
             difference = x["differences"].get(measure)
             if difference:
-                cells = differences.setdefault(name, dict(pairs=difference["n"]))
+                cells = differences.setdefault(name, dict(pairs=difference["runs"]))
                 cells[measure] = difference
-                cells[f"{measure}, over base policies"] = difference["bases"]
     return {
-        "Scores and entropies at the end of training: means over runs": table("", scores),
+        "Scores and entropies at the end of training": table("", scores),
         "Differences to GRPO, paired": table("minus GRPO", differences, signed=True),
         "Exact by category": table("", categories),
         "Exact by rare pair": table("", pairs),

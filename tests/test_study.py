@@ -53,15 +53,12 @@ def test_an_interval_over_runs_is_students():
 
 
 def test_a_paired_difference_cancels_what_a_pair_shares():
-    """Base 0: differences 1 and 3, base 1: difference -4 (its other run has no partner)."""
+    """Base 0: differences 1 and 3, in the mean 2; base 1: -4 (its other run has no partner)."""
     one = {(0, 0): 11.0, (0, 1): 23.0, (1, 0): 26.0, (1, 1): 0.0}
     other = {(0, 0): 10.0, (0, 1): 20.0, (1, 0): 30.0, (2, 0): 0.0}
     x = stats.paired_difference(one, other)
-    assert x["mean"] == 0 and x["n"] == 3 and x["positive"] == 2
-    assert abs(x["half"] - 4.303 * 13**0.5 / 3**0.5) < 1e-9  # std of (1, 3, -4) is 13 ** .5
-    # over base policies: 2 and -4
-    assert x["bases"]["mean"] == -1 and x["bases"]["n"] == 2
-    assert abs(x["bases"]["half"] - 12.706 * 18**0.5 / 2**0.5) < 1e-9
+    assert x["mean"] == -1 and x["n"] == 2 and x["runs"] == 3
+    assert abs(x["half"] - 12.706 * 18**0.5 / 2**0.5) < 1e-9  # std of (2, -4) is 18 ** .5
     assert stats.paired_difference(one, {}) is None
 
 
@@ -318,7 +315,7 @@ def test_tables_of_runs_by_hand():
     assert eggrpo["runs"] == 4 and eggrpo["bases"] == 2
     assert eggrpo["measures"]["reward"]["mean"] == pytest.approx(0.85)
     difference = eggrpo["differences"]["reward"]
-    assert difference["mean"] == pytest.approx(-0.01) and difference["positive"] == 0
+    assert difference["mean"] == pytest.approx(-0.01) and difference["runs"] == 4
     guided = found["variants"]["guided-eggrpo"]["differences"]["reward"]
     assert guided["mean"] == pytest.approx(-0.04)
     assert found["variants"]["exclude"]["differences"]["reward"]["n"] == 1
@@ -328,18 +325,18 @@ def test_tables_of_runs_by_hand():
     assert eggrpo["fell"] == 4 and eggrpo["largest_fall"] == pytest.approx(0.1)  # from .7 to .6
     page = tables.report(json.loads(json.dumps(found)))
     main = page.split("## The main methods")[1].splitlines()[6]
-    assert "| EG-GRPO | 4 | 0.850 ± 0.094 | 0.650 ± 0.094 | -0.010 ± 0.000 |" in main
+    assert "| EG-GRPO | 4 | 0.850 ± 0.635 | 0.650 ± 0.635 | -0.010 ± 0.000 |" in main
     assert "| 4 of 24 |" in main  # rare pairs found
-    assert "| EG-GRPO | 4 | -0.010 ± 0.000 | -0.010 ± 0.000 |" in page
+    assert "| EG-GRPO | 4 | -0.010 ± 0.000 | -0.010 ± 0.000 | +0.000 ± 0.000 |" in page
     assert "| `exclude` | 1 | 1 | 0.820 | 0.620 |" in page
-    assert "| base + plan | 0.100 ± 0.184 | 0.000 ± 0.000 |" in page
+    assert "| base + plan | 0.100 ± 1.271 | 0.000 ± 0.000 |" in page
     # of red cross and yellow circle, both 1 % of the corpus, one is found at the third evaluation
     rare = eggrpo["discovery"]["1.0%"]
     assert rare["found"] == 4 and rare["of"] == 8 and rare["step"] == 60
     assert rare["exact"]["mean"] == pytest.approx(0.05)
-    assert "| EG-GRPO | 0.050 ± 0.092 | 4 of 8, step 60 |" in page
+    assert "| EG-GRPO | 0.050 ± 0.635 | 4 of 8, step 60 |" in page
     interaction = found["interactions"]["exclude x bonus"]["reward"]  # .01 + .03 + .02
-    assert interaction["mean"] == pytest.approx(0.06) and interaction["n"] == 4
+    assert interaction["mean"] == pytest.approx(0.06) and interaction["runs"] == 4
     assert found["interactions"]["text x image"]["reward"] is None  # no such runs
 
 
