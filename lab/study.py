@@ -43,7 +43,6 @@ ROOT = Path(__file__).parent.parent
 MAIN = ("grpo", "eggrpo", "eggrpo-released")  # the default number of steps, several seeds
 # the two 2x2 tables, text x image and exclude x bonus: short runs, two seeds
 HALVES = ("grpo", "eggrpo", "eggrpo-text", "eggrpo-image", "exclude", "bonus")
-MIXED_METHODS = ("grpo", "eggrpo", "bonus", "exclude", "eggrpo-released")
 BASES = {"base-no-plan": dict(no_plan=True), "base": {}}  # settings of a base policy
 RECORDED = (*BASES, "grpo-0", "eggrpo-0")  # policies
 GUIDED = "-guided"  # ending of the names of records that are sampled with guidance 2
@@ -149,10 +148,12 @@ def plan(config):
     short = f"--steps {config.short_steps}"
     jobs += run_jobs(config, HALVES, 0, "short-", short)
     guided = f"{short} --guidance 2"
-    jobs += run_jobs(config, ("grpo", "eggrpo"), 0, "guided-", guided)
-    jobs += run_jobs(config, MIXED_METHODS, 0, MIXED, guided)
+    for prefix in ("guided-", MIXED):
+        jobs += run_jobs(config, ("grpo", "eggrpo"), 0, prefix, guided)
     jobs += run_jobs(config, ("top-entropy",), 0, "short-", short)
     jobs += run_jobs(config, HALVES, 1, "short-", short)
+    few = replace(config, bases=min(config.bases, 3))
+    jobs += run_jobs(few, ("bonus", "exclude", "eggrpo-released"), 0, MIXED, guided)
     return jobs
 
 
