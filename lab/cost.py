@@ -4,9 +4,9 @@
 
 The model: a stage (lab.work) computes (FLOPs over the sustained rate), moves memory (bytes over
 bandwidth) and launches kernels, at the host's time for each. On a GPU the host runs ahead of the
-device, so the longer of the two counts; on a CPU they add up. Rates of this machine are
-measured, those of the GPUs are a share of their data sheets'. The constants below were fitted to an
-H200 (docs/gpu.md).
+device, so the longer of the two counts; on a CPU they add up. Rates of this machine are measured,
+those of the GPUs are a share of their data sheets'. The constants below were fitted to an H200
+(docs/gpu.md).
 
 If the preset has been run here, measured times stand beside the estimates.
 """

@@ -28,9 +28,9 @@ def mean_t_ci(values):
 
 
 def over_bases(values):
-    """Average runs of the same base policy, then base policies: mean, half and n over these. values:
-    {(base policy, number): value}. The runs of one base policy are alike, so they do not count as
-    independent."""
+    """Average runs of the same base policy, then base policies: mean, half and n over these, and
+    the number of runs. The runs of one base policy are alike: they do not count as independent.
+    values: {(base policy, number): value}."""
     by_base = {}
     for base, number in sorted(values):
         by_base.setdefault(base, []).append(values[base, number])

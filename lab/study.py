@@ -152,6 +152,7 @@ def plan(config):
         jobs += run_jobs(config, ("grpo", "eggrpo"), 0, prefix, guided)
     jobs += run_jobs(config, ("top-entropy",), 0, "short-", short)
     jobs += run_jobs(config, HALVES, 1, "short-", short)
+    # which part of EG-GRPO fails in that regime
     few = replace(config, bases=min(config.bases, 3))
     jobs += run_jobs(few, ("bonus", "exclude", "eggrpo-released"), 0, MIXED, guided)
     return jobs

@@ -99,14 +99,13 @@ def main_table(variants):
         if variant not in variants:
             continue
         x = variants[variant]
-        difference = x["differences"].get("exact")
         pairs = [pair for pair in x["discovery"].values() if "found" in pair]
         found = sum(pair["found"] for pair in pairs)
         rows[label(variant)] = {
             "runs": x["runs"],
             "reward": x["measures"]["reward"],
             "exact": x["measures"]["exact"],
-            "exact, minus GRPO's": show(difference, signed=True) if difference else "-",
+            "exact, minus GRPO's": show(x["differences"].get("exact"), signed=True),
             "exact, rare pairs": x["measures"]["rare exact"],
             "rare pairs found": f"{found} of {sum(pair['of'] for pair in pairs)}" if pairs else "-",
             "Vendi score": x["measures"]["vendi"],
