@@ -22,16 +22,20 @@ batch. Run so far: tiny random models on a CPU, one process, and two by torchrun
 4. frac_reward_zero_std: groups of equal rewards; TRL divides rounding noise by 1e-4 there.
 """
 
+import importlib.util
 import math
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for eggrpo
 import torch
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
-from eggrpo import bonus_coefficient, entropy_masks, shape_advantages
+# The mathematics by its file: on the path, the repository would hide packages such as evaluate.
+spec = importlib.util.spec_from_file_location(
+    "objective", Path(__file__).resolve().parents[1] / "objective.py"
+)
+objective = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(objective)
 
 OFF = dict(
     top_k=(0, -1),
@@ -49,8 +53,8 @@ SET_BY_TRL = ("top_k", "top_p", "min_p", "repetition_penalty")
 class EGGRPOTrainer(GRPOTrainer):
     """GRPOTrainer whose advantages are shaped by token entropy.
 
-    low_frac, high_frac, kappa: as in eggrpo.py. All else: as GRPOTrainer. Raises ValueError for a
-    sampler, loss or model for which the entropies, the calibration or shapes would be wrong.
+    low_frac, high_frac, kappa: as in objective.py. All else: as GRPOTrainer. Raises ValueError for
+    a sampler, loss or model for which the entropies, the calibration or shapes would be wrong.
     """
 
     def __init__(self, *args, low_frac=0.2, high_frac=0.5, kappa=1.0, **kwargs):
@@ -108,12 +112,12 @@ class EGGRPOTrainer(GRPOTrainer):
         advantage = self.accelerator.gather(advantage)  # (N,) of N = B * processes sequences
         entropy = self._gather_tokens(entropy)  # (N, longest T)
         valid = self._gather_tokens(valid.int()).bool()  # padding makes integers of a bool
-        low, high = entropy_masks(entropy, valid, *self.fractions)
+        low, high = objective.entropy_masks(entropy, valid, *self.fractions)
         shaping = (advantage, entropy, low, high, valid, self.kappa)
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["eg/low_fraction"].append((low.sum() / valid.sum().clamp(min=1)).item())
-        metrics["eg/lambda"].append(bonus_coefficient(*shaping).item())
-        shaped = shape_advantages(*shaping).split(rows)[self.accelerator.process_index]
+        metrics["eg/lambda"].append(objective.bonus_coefficient(*shaping).item())
+        shaped = objective.shape_advantages(*shaping).split(rows)[self.accelerator.process_index]
         return shaped[:, :length]
 
     def _gather_tokens(self, x):

@@ -10,6 +10,7 @@ from torch import Tensor
 import eggrpo
 from evaluate import draw_noise, sample_images
 from model import Rollout
+from objective import group_advantages
 from rewards import compute_rewards, encode_targets
 from scenes import encode_scenes
 
@@ -48,7 +49,7 @@ def training_batch(env, policy, config, step):
         images=images,
         rewards=rewards,
         exact=exact.view(shape),
-        advantage=eggrpo.group_advantages(rewards).flatten(),
+        advantage=group_advantages(rewards).flatten(),
     )
 
 

@@ -12,8 +12,8 @@ and lambda is of the batch. Tables:
 3. training by Adam on sampled groups of 8, on-policy and under that guidance.
 
 A policy is a table of logits, of token t after token t - 1; rewards are random sums over tokens and
-pairs of neighbours. The functions of eggrpo.py see one batch at a time, in float64; torch.vmap runs
-them over batches, or over the policies that are trained.
+pairs of neighbours. The functions of the lesson see one batch at a time, in float64; torch.vmap
+runs them over batches, or over the policies that are trained.
 
 Dimension letters: N batches, G sequences per group, B per batch, T tokens, V vocabulary.
 """
@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 import common
-from eggrpo import Config, group_advantages, method_advantages, method_masks, policy_loss
+from eggrpo import Config, method_advantages, method_masks
 from evaluate import markdown_table
 from lab.stats import mean_t_ci
-from model import Rollout, normalized_entropy
+from model import Rollout
+from objective import group_advantages, normalized_entropy, policy_loss
 
 END = 0  # the token after which nothing is valid, if lengths vary
 GUIDANCE = 2.0

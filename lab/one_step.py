@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 
 import common
-from eggrpo import bonus_coefficient, train_step
+from eggrpo import train_step
 from evaluate import load_base, load_env, load_run, markdown_table
 from lab.batch import step_config, token_advantages, training_batch
 from lab.one_step_figure import draw
 from lab.study import read_lines
 from lab.world import object_tokens
 from model import score
+from objective import bonus_coefficient
 from scenes import WORDS, WORLDS
 
 STEP = 0

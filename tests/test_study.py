@@ -34,6 +34,7 @@ from lab import (
     world,
 )
 from model import Policy
+from objective import bonus_coefficient
 from scenes import RARE_PAIRS, WORDS, WORLDS, make_scene
 from tiny_vq.vqvae import VQVAE
 
@@ -161,7 +162,7 @@ def test_a_training_batch_is_that_of_the_training_step(tiny):
     found = batch.training_batch(env, policy, SETTINGS, step=3)
     low, high, _ = batch.token_advantages(found, SETTINGS)
     rollout = found.rollout
-    of_batch = eggrpo.bonus_coefficient(found.advantage, rollout.entropy, low, high, rollout.valid)
+    of_batch = bonus_coefficient(found.advantage, rollout.entropy, low, high, rollout.valid)
     optimizer = torch.optim.SGD(policy.parameters(), 0.0)
     logged = eggrpo.train_step(policy, None, optimizer, env, SETTINGS, step=3)
     assert logged["reward"] == pytest.approx(found.rewards.mean().item())
