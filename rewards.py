@@ -130,6 +130,9 @@ def detect(images, world):
     A cell has an object of the kind whose template has the largest Dice overlap with the paint of
     its colour, 2 sum(paint * template) / (sum(paint^2) + sum(template^2)), if that is above
     MATCH_THRESHOLD. sum(paint^2) is over the box that objects fill, where no neighbour's edge is.
+
+    An object ends with its box: a pixel beside the box that is painted by half or more, in any
+    colour, makes it none. So paint that is connected is at most one object, however large it is.
     """
     grid = world.grid
     templates = _templates(world, str(images.device))  # (textures * shapes, cell, cell)
@@ -143,7 +146,10 @@ def detect(images, world):
     size = templates.square().sum((1, 2))  # (textures * shapes,)
     dice = 2 * overlap / (energy[..., None] + size)  # (B, cells, colours, textures * shapes)
     score, kind = dice.flatten(2).max(2)  # (B, cells)
-    found = score > MATCH_THRESHOLD
+    gap = torch.arange(world.image_size, device=images.device) % world.cell >= world.object_size
+    gaps = paint.amax(1) * (gap[:, None] | gap)  # (B, h, w), 0 in all boxes
+    beside = F.max_pool2d(gaps, world.object_size + 2, world.cell, padding=1)  # (B, rows, columns)
+    found = (score > MATCH_THRESHOLD) & (beside.flatten(1) < 0.5)
     kind_dims = len(COLOURS), len(world.textures), len(SHAPES)
     counts = F.one_hot(kind, math.prod(kind_dims)) * found[..., None]  # (B, cells, kinds)
 
