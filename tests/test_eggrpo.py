@@ -165,15 +165,11 @@ def test_a_policy_overfits_one_reward(world, env, monkeypatch):
     assert sum(rewards[-5:]) > 3 * sum(rewards[:5])
 
 
-def test_bad_numbers_are_named_and_leave_the_weights_alone(step, monkeypatch):
-    """A sampler that is not the learner, a poisoned reward."""
+def test_a_sampler_that_is_not_the_learner_is_named_and_leaves_the_weights_alone(step, monkeypatch):
     before = [p.clone() for p in step.policy.parameters()]
     with monkeypatch.context() as patch, pytest.raises(UserError, match="not the same policy"):
         patch.setattr(eggrpo, "score", lambda *arguments: score(*arguments) + 0.01)
         step()
-    step.policy.zero_grad()
-    with pytest.raises(UserError, match="reward functions in rewards.REWARDS"):
-        step(CONFIG, torch.full((8,), math.nan))
     assert equal(before, step.policy.parameters())
 
 

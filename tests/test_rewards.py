@@ -218,12 +218,25 @@ def test_ones_own_reward_is_a_function_in_a_dict(monkeypatch, world):
     assert (reward < 1).all() and (parts["nothing"] == 0).all() and (exact == 1).all()
 
 
+def test_a_reward_that_holds_weights_is_called_without_gradient(monkeypatch, world):
+    """The learner's backward once went through it, and failed at the second micro-batch."""
+    net = torch.nn.Conv2d(3, 1, 1)
+    monkeypatch.setitem(REWARDS, "net", lambda images, *_: net(images).sigmoid().mean((1, 2, 3)))
+    scene = make_scene(world, "eval", 0, 0)
+    reward, parts, _ = score_of(world, scene, scene)
+    assert not reward.requires_grad and not parts["net"].requires_grad
+
+
 BAD_REWARDS = {
     "shape": (lambda images, detections, targets: images.mean(), r"must return floats \(1,\)"),
     "type": (lambda images, detections, targets: [1.0], "not list"),
     "integer": (lambda images, detections, targets: torch.ones(1).long(), "torch.int64"),
+    "device": (lambda images, *_: torch.ones(1, device="meta"), "on cpu, not .* on meta"),
     "signature": (lambda images: images[:, 0, 0, 0], "raised TypeError"),
     "raises": (lambda images, detections, targets: images[9], "raised IndexError"),
+    "infinite": (rewarded(float("inf")), "must return values from 0 to 1"),
+    "negative": (rewarded(-0.1), "must return values from 0 to 1"),
+    "percent": (rewarded(50.0), "must return values from 0 to 1"),
 }
 
 
@@ -236,13 +249,11 @@ def test_what_is_wrong_with_a_users_reward_is_said_in_its_name(monkeypatch, worl
         score_of(world, scene, scene)
 
 
-def test_an_infinite_reward_is_named_and_so_is_an_image_that_none_judges(monkeypatch, policy, env):
-    monkeypatch.setitem(REWARDS, "endless", rewarded(float("inf")))
-    with pytest.raises(UserError, match="REWARDS: 'endless' returned an infinite value"):
-        evaluate.evaluate(env, policy, "eval", 2)
-    monkeypatch.setattr("rewards.REWARDS", {"mute": rewarded(float("nan"))})
-    with pytest.raises(UserError, match="REWARDS: all of them returned NaN"):
-        evaluate.evaluate(env, policy, "eval", 2)
+def test_no_reward_at_all_is_one_line(monkeypatch, policy, env):
+    for functions, words in (({}, "is empty"), ({"mute": rewarded(float("nan"))}, "returned NaN")):
+        monkeypatch.setattr("rewards.REWARDS", functions)
+        with pytest.raises(UserError, match=f"rewards.REWARDS.*{words}"):
+            evaluate.evaluate(env, policy, "eval", 2)
 
 
 def test_the_batch_of_an_evaluation_changes_no_image(monkeypatch, policy, env):
