@@ -106,7 +106,8 @@ def next_logits(policy, image, guidance, embeddings, mask, cache=None, last=1):
         past_key_values=cache,
         use_cache=cache is not None,
     ).last_hidden_state
-    logits = modality(policy, image)[1](hidden[:, -last:]).float()
+    _, head = modality(policy, image)
+    logits = head(hidden[:, -last:]).float()
     if guidance == 1:
         return logits
     conditional, unconditional = logits.chunk(2)
@@ -134,7 +135,8 @@ def sample(policy, request, length, image, guidance=1.0, noise=None):
         token = logits.argmax(-1)  # (B, 1)
         if noise is not None:  # invert the distribution function
             total = logits.double().softmax(-1).cumsum(-1)
-            token = (total <= noise[:, t, None, None] * total[..., -1:]).sum(-1)
+            threshold = noise[:, t, None, None] * total[..., -1:]
+            token = (total <= threshold).sum(-1)
         token = token.masked_fill(done, end)
         logp, entropy = token_stats(logits, token)
         steps.append((token, logp, entropy, ~done))
@@ -223,10 +225,12 @@ def shape_rollout(rollout, advantage, config):
     """Shape advantages (B,) to (B, C + L). Low and high tokens are found in plan and image apart;
     lambda is one for both, over the whole batch. Returns the shaped advantages and lambda."""
     c = rollout.plan.shape[1]
-    fractions = config.low_frac, config.high_frac
-    plan = objective.entropy_masks(rollout.entropy[:, :c], rollout.valid[:, :c], *fractions)
-    image = objective.entropy_masks(rollout.entropy[:, c:], rollout.valid[:, c:], *fractions)
-    low, high = (torch.cat(pair, 1) for pair in zip(plan, image))  # (B, C + L)
+    masks = []
+    for slots in (slice(None, c), slice(c, None)):
+        entropy = rollout.entropy[:, slots]
+        valid = rollout.valid[:, slots]
+        masks.append(objective.entropy_masks(entropy, valid, config.low_frac, config.high_frac))
+    low, high = (torch.cat(pair, 1) for pair in zip(*masks))  # (B, C + L)
     shaping = advantage, rollout.entropy, low, high, rollout.valid, config.kappa
     return objective.shape_advantages(*shaping), objective.bonus_coefficient(*shaping)
 
