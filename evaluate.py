@@ -303,7 +303,8 @@ def save_figure(figure, path):
     figure.savefig(drawn, format="png", dpi=100)
     packed = io.BytesIO()
     image = Image.open(drawn).convert("RGB")
-    image.quantize(method=Image.Quantize.MAXCOVERAGE).save(packed, "png", optimize=True)
+    image = image.quantize(method=Image.Quantize.MAXCOVERAGE, kmeans=1)
+    image.save(packed, "png", optimize=True)
     common.write(path, packed.getvalue())
 
 
