@@ -40,7 +40,7 @@ from objective import (
     shape_advantages_released,
 )
 from rewards import REWARDS, compute_rewards, encode_targets
-from scenes import END, encode_scenes, make_scene
+from scenes import encode_scenes, make_scene
 
 
 @dataclass(frozen=True)
@@ -204,12 +204,10 @@ def train_step(policy, reference, optimizer, env, config, step):
 
     # Look at the numbers, then update.
     stats = dict(
-        **reward_stats(rewards.view(P, G), components, exact),
-        **rollout_stats(rollout, low, high),
-        **bonus_stats(A, A_t, rollout, high, rewards.view(P, G)),
+        **step_stats(rollout, rewards.view(P, G), components, exact, A, A_t, high),
         loss=torch.stack(losses).sum(),
         kl=torch.stack(kls).sum(),
-        **sampler_against_learner(rollout, torch.cat(logps)),
+        logp_diff_mean=logp_difference(rollout, torch.cat(logps)),
         grad_norm=grad_norm,
     )
     # All numbers come to the host in one transfer.
@@ -223,18 +221,6 @@ def train_step(policy, reference, optimizer, env, config, step):
 # --- what is logged, and checked ------------------------------------------------------------------
 
 
-def reward_stats(rewards, components, exact):
-    """Describe rewards (P, G), their components and exact. Returns a dict of scalars."""
-    equal = rewards.amax(1) == rewards.amin(1)
-    return dict(
-        reward=rewards.mean(),
-        exact=exact.mean(),
-        **{f"reward/{name}": value.nanmean() for name, value in components.items()},
-        reward_std=rewards.std(1).mean(),
-        frac_reward_zero_std=equal.float().mean(),
-    )
-
-
 def entropy_moments(entropy, valid):
     """Mean and std of each row's entropy over its valid tokens. (B, T) -> (B,), (B,)."""
     n = valid.sum(1).clamp(min=1)
@@ -242,51 +228,35 @@ def entropy_moments(entropy, valid):
     return mean, (((entropy - mean[:, None]) ** 2 * valid).sum(1) / n).sqrt()
 
 
-def rollout_stats(rollout, low, high):
-    """Describe plans, entropies and masks of a Rollout. Returns a dict of scalars."""
+def step_stats(rollout, rewards, components, exact, A, A_t, high):
+    """Describe rewards (P, G), their components, entropies and bonus. Returns a dict of scalars."""
     c = rollout.plan.shape[1]
-    n = rollout.valid.sum()
-    plan_mean, plan_std = entropy_moments(rollout.entropy[:, :c], rollout.valid[:, :c])
-    image_mean, image_std = entropy_moments(rollout.entropy[:, c:], rollout.valid[:, c:])
-    return dict(
-        plan_length=rollout.valid[:, :c].sum(1).float().mean(),
-        frac_truncated_plans=(rollout.plan != END).all(1).float().mean(),
-        plan_entropy=plan_mean.mean(),
-        plan_entropy_std=plan_std.mean(),
-        image_entropy=image_mean.mean(),
-        image_entropy_std=image_std.mean(),
-        low_share=low.sum() / n,
-        high_share=high.sum() / n,
-    )
-
-
-def bonus_stats(A, A_t, rollout, high, rewards):
-    """Describe the bonus of a batch. Returns a dict of scalars; all are 0 without bonus."""
-    c = rollout.plan.shape[1]
-    bonus = torch.where(high, A_t - A[:, None], 0.0)  # (B, T); high tokens are never low
-    entropy = torch.where(high, rollout.entropy, 0.0)
-    turned = high & (A[:, None] < 0) & (A_t > 0)
     equal = rewards.amax(1) == rewards.amin(1)  # (P,)
-    of_equal = bonus * equal.repeat_interleave(rewards.shape[1])[:, None]
-    share = lambda part, whole: part.sum() / whole.sum().clamp(min=1e-9)
+    plan_entropy, _ = entropy_moments(rollout.entropy[:, :c], rollout.valid[:, :c])
+    image_entropy, image_std = entropy_moments(rollout.entropy[:, c:], rollout.valid[:, c:])
+    bonus = torch.where(high, A_t - A[:, None], 0.0)  # (B, T); high tokens are never low
+    entropy_of_high = torch.where(high, rollout.entropy, 0.0)
+    turned = high & (A[:, None] < 0) & (A_t > 0)
     return {
-        "lambda": share(bonus, entropy),  # the coefficient; for eggrpo-released a mean
-        "plan_bonus": share(bonus[:, :c], rollout.valid[:, :c]),
-        "image_bonus": share(bonus[:, c:], rollout.valid[:, c:]),
-        "turned_signs": share(turned, high),
-        "bonus_to_equal_groups": share(of_equal, bonus),
+        "reward": rewards.mean(),
+        "exact": exact.mean(),
+        **{f"reward/{name}": value.nanmean() for name, value in components.items()},
+        "reward_std": rewards.std(1).mean(),
+        "frac_reward_zero_std": equal.float().mean(),
+        "plan_entropy": plan_entropy.mean(),
+        "image_entropy": image_entropy.mean(),
+        "image_entropy_std": image_std.mean(),
+        # the coefficient; for eggrpo-released a mean; 0 without bonus
+        "lambda": bonus.sum() / entropy_of_high.sum().clamp(min=1e-9),
+        "turned_signs": turned.sum() / high.sum().clamp(min=1),
     }
 
 
-def sampler_against_learner(rollout, logp):
-    """Compare log-probs (B, T) with those of sampling, before the update: sampler and learner
-    must be one policy. Returns the mean difference in nats, and the largest of difference / (1 +
-    |logp|), the relative one."""
+def logp_difference(rollout, logp):
+    """Compare log-probs (B, T) with those of sampling, before the update. Returns the mean of the
+    absolute difference over the valid tokens, nats."""
     difference = (logp - rollout.logp).abs() * rollout.valid
-    return dict(
-        logp_diff_mean=difference.sum() / rollout.valid.sum(),
-        logp_diff_max=(difference / (1 + rollout.logp.abs())).max(),
-    )
+    return difference.sum() / rollout.valid.sum()
 
 
 # Bounds of logp_diff_mean in nats, by common.network_dtype; measured in docs/reproducibility.md.
@@ -298,8 +268,8 @@ def check_one_policy(difference, config, device):
 
     Log-probs when sampled equal the re-scored ones up to rounding. In bf16 a whole sequence is
     rounded differently from a single slot, and guidance g multiplies differences by up to |g| + |1
-    - g|. The largest difference of a sound run grows with the logits: it is logged, and no bound on
-    it holds. NaN passes: a run that has diverged is stopped in main.
+    - g|. No bound on the largest difference holds, which grows with the logits. NaN passes: a run
+    that has diverged is stopped in main.
     """
     bound = LOGP_DIFF_BOUND[common.network_dtype(device)]
     bound *= abs(config.guidance) + abs(1 - config.guidance)
