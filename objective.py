@@ -44,9 +44,11 @@ def group_advantages(rewards, eps=1e-4):
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (P, G) with G of at least 2: {tuple(rewards.shape)}")
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))  # float64 stays
-    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + eps)
-    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
-    return advantages.masked_fill(equal, 0.0)
+    mean = rewards.mean(1, keepdim=True)  # (P, 1)
+    std = rewards.std(1, keepdim=True)
+    advantages = (rewards - mean) / (std + eps)  # (P, G)
+    is_equal = (rewards == rewards[:, :1]).all(1, keepdim=True)  # (P, 1)
+    return advantages.masked_fill(is_equal, 0.0)
 
 
 def normalized_entropy(logp):
@@ -80,14 +82,18 @@ def entropy_masks(entropy, valid, low_frac=0.2, high_frac=0.5):
     if not (0 <= low_frac <= 1 and 0 <= high_frac <= 1 and low_frac + high_frac <= 1):
         fractions = f"low_frac {low_frac}, high_frac {high_frac}"
         raise ValueError(f"{fractions}: must lie in [0, 1] and add up to at most 1")
-    order = entropy.masked_fill(~valid, float("inf")).argsort(dim=1, stable=True)
     n = valid.sum(1, keepdim=True)  # (B, 1)
 
     def count(fraction):  # floor(fraction * n) in integers: in float32, 0.53 * 100 is less than 53
-        return n * (int(fraction * 1e9) + 1) // 10**9
+        billionths = int(fraction * 1e9) + 1
+        return n * billionths // 10**9
 
-    rank = order.argsort(dim=1)  # the inverse permutation, (B, T); invalid tokens rank last
-    return valid & (rank < count(low_frac)), valid & (rank >= n - count(high_frac))
+    padded = entropy.masked_fill(~valid, float("inf"))  # (B, T): invalid tokens rank last
+    order = padded.argsort(dim=1, stable=True)
+    rank = order.argsort(dim=1)  # the inverse permutation
+    low = rank < count(low_frac)
+    high = rank >= n - count(high_frac)
+    return low & valid, high & valid
 
 
 def bonus_coefficient(advantage, entropy, low, high, valid, kappa=1.0):
@@ -108,9 +114,11 @@ def bonus_coefficient(advantage, entropy, low, high, valid, kappa=1.0):
     tensor(2.3810)
     """
     length = valid.sum(1).clamp(min=1)  # (B,)
-    excluded = (advantage.abs() * low.sum(1) / length).sum()
-    entropy_of_high = (torch.where(high, entropy, 0.0).sum(1) / length).sum()
-    return torch.where(entropy_of_high > 0, kappa * excluded / entropy_of_high, 0.0)
+    excluded = advantage.abs() * low.sum(1) / length  # (B,)
+    entropy_of_high = torch.where(high, entropy, 0.0).sum(1) / length  # (B,)
+    total = entropy_of_high.sum()
+    coefficient = kappa * excluded.sum() / total
+    return torch.where(total > 0, coefficient, 0.0)
 
 
 def shape_advantages(advantage, entropy, low, high, valid, kappa=1.0, exclude=True):
@@ -142,8 +150,10 @@ def shape_advantages_released(advantage, entropy, low, high, bonus_coef=0.3, bon
     Arguments and result as for shape_advantages.
     """
     a = advantage[:, None]  # (B, 1)
-    bonus = torch.minimum(bonus_cap * a.abs(), bonus_coef * entropy)  # (B, T)
-    return (a + torch.where(high, bonus, 0.0)).masked_fill(low, 0.0)
+    cap = bonus_cap * a.abs()
+    bonus = torch.minimum(cap, bonus_coef * entropy)  # (B, T)
+    raised = a + torch.where(high, bonus, 0.0)
+    return raised.masked_fill(low, 0.0)
 
 
 def policy_loss(logp, logp_ref, advantage, valid, beta=0.01, sequences=None):
@@ -159,11 +169,14 @@ def policy_loss(logp, logp_ref, advantage, valid, beta=0.01, sequences=None):
     no gradient. The average is the paper's, and the first GRPO's (arXiv 2402.03300); the released
     code pools all tokens of a batch, as DAPO does, so that long sequences weigh more.
     """
-    sequences = len(valid) if sequences is None else sequences
-    weight = valid / (valid.sum(1, keepdim=True).clamp(min=1) * sequences)  # (B, T)
+    if sequences is None:
+        sequences = len(valid)
+    length = valid.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+    weight = valid / (length * sequences)  # (B, T)
     # One update per batch of rollouts: sampler and learner are one policy, and logp_old is logp
     # itself. That this is so is checked where logp is compared with the rollout's log-probs.
-    ratio = torch.where(valid, logp - logp.detach(), 0.0).exp()  # padding may be anything, even NaN
+    log_ratio = torch.where(valid, logp - logp.detach(), 0.0)  # padding may be anything, even NaN
+    ratio = log_ratio.exp()
     advantage = torch.where(valid, advantage, 0.0)
     gain = ratio * advantage
     kl = torch.zeros_like(ratio)
@@ -173,4 +186,5 @@ def policy_loss(logp, logp_ref, advantage, valid, beta=0.01, sequences=None):
     if beta:  # 0 times a KL that overflows would be NaN
         gain = gain - beta * kl
     loss = -(gain * weight).sum()
-    return loss, (kl.detach() * weight).sum()
+    mean_kl = (kl.detach() * weight).sum()
+    return loss, mean_kl
