@@ -3,26 +3,16 @@
     python eggrpo.py                            -> out/small/eggrpo-0/
     python eggrpo.py --method grpo --seed 1     -> out/small/grpo-1/
 
-The file reads in the order of the data: Config and methods, the mathematics (plain tensors in and
-out, usable in another trainer), one training step from prompts to optimizer.step, the run.
-EG-GRPO is GRPO and two functions, entropy_masks and shape_advantages. Needs the base policy (bash
-train.sh).
+The file reads in the order of the data: Config and methods, one training step from prompts to
+optimizer.step, the run. The mathematics is in objective.py, to be read before. Needs the base
+policy (bash train.sh).
 
-Differences from the paper and its released code:
-- The bonus is the paper's rule, its lambda computed for each batch; the released code's rule is the
-  method eggrpo-released.
-- The loss is a mean over sequences of means over their tokens, as in the paper; the released code
-  pools all tokens.
-- Masks go by rank, so that counts are exact if entropies tie; the released code compares strictly
-  with the entropies at sorted[int(.2 T)] and sorted[int(.5 T)] (of 576 image tokens 115 low and 287
-  high; by rank 115 and 288).
-- One update per batch of rollouts, as in the released code: the ratio is 1, and nothing is clipped.
-- Plan statistics go over the valid tokens; the released code takes "entropy > 0" for valid, which
-  padding passes.
+Differences from the paper and its released code, beside those of the mathematics:
+- The released code's bonus is the method eggrpo-released.
 - Sampling and scoring use one policy: guidance, if used, applies to both, and there is no top-k,
   which the released code uses for words. Log-probs of both are compared at every step.
-- Probabilities, entropies and ratios are float32, not bf16.
-- A group of equal rewards gives advantages of exactly 0, and is counted in the log.
+- Probabilities are float32, not bf16.
+- Groups of equal rewards are counted in the log.
 - All weights are trained; the released code freezes image head and embeddings of its 7 B model.
 
 Dimension letters: P prompts per step, G rollouts per prompt, B = P * G sequences, S prompt slots, C
@@ -33,7 +23,6 @@ import copy
 import re
 import time
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,9 +31,16 @@ import torch
 import common
 import evaluate
 from common import check
-from model import generate, normalized_entropy, score
-from rewards import REWARDS, check_rewards, compute_rewards, encode_targets
-from scenes import END, encode_scenes, make_scene
+from model import generate, score
+from objective import (
+    entropy_masks,
+    group_advantages,
+    policy_loss,
+    shape_advantages,
+    shape_advantages_released,
+)
+from rewards import REWARDS, compute_rewards, encode_targets
+from scenes import encode_scenes, make_scene
 
 
 @dataclass(frozen=True)
@@ -112,144 +108,6 @@ METHODS = {  # all share one step and one loss
         bonus=False,
     ),
 }
-
-
-# --- the mathematics ------------------------------------------------------------------------------
-
-
-def group_advantages(rewards, eps=1e-4):
-    """Compare each rollout with the others of its prompt: A = (R - mean) / (std + eps), ddof 1.
-
-    rewards: (P, G). Returns (P, G); a row of equal rewards gives exactly 0, whatever rounding does
-    to its mean. Raises ValueError if G < 2.
-
-    >>> group_advantages(torch.tensor([[0.0, 1.0]]), eps=0.0)
-    tensor([[-0.7071,  0.7071]])
-    """
-    if rewards.dim() != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"rewards must be (P, G) with G of at least 2: {tuple(rewards.shape)}")
-    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))  # float64 stays
-    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + eps)
-    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
-    return advantages.masked_fill(equal, 0.0)
-
-
-@torch.no_grad()
-def token_entropy(logits):
-    """Entropy of the full next-token distribution as a fraction of log V, its maximum, without
-    gradient. logits: (..., V). Returns (...) in [0, 1], in float32 or better. For other trainers:
-    here the sampler has computed it, Rollout.entropy."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return normalized_entropy(logits.log_softmax(-1))
-
-
-def entropy_masks(entropy, valid, low_frac=0.2, high_frac=0.5):
-    """Find each row's low-entropy and high-entropy tokens among its n valid ones; one modality.
-
-    entropy: (B, T), valid: (B, T) bool. Of the tokens in ascending order, earlier ones first among
-    equals, low is the first floor(low_frac * n) and high the last floor(high_frac * n). Returns
-    low, high: (B, T) bool. Raises ValueError if the fractions overlap.
-
-    >>> entropy = torch.tensor([[.30, .10, .80, .20, .60, .50, .70, .40]])
-    >>> low, high = entropy_masks(entropy, torch.ones(1, 8, dtype=torch.bool), low_frac=0.25)
-    >>> low.nonzero()[:, 1].tolist(), high.nonzero()[:, 1].tolist()
-    ([1, 3], [2, 4, 5, 6])
-    """
-    if not (0 <= low_frac <= 1 and 0 <= high_frac <= 1 and low_frac + high_frac <= 1):
-        fractions = f"low_frac {low_frac}, high_frac {high_frac}"
-        raise ValueError(f"{fractions}: must lie in [0, 1] and add up to at most 1")
-    order = entropy.masked_fill(~valid, float("inf")).argsort(dim=1, stable=True)
-    n = valid.sum(1, keepdim=True)  # (B, 1)
-
-    def count(fraction):  # in integers: in float32, 0.53 * 100 is less than 53
-        exact = Fraction(fraction).limit_denominator(10**6)
-        return n * exact.numerator // exact.denominator
-
-    rank = order.argsort(dim=1)  # the inverse permutation, (B, T); invalid tokens rank last
-    return valid & (rank < count(low_frac)), valid & (rank >= n - count(high_frac))
-
-
-def bonus_coefficient(advantage, entropy, low, high, valid, kappa=1.0):
-    """Calibrate the bonus: a fraction kappa of what exclusion takes away, or would, is spent on it.
-
-        lambda = kappa * sum_i |A_i| n_low,i / T_i  /  sum_i (1 / T_i) sum_{t high} H_t
-
-    Both sums weigh a token as the loss does, by 1 / T_i, and run over all sequences i of a step,
-    plan and image together: one lambda for all. T_i counts the valid tokens of sequence i, n_low,i
-    those that are low. Arguments: as for shape_advantages. Returns a scalar, 0 if no token is high.
-    The example has masks made by hand:
-
-    >>> entropy = torch.tensor([[.1, .4, .2, .5], [.3, .6, .0, .0]])
-    >>> low = torch.tensor([[True, False, False, False], [True, False, False, False]])
-    >>> high = torch.tensor([[False, True, False, True], [False, True, False, False]])
-    >>> valid = torch.tensor([[True, True, True, True], [True, True, False, False]])
-    >>> bonus_coefficient(torch.tensor([1.0, -2.0]), entropy, low, high, valid)  # 1.25 / .525
-    tensor(2.3810)
-    """
-    length = valid.sum(1).clamp(min=1)  # (B,)
-    excluded = (advantage.abs() * low.sum(1) / length).sum()
-    entropy_of_high = (torch.where(high, entropy, 0.0).sum(1) / length).sum()
-    return torch.where(entropy_of_high > 0, kappa * excluded / entropy_of_high, 0.0)
-
-
-def shape_advantages(advantage, entropy, low, high, valid, kappa=1.0, exclude=True):
-    """Turn one advantage per rollout into one per token: exclusion and bonus.
-
-        A_t = [t not low] A + [t high] lambda H_t                 lambda: see bonus_coefficient
-
-    H_t is a number here, without gradient. The bonus is at least 0: it raises the probability of
-    the sampled token whatever the sign of A, also in a group of equal rewards.
-
-    advantage: (B,); entropy: (B, T) in [0, 1], when the tokens were sampled; low, high: (B, T)
-    bool, see entropy_masks; valid: (B, T) bool, False at padding. The rows are a step's whole
-    batch. kappa: at least 0 (paper: in (0, 1]). exclude: False leaves low tokens their advantage.
-    Returns (B, T).
-    """
-    coefficient = bonus_coefficient(advantage, entropy, low, high, valid, kappa)
-    a = advantage[:, None].expand_as(entropy)  # (B, T)
-    if exclude:
-        a = a.masked_fill(low, 0.0)
-    return a + torch.where(high, coefficient * entropy, 0.0)
-
-
-def shape_advantages_released(advantage, entropy, low, high, bonus_coef=0.3, bonus_cap=0.3):
-    """Shape advantages as the released code does, which is not the paper's rule.
-
-        d_t = min(bonus_cap |A|, bonus_coef H_t) on high tokens, 0 elsewhere
-        A_t = (A + d_t) [t not low]                               d_t never turns the sign of A
-
-    Arguments and result as for shape_advantages.
-    """
-    a = advantage[:, None]  # (B, 1)
-    bonus = torch.minimum(bonus_cap * a.abs(), bonus_coef * entropy)  # (B, T)
-    return (a + torch.where(high, bonus, 0.0)).masked_fill(low, 0.0)
-
-
-def policy_loss(logp, logp_ref, advantage, valid, beta=0.01, sequences=None):
-    """The objective of GRPO: a mean over sequences of means over tokens, with a KL term on all.
-
-        loss    = -(1/B) sum_i (1/T_i) sum_t [ ratio_t A_t - beta KL_t ]
-        ratio_t = exp(logp - logp_old), which is 1 here; its gradient is that of logp
-        KL_t    = exp(ref - logp) - (ref - logp) - 1                   the k3 estimator
-
-    logp, logp_ref, advantage: (B, T); valid: (B, T) bool, of which row i has T_i. logp_ref may be
-    None if beta is 0. sequences: B of the whole batch, if these rows are a micro-batch of it.
-    Returns two scalars, loss and kl, which add up over micro-batches to the batch's means; kl has
-    no gradient. The average is the paper's, and the first GRPO's (arXiv 2402.03300); the released
-    code pools all tokens of a batch, as DAPO does, so that long sequences weigh more.
-    """
-    sequences = len(valid) if sequences is None else sequences
-    weight = valid / (valid.sum(1, keepdim=True).clamp(min=1) * sequences)  # (B, T)
-    # One update per batch of rollouts: sampler and learner are one policy, and logp_old is logp
-    # itself. That this is so is checked where logp is compared with the rollout's log-probs.
-    ratio = torch.where(valid, logp - logp.detach(), 0.0).exp()  # padding may be anything, even NaN
-    advantage = torch.where(valid, advantage, 0.0)
-    kl = torch.zeros_like(ratio)
-    if logp_ref is not None:
-        log_ratio_ref = torch.where(valid, logp_ref - logp, 0.0)
-        kl = log_ratio_ref.exp() - log_ratio_ref - 1
-    loss = -((ratio * advantage - beta * kl) * weight).sum()
-    return loss, (kl.detach() * weight).sum()
 
 
 # --- one step -------------------------------------------------------------------------------------
@@ -346,17 +204,14 @@ def train_step(policy, reference, optimizer, env, config, step):
 
     # Look at the numbers, then update.
     stats = dict(
-        **reward_stats(rewards.view(P, G), components, exact),
-        **rollout_stats(rollout, low, high),
-        **bonus_stats(A, A_t, rollout, high, rewards.view(P, G)),
+        **step_stats(rollout, rewards.view(P, G), components, exact, A, A_t, high),
         loss=torch.stack(losses).sum(),
         kl=torch.stack(kls).sum(),
-        **sampler_against_learner(rollout, torch.cat(logps)),
+        logp_diff_mean=logp_difference(rollout, torch.cat(logps)),
         grad_norm=grad_norm,
     )
     # All numbers come to the host in one transfer.
     stats = dict(zip(stats, torch.stack([*stats.values()]).tolist()))
-    check_rewards(rewards, components)
     check_one_policy(stats["logp_diff_mean"], config, device)
     optimizer.step()
     optimizer.zero_grad()
@@ -366,18 +221,6 @@ def train_step(policy, reference, optimizer, env, config, step):
 # --- what is logged, and checked ------------------------------------------------------------------
 
 
-def reward_stats(rewards, components, exact):
-    """Describe rewards (P, G), their components and exact. Returns a dict of scalars."""
-    equal = rewards.amax(1) == rewards.amin(1)
-    return dict(
-        reward=rewards.mean(),
-        exact=exact.mean(),
-        **{f"reward/{name}": value.nanmean() for name, value in components.items()},
-        reward_std=rewards.std(1).mean(),
-        frac_reward_zero_std=equal.float().mean(),
-    )
-
-
 def entropy_moments(entropy, valid):
     """Mean and std of each row's entropy over its valid tokens. (B, T) -> (B,), (B,)."""
     n = valid.sum(1).clamp(min=1)
@@ -385,51 +228,35 @@ def entropy_moments(entropy, valid):
     return mean, (((entropy - mean[:, None]) ** 2 * valid).sum(1) / n).sqrt()
 
 
-def rollout_stats(rollout, low, high):
-    """Describe plans, entropies and masks of a Rollout. Returns a dict of scalars."""
+def step_stats(rollout, rewards, components, exact, A, A_t, high):
+    """Describe rewards (P, G), their components, entropies and bonus. Returns a dict of scalars."""
     c = rollout.plan.shape[1]
-    n = rollout.valid.sum()
-    plan_mean, plan_std = entropy_moments(rollout.entropy[:, :c], rollout.valid[:, :c])
-    image_mean, image_std = entropy_moments(rollout.entropy[:, c:], rollout.valid[:, c:])
-    return dict(
-        plan_length=rollout.valid[:, :c].sum(1).float().mean(),
-        frac_truncated_plans=(rollout.plan != END).all(1).float().mean(),
-        plan_entropy=plan_mean.mean(),
-        plan_entropy_std=plan_std.mean(),
-        image_entropy=image_mean.mean(),
-        image_entropy_std=image_std.mean(),
-        low_share=low.sum() / n,
-        high_share=high.sum() / n,
-    )
-
-
-def bonus_stats(A, A_t, rollout, high, rewards):
-    """Describe the bonus of a batch. Returns a dict of scalars; all are 0 without bonus."""
-    c = rollout.plan.shape[1]
-    bonus = torch.where(high, A_t - A[:, None], 0.0)  # (B, T); high tokens are never low
-    entropy = torch.where(high, rollout.entropy, 0.0)
-    turned = high & (A[:, None] < 0) & (A_t > 0)
     equal = rewards.amax(1) == rewards.amin(1)  # (P,)
-    of_equal = bonus * equal.repeat_interleave(rewards.shape[1])[:, None]
-    share = lambda part, whole: part.sum() / whole.sum().clamp(min=1e-9)
+    plan_entropy, _ = entropy_moments(rollout.entropy[:, :c], rollout.valid[:, :c])
+    image_entropy, image_std = entropy_moments(rollout.entropy[:, c:], rollout.valid[:, c:])
+    bonus = torch.where(high, A_t - A[:, None], 0.0)  # (B, T); high tokens are never low
+    entropy_of_high = torch.where(high, rollout.entropy, 0.0)
+    turned = high & (A[:, None] < 0) & (A_t > 0)
     return {
-        "lambda": share(bonus, entropy),  # the coefficient; for eggrpo-released a mean
-        "plan_bonus": share(bonus[:, :c], rollout.valid[:, :c]),
-        "image_bonus": share(bonus[:, c:], rollout.valid[:, c:]),
-        "turned_signs": share(turned, high),
-        "bonus_to_equal_groups": share(of_equal, bonus),
+        "reward": rewards.mean(),
+        "exact": exact.mean(),
+        **{f"reward/{name}": value.nanmean() for name, value in components.items()},
+        "reward_std": rewards.std(1).mean(),
+        "frac_reward_zero_std": equal.float().mean(),
+        "plan_entropy": plan_entropy.mean(),
+        "image_entropy": image_entropy.mean(),
+        "image_entropy_std": image_std.mean(),
+        # the coefficient; for eggrpo-released a mean; 0 without bonus
+        "lambda": bonus.sum() / entropy_of_high.sum().clamp(min=1e-9),
+        "turned_signs": turned.sum() / high.sum().clamp(min=1),
     }
 
 
-def sampler_against_learner(rollout, logp):
-    """Compare log-probs (B, T) with those of sampling, before the update: sampler and learner
-    must be one policy. Returns the mean difference in nats, and the largest of difference / (1 +
-    |logp|), the relative one."""
+def logp_difference(rollout, logp):
+    """Compare log-probs (B, T) with those of sampling, before the update. Returns the mean of the
+    absolute difference over the valid tokens, nats."""
     difference = (logp - rollout.logp).abs() * rollout.valid
-    return dict(
-        logp_diff_mean=difference.sum() / rollout.valid.sum(),
-        logp_diff_max=(difference / (1 + rollout.logp.abs())).max(),
-    )
+    return difference.sum() / rollout.valid.sum()
 
 
 # Bounds of logp_diff_mean in nats, by common.network_dtype; measured in docs/reproducibility.md.
@@ -441,8 +268,8 @@ def check_one_policy(difference, config, device):
 
     Log-probs when sampled equal the re-scored ones up to rounding. In bf16 a whole sequence is
     rounded differently from a single slot, and guidance g multiplies differences by up to |g| + |1
-    - g|. The largest difference of a sound run grows with the logits: it is logged, and no bound on
-    it holds. NaN passes: a run that has diverged is stopped in main.
+    - g|. No bound on the largest difference holds, which grows with the logits. NaN passes: a run
+    that has diverged is stopped in main.
     """
     bound = LOGP_DIFF_BOUND[common.network_dtype(device)]
     bound *= abs(config.guidance) + abs(1 - config.guidance)

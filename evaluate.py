@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageDraw
+from matplotlib.figure import Figure
+from PIL import Image
 from tqdm import tqdm
 
 import common
 from model import Policy, generate
-from rewards import REWARDS, check_rewards, compute_rewards, encode_targets
+from rewards import REWARDS, compute_rewards, encode_targets
 from scenes import RARE_PAIRS, WORLDS, World, encode_scenes, make_scene, rare_pairs
 from tiny_vq import load_tokenizer
 
@@ -157,7 +158,6 @@ def evaluate(env, policy, split, prompts, batch=128, seed=0, title=None, **optio
     reward = torch.cat(reward).cpu()
     exact = torch.cat(exact).cpu()
     components = {name: torch.cat([c[name] for c in components]).cpu() for name in components[0]}
-    check_rewards(reward, components)
     return Scores(scenes, reward, components, exact)
 
 
@@ -203,6 +203,9 @@ def summarize(scores):
 # --- tables and pictures --------------------------------------------------------------------------
 
 
+NAMES = {"grpo": "GRPO", "eggrpo": "EG-GRPO"}
+MARKS = (("✗", "#c8321e", "--"), ("✓", "#1e8c32", "-"))  # of wrong and of exact images
+
 def markdown_table(head, rows):
     """Format rows of cells as a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
@@ -238,76 +241,79 @@ def results_table(results):
     return "\n\n".join(tables)
 
 
-def gallery(rows, prompts, titles=None, exact=None, size=144):
-    """Arrange images in a grid, a prompt above each column. Returns a PIL image.
+def run_title(name):
+    """Name a run in pictures: "EG-GRPO, seed 0" for eggrpo-0."""
+    method, _, seed = name.rpartition("-")
+    return f"{NAMES[method]}, seed {seed}" if method in NAMES else name
 
-    rows: list of (n, 3, h, w) in [0, 1]; titles: a name for each row; exact: list of (n,), which
-    gives each image a frame: red if 0, green if 1; size: of an image, in pixels.
+
+def gallery(rows, prompts, titles=None, exact=None):
+    """Draw images in a grid, a prompt above each column. Returns a matplotlib figure.
+
+    rows: list of (n, 3, h, w) in [0, 1]; titles: a name for each row; exact: list of (n,). Exact
+    images have a solid green frame and a tick, others a dashed red frame and a cross.
     """
-    pad, head = 6, 62
-    side = 96 if titles else 0
-    width = side + len(prompts) * (size + pad) + pad
-    sheet = Image.new("RGB", (width, head + len(rows) * (size + pad)), "white")
-    pen = ImageDraw.Draw(sheet)
-
-    def write(text, left, top, columns, lines):
-        wrapped = textwrap.wrap(text, columns, break_long_words=False, break_on_hyphens=False)
-        pen.text((left, top), "\n".join(wrapped[:lines]), fill="black")
-
-    for column, prompt in enumerate(prompts):
-        write(prompt, side + pad + column * (size + pad), 4, size // 6, 4)
+    heads = [textwrap.fill(prompt, 13) for prompt in prompts]
+    lines = max(len(head.splitlines()) for head in heads)
+    width = 0.95 * len(prompts) + (0.7 if titles else 0)  # inches of 100 pixels
+    height = 1.13 * len(rows) + 0.15 * lines + 0.1
+    figure = Figure(figsize=(width, height), layout="compressed")
+    figure.get_layout_engine().set(w_pad=0.025, h_pad=0.02, wspace=0, hspace=0)
+    axes = figure.subplots(len(rows), len(prompts), squeeze=False)
+    for axis, head in zip(axes[0], heads):
+        axis.set_title(head, loc="left", fontsize=8.5)
     for row, images in enumerate(rows):
-        top = head + row * (size + pad)
         if titles:
-            write(titles[row], pad, top + size // 2 - 8, 14, 4)
-        pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        for column, image in enumerate(pixels):
-            left = side + pad + column * (size + pad)
+            title = textwrap.fill(titles[row], 9)
+            axes[row, 0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8.5)
+        pixels = images.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()  # (n, h, w, 3)
+        for column, axis in enumerate(axes[row]):
+            axis.imshow(pixels[column], interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
             if exact is not None:
-                colour = "#28a03c" if exact[row][column] else "#c83232"
-                pen.rectangle((left - 3, top - 3, left + size + 2, top + size + 2), fill=colour)
-            picture = Image.fromarray(image).resize((size, size), Image.NEAREST)
-            sheet.paste(picture, (left, top))
-    return sheet
+                mark, colour, line = MARKS[int(exact[row][column])]
+                axis.set_xlabel(mark, color=colour, fontsize=11, labelpad=1)
+                axis.spines[:].set(color=colour, linestyle=line, linewidth=2)
+    return figure
 
 
-def gallery_scenes(world, number=8):
-    """The fixed prompts of every gallery: usual pairs, then as many rare ones."""
-    splits = ("eval", "rare")
-    return [make_scene(world, split, 777, i) for split in splits for i in range(number // 2)]
+def draw_gallery(env, policies):
+    """Draw the gallery: usual pairs, then as many rare ones, always of the same prompts and noise.
+    policies: {title: (policy, sampling options)}. Returns a matplotlib figure."""
+    scenes = []
+    for split in ("eval", "rare"):
+        scenes += [make_scene(env.world, split, 777, i) for i in range(4)]
+    prompts = []
+    for scene in scenes:
+        kind = "rare: " if rare_pairs(scene.objects) else ""
+        prompts.append(kind + scene.prompt)
+    rows = []
+    exact = []
+    for policy, options in policies.values():
+        noise = draw_noise(policy, len(scenes), "gallery")
+        images, _, _, right = sample_and_score(env, policy, scenes, noise, **options)
+        rows.append(images)
+        exact.append(right)
+    return gallery(rows, prompts, list(policies), exact)
 
 
-def gallery_titles(world):
-    titles = []
-    for scene in gallery_scenes(world):
-        rare = "rare: " if rare_pairs(scene.objects) else ""
-        titles.append(rare + scene.prompt)
-    return titles
-
-
-def gallery_row(env, policy, **options):
-    """Draw the gallery, always with the same noise. Returns images (n, 3, h, w) and exact (n,)."""
-    scenes = gallery_scenes(env.world)
-    noise = draw_noise(policy, len(scenes), "gallery")
-    images, _, _, exact = sample_and_score(env, policy, scenes, noise, **options)
-    return images, exact.cpu()
-
-
-def save_image(image, path, **options):
-    """Write a PIL image in the format that the name ends with, whole or not at all."""
-    buffer = io.BytesIO()
-    image.save(buffer, Path(path).suffix[1:], **options)
-    common.write(path, buffer.getvalue())
+def save_figure(figure, path):
+    """Write a figure as a PNG with a palette of 256 colours, whole or not at all."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=100)
+    packed = io.BytesIO()
+    image = Image.open(drawn).convert("RGB")
+    image = image.quantize(method=Image.Quantize.MAXCOVERAGE, kmeans=1)
+    image.save(packed, "png", optimize=True)
+    common.write(path, packed.getvalue())
 
 
 def save_animation(folder):
     """Join the galleries of a run to training.gif."""
-    frames = []
-    for path in sorted(folder.glob("gallery-*.png")):
-        frames.append(Image.open(path).convert("P", palette=Image.ADAPTIVE))
+    frames = [Image.open(path) for path in sorted(folder.glob("gallery-*.png"))]
     duration = [700] * (len(frames) - 1) + [3000]  # milliseconds
-    more = dict(save_all=True, append_images=frames[1:], duration=duration, loop=0)
-    save_image(frames[0], folder / "training.gif", **more)
+    options = dict(save_all=True, append_images=frames[1:], duration=duration, loop=0)
+    frames[0].save(folder / "training.gif", **options)
 
 
 def evaluate_in_training(env, policy, config, folder, step):
@@ -317,50 +323,41 @@ def evaluate_in_training(env, policy, config, folder, step):
         for old in folder.glob("gallery-*.png"):
             old.unlink()
     options = dict(guidance=config.guidance)
-    usual = summarize(evaluate(env, policy, "eval", config.eval_prompts, **options))
-    rare = summarize(evaluate(env, policy, "rare", config.eval_prompts, **options))
-    images, exact = gallery_row(env, policy, **options)
-    sheet = gallery([images], gallery_titles(env.world), [f"step {step}"], [exact])
-    save_image(sheet, folder / f"gallery-{step:05d}.png")
+    numbers = {}
+    for split in ("eval", "rare"):
+        summary = summarize(evaluate(env, policy, split, config.eval_prompts, **options))
+        numbers[f"{split}_reward"] = summary["reward"]
+        numbers[f"{split}_exact"] = summary["exact"]
+    title = f"{run_title(folder.name)}, step {step}"
+    figure = draw_gallery(env, {title: (policy, options)})
+    save_figure(figure, folder / f"gallery-{step:05d}.png")
     if step == config.steps:
         save_animation(folder)
-    numbers = dict(
-        eval_reward=usual["reward"],
-        eval_exact=usual["exact"],
-        rare_reward=rare["reward"],
-        rare_exact=rare["exact"],
-    )
     tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
-    by_pair = {pair: values["exact"] for pair, values in rare["rare_pairs"].items()}
+    by_pair = {pair: values["exact"] for pair, values in summary["rare_pairs"].items()}
     return numbers | dict(rare_exact_by_pair=by_pair)
 
 
 def plot_curves(folder, names):
     """Draw the learning curves of runs, from their logs, to curves.png."""
-    import matplotlib  # here: training does not need it
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels = dict(
         eval_reward="reward, held-out prompts",
         eval_exact="exact, held-out prompts",
         rare_exact="exact, rare pairs",
         image_entropy="entropy of image tokens",
     )
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(14, 3), layout="constrained")
+    figure = Figure(figsize=(8.3, 6), layout="constrained")
+    axes = figure.subplots(2, 2).flatten()
     for name in names:
-        lines = common.read_log(folder / name / "log.jsonl", math.inf)
-        log = [json.loads(line) for line in lines[1:]]
+        log = common.read_log(folder / name / "log.jsonl", math.inf)[1:]
+        records = [json.loads(line) for line in log]
         for axis, (key, title) in zip(axes, panels.items()):
-            points = [(record["step"] + 1, record[key]) for record in log if key in record]
-            axis.plot(*zip(*points), label=name)
+            points = [(record["step"] + 1, record[key]) for record in records if key in record]
+            axis.plot(*zip(*points), label=run_title(name))
             axis.set(title=title, xlabel="step")
-    axes[0].legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    pyplot.close(figure)
-    common.write(folder / "curves.png", buffer.getvalue())
+    lines, titles = axes[0].get_legend_handles_labels()
+    figure.legend(lines, titles, loc="outside lower center", ncols=4)
+    save_figure(figure, folder / "curves.png")
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -375,7 +372,7 @@ def main(argv=None):
     env = load_env(config, device)
     policies = load_policies(config, env)
     numbers = {"eval": config.prompts, "rare": max(config.prompts // 2, len(RARE_PAIRS))}
-    results, rows = {}, []
+    results = {}
     for name, (policy, options) in policies.items():
         results[name] = {}
         for split, number in numbers.items():
@@ -384,10 +381,9 @@ def main(argv=None):
                 env, policy, split, number, config.batch, config.seed, title, **options
             )
             results[name][split] = summarize(scores)
-        rows.append(gallery_row(env, policy, **options))
-    images, exact = zip(*rows)
-    sheet = gallery(images, gallery_titles(env.world), list(policies), exact)
-    save_image(sheet, folder / "before-after.png")
+    titles = [run_title(name) for name in policies]
+    figure = draw_gallery(env, dict(zip(titles, policies.values())))
+    save_figure(figure, folder / "before-after.png")
     results = common.to_jsonable(results)  # rounded, so that the table is that of the file
     table = results_table(results)
     common.write(folder / "results.json", json.dumps(results, indent=1).encode())

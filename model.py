@@ -12,7 +12,6 @@ slots, L image tokens, T = C + L sampled slots, N = S + C + L + 1 inputs, V voca
 modality, D width.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common
+from objective import normalized_entropy
 from scenes import END, IMAGE, PAD, PLAN  # all but END are placed, never sampled
 
 KERNEL_SIZE = 8  # of the convolution over words: about one phrase of a plan
@@ -230,13 +230,6 @@ def score(policy, prompt, plan, codes, guidance=1.0):
     code_logp = image.log_softmax(-1).gather(-1, codes[..., None])  # (B, L, 1)
     word_logp = word_logp[..., 0] * (plan != PAD)
     return torch.cat([word_logp, code_logp[..., 0]], 1)
-
-
-def normalized_entropy(logp):
-    """Entropy as a fraction of its maximum: H = -sum_v p(v) log p(v) / log V. logp: (..., V) log
-    probabilities, which may be -inf. Returns (...) in [0, 1]."""
-    nats = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)  # 0 log 0 = 0
-    return nats / math.log(logp.shape[-1])
 
 
 # --- sampling -------------------------------------------------------------------------------------

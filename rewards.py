@@ -6,13 +6,16 @@
 Detection is exact, not learned: cut the image into cells, assign each pixel to a palette colour
 (`paint_coverage`), match every shape and texture against each colour, keep the best match of each
 cell. Stars are too faint to count as paint, so the sky is not scored. The reward is the mean of the
-functions in REWARDS, each (B,) in [0, 1], over those that apply to the prompt (NaN: does not apply;
-only `relation` returns it). Add your own as one more:
+functions in REWARDS, over those that apply to the prompt.
+
+A reward function takes images (B, 3, h, w) in [0, 1], Detections and Targets, and changes none of
+them. It returns floats (B,) on the device of images: from 0 to 1, NaN if it does not apply (each
+image needs one that does). It runs without gradient, so it may hold a network. Add your own:
 
     rewards.REWARDS["red"] = lambda images, detections, targets: images[:, 0].mean(dim=(1, 2))
 
-`exact` is 1 if the image has the right objects, no others, a true relation and no smears. It is
-measured, not optimised.
+`exact` is 1 if the image has the right objects, no others, a true relation, and at most a trace of
+anything else: cleanliness of at least CLEAN_THRESHOLD. It is measured, not optimised.
 
 Shapes: B images of h x w pixels; `colours`, `textures`, `shapes` and `cells` stand for their
 counts; a kind is a colour, a texture and a shape, numbered in this order.
@@ -130,6 +133,9 @@ def detect(images, world):
     A cell has an object of the kind whose template has the largest Dice overlap with the paint of
     its colour, 2 sum(paint * template) / (sum(paint^2) + sum(template^2)), if that is above
     MATCH_THRESHOLD. sum(paint^2) is over the box that objects fill, where no neighbour's edge is.
+
+    An object ends with its box: a pixel beside the box that is painted by half or more, in any
+    colour, makes it none. So paint that is connected is at most one object, however large it is.
     """
     grid = world.grid
     templates = _templates(world, str(images.device))  # (textures * shapes, cell, cell)
@@ -143,7 +149,10 @@ def detect(images, world):
     size = templates.square().sum((1, 2))  # (textures * shapes,)
     dice = 2 * overlap / (energy[..., None] + size)  # (B, cells, colours, textures * shapes)
     score, kind = dice.flatten(2).max(2)  # (B, cells)
-    found = score > MATCH_THRESHOLD
+    gap = torch.arange(world.image_size, device=images.device) % world.cell >= world.object_size
+    gaps = paint.amax(1) * (gap[:, None] | gap)  # (B, h, w), 0 in all boxes
+    beside = F.max_pool2d(gaps, world.object_size + 2, world.cell, padding=1)  # (B, rows, columns)
+    found = (score > MATCH_THRESHOLD) & (beside.flatten(1) < 0.5)
     kind_dims = len(COLOURS), len(world.textures), len(SHAPES)
     counts = F.one_hot(kind, math.prod(kind_dims)) * found[..., None]  # (B, cells, kinds)
 
@@ -223,9 +232,9 @@ REWARDS = {
 }
 
 
-def _call_reward(name, function, images, detections, targets):
-    """Call a reward function, which may be the user's. Raises UserError with its name if it fails
-    or returns the wrong thing."""
+def call_reward(name, function, images, detections, targets):
+    """Call a reward function, which may be the user's. Returns (B,) float32. Raises UserError with
+    its name if it fails or breaks the rules of this module's docstring."""
     where = f"the reward function {name!r} in rewards.REWARDS"
     try:
         value = function(images, detections, targets)
@@ -237,32 +246,22 @@ def _call_reward(name, function, images, detections, targets):
     if isinstance(value, Tensor):
         got = f"{value.dtype} {tuple(value.shape)} on {value.device}"
     check(right, f"{where} must return floats ({len(images)},) on {images.device}, not {got}")
-    return value
+    in_range = (value >= 0) & (value <= 1) | value.isnan()
+    check(in_range.all(), f"{where} must return values from 0 to 1, or NaN")
+    return value.float()
 
 
-def check_rewards(rewards, components):
-    """Raise UserError, with the function's name, if a reward is infinite or no component applies.
-
-    Synchronises with the device, so callers do it where they wait anyway. rewards: any shape,
-    components: {name: same shape}.
-    """
-    if rewards.isfinite().all():
-        return
-    problem = "all of them returned NaN for some image, as if none applied to it"
-    for name, value in components.items():
-        if value.isinf().any():
-            problem = f"{name!r} returned an infinite value"
-    raise UserError(f"the reward functions in rewards.REWARDS: {problem}")
-
-
+@torch.no_grad()
 def compute_rewards(images, targets, world):
     """Score images (B, 3, h, w) in [0, 1]. Returns rewards (B,), components {name: (B,)} and exact
     (B,), 0 or 1."""
+    check(REWARDS, "rewards.REWARDS is empty: there is no reward to learn from")
     detections = detect(images, world)
     components = {}
     for name, function in REWARDS.items():
-        components[name] = _call_reward(name, function, images, detections, targets)
+        components[name] = call_reward(name, function, images, detections, targets)
     rewards = torch.stack(list(components.values())).nanmean(0)
+    check(rewards.isfinite().all(), "rewards.REWARDS: all functions returned NaN for some image")
     right_objects = (detections.counts == targets.counts).all(1)
     related = relation(images, detections, targets).nan_to_num(1.0) == 1
     clean = cleanliness(images, detections, targets) >= CLEAN_THRESHOLD

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import common
-from evaluate import draw_noise, gallery, load_base, load_env, load_run, sample_images, save_image
+from evaluate import draw_noise, gallery, load_base, load_env, load_run, sample_images, save_figure
 from scenes import WORLDS, decode_words, encode_words
 
 
@@ -60,7 +60,7 @@ def main(argv=None):
     print("\n".join(plans))
     folder = Path(config.out) / config.preset / "samples"
     path = folder / file_name(config.prompt, config.seed)
-    save_image(gallery([images], plans), path)
+    save_figure(gallery([images], plans), path)
     print(f"image: {path}")
 
 

@@ -22,26 +22,17 @@ Letters: P prompts per step, G rollouts per prompt, B = P * G sequences, S reque
 tokens, L image tokens, V vocabulary, D width.
 """
 
-import sys
+import importlib.util
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from tqdm import tqdm
 
-from eggrpo import (
-    bonus_coefficient,
-    entropy_masks,
-    group_advantages,
-    policy_loss,
-    shape_advantages,
-    token_entropy,
-)
 from janus_setup import (
     call_reward,
     check,
@@ -59,6 +50,13 @@ from janus_setup import (
     trained_weights,
     write_log,
 )
+
+# The mathematics by its file: on the path, the repository would hide packages such as evaluate.
+spec = importlib.util.spec_from_file_location(
+    "objective", Path(__file__).resolve().parents[1] / "objective.py"
+)
+objective = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(objective)
 
 INSTRUCTION = "Describe in one or two sentences what an image of this shows: {}"
 
@@ -108,7 +106,8 @@ def next_logits(policy, image, guidance, embeddings, mask, cache=None, last=1):
         past_key_values=cache,
         use_cache=cache is not None,
     ).last_hidden_state
-    logits = modality(policy, image)[1](hidden[:, -last:]).float()
+    _, head = modality(policy, image)
+    logits = head(hidden[:, -last:]).float()
     if guidance == 1:
         return logits
     conditional, unconditional = logits.chunk(2)
@@ -117,7 +116,8 @@ def next_logits(policy, image, guidance, embeddings, mask, cache=None, last=1):
 
 def token_stats(logits, tokens):
     """Return log-probs in nats (B, T) and entropies (B, T) of tokens (B, T), logits (B, T, V)."""
-    return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0], token_entropy(logits)
+    logp = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    return logp, objective.token_entropy(logits)
 
 
 @torch.no_grad()
@@ -135,7 +135,8 @@ def sample(policy, request, length, image, guidance=1.0, noise=None):
         token = logits.argmax(-1)  # (B, 1)
         if noise is not None:  # invert the distribution function
             total = logits.double().softmax(-1).cumsum(-1)
-            token = (total <= noise[:, t, None, None] * total[..., -1:]).sum(-1)
+            threshold = noise[:, t, None, None] * total[..., -1:]
+            token = (total <= threshold).sum(-1)
         token = token.masked_fill(done, end)
         logp, entropy = token_stats(logits, token)
         steps.append((token, logp, entropy, ~done))
@@ -224,12 +225,14 @@ def shape_rollout(rollout, advantage, config):
     """Shape advantages (B,) to (B, C + L). Low and high tokens are found in plan and image apart;
     lambda is one for both, over the whole batch. Returns the shaped advantages and lambda."""
     c = rollout.plan.shape[1]
-    fractions = config.low_frac, config.high_frac
-    plan = entropy_masks(rollout.entropy[:, :c], rollout.valid[:, :c], *fractions)
-    image = entropy_masks(rollout.entropy[:, c:], rollout.valid[:, c:], *fractions)
-    low, high = (torch.cat(pair, 1) for pair in zip(plan, image))  # (B, C + L)
+    masks = []
+    for slots in (slice(None, c), slice(c, None)):
+        entropy = rollout.entropy[:, slots]
+        valid = rollout.valid[:, slots]
+        masks.append(objective.entropy_masks(entropy, valid, config.low_frac, config.high_frac))
+    low, high = (torch.cat(pair, 1) for pair in zip(*masks))  # (B, C + L)
     shaping = advantage, rollout.entropy, low, high, rollout.valid, config.kappa
-    return shape_advantages(*shaping), bonus_coefficient(*shaping)
+    return objective.shape_advantages(*shaping), objective.bonus_coefficient(*shaping)
 
 
 def update(policy, optimizer, rollout, advantage, config):
@@ -242,7 +245,7 @@ def update(policy, optimizer, rollout, advantage, config):
         part = rollout.rows(rows)
         logp = score_rollout(policy, part, config.guidance)
         logp_ref = score_reference(policy, part, config.guidance) if config.beta else None
-        loss, kl = policy_loss(
+        loss, kl = objective.policy_loss(
             logp, logp_ref, advantage[rows], part.valid, config.beta, sequences=len(advantage)
         )
         loss.backward()
@@ -282,7 +285,7 @@ def train_step(policy, optimizer, reward, prompts, config, step):
     rollout, images = make_rollout(policy, repeated, config, noise.to(config.device))
     sampled = time.time()
     rewards = call_reward(reward, images, repeated).view(len(prompts), config.group_size)
-    advantage = group_advantages(rewards).flatten()  # (B,)
+    advantage = objective.group_advantages(rewards).flatten()  # (B,)
     advantage, coefficient = shape_rollout(rollout, advantage, config)  # (B, C + L)
     for group in optimizer.param_groups:  # warm-up
         group["lr"] = config.learning_rate * min(1, (step + 1) / 10)

@@ -58,8 +58,9 @@ def run(main):
 # --- flags ----------------------------------------------------------------------------------------
 
 
-def flag(default, text):
-    return dataclasses.field(default=default, metadata={"help": text})
+def flag(default, text, low=0, high=2**31 - 1):
+    """Make a field; low and high are the range of a number."""
+    return dataclasses.field(default=default, metadata=dict(help=text, low=low, high=high))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,20 +70,20 @@ class Config:
     prompts: str = flag("", "text file, one prompt per line")
     out: str = flag("out/janus", "output folder")
     full: bool = flag(False, "train all weights that sample, in float32, instead of LoRA")
-    steps: int = flag(1600, "updates")
-    prompts_per_step: int = flag(2, "P; the paper has 16")
-    group_size: int = flag(8, "G, rollouts per prompt")
-    micro_batch: int = flag(4, "sequences per backward pass; does not change the update")
-    plan_tokens: int = flag(64, "C, plan tokens at most")
+    steps: int = flag(1600, "updates", low=1)
+    prompts_per_step: int = flag(2, "P; the paper has 16", low=1)
+    group_size: int = flag(8, "G, rollouts per prompt", low=2)
+    micro_batch: int = flag(4, "sequences per backward pass; does not change the update", low=1)
+    plan_tokens: int = flag(64, "C, plan tokens at most", low=1)
     guidance: float = flag(5.0, "of the image tokens, sampled and scored alike; 1: none")
-    lr: float = flag(0.0, "learning rate; 0: 1e-5 with LoRA, 1e-6 with --full")
+    lr: float = flag(0.0, "learning rate; 0: 1e-5 with LoRA, 1e-6 with --full", high=1)
     beta: float = flag(0.01, "weight of the KL term")
-    low_frac: float = flag(0.2, "fraction of tokens without reward gradient")
-    high_frac: float = flag(0.5, "fraction of tokens with a bonus")
+    low_frac: float = flag(0.2, "fraction of tokens without reward gradient", high=1)
+    high_frac: float = flag(0.5, "fraction of tokens with a bonus", high=1)
     kappa: float = flag(1.0, "bonus as a fraction of what exclusion takes away; in (0, 1]")
-    lora_rank: int = flag(16, "rank of the adapter")
+    lora_rank: int = flag(16, "rank of the adapter", low=1)
     max_gap: float = flag(0.0, "mean |logp difference| refused, nats; 0: 1e-3, on CUDA 0.1")
-    save_every: int = flag(20, "steps between checkpoints and image grids")
+    save_every: int = flag(20, "steps between checkpoints and image grids", low=1)
     seed: int = flag(0, "of noise, prompt order and adapter")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
 
@@ -92,6 +93,10 @@ class Config:
 
 
 NOT_RESULTS = {"out", "steps", "micro_batch", "max_gap", "save_every", "device"}  # may change
+
+
+def to_flag(name):
+    return "--" + name.replace("_", "-")
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,41 +112,29 @@ def parse_flags(argv, description):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for field in dataclasses.fields(Config):
-        how = (
-            dict(action="store_true")
-            if field.type is bool
-            else dict(
-                type=field.type,
-                default=field.default,
-                required=field.default == "",
-                metavar=field.type.__name__.upper(),
-            )
-        )
-        shown = "required" if field.default == "" else f"default {field.default}"
+        about = field.metadata["help"]
+        if field.type is bool:
+            parser.add_argument(to_flag(field.name), action="store_true", help=about)
+            continue
+        is_required = field.default == ""
+        shown = "required" if is_required else f"default {field.default}"
         parser.add_argument(
-            "--" + field.name.replace("_", "-"), help=f"{field.metadata['help']} ({shown})", **how
+            to_flag(field.name),
+            type=field.type,
+            default=field.default,
+            required=is_required,
+            metavar=field.type.__name__.upper(),
+            help=f"{about} ({shown})",
         )
-    config = Config(**vars(parser.parse_args(argv)))
-    for name, least in (
-        ("group_size", 2),
-        ("steps", 1),
-        ("prompts_per_step", 1),
-        ("micro_batch", 1),
-        ("plan_tokens", 1),
-        ("lora_rank", 1),
-        ("save_every", 1),
-        ("lr", 0),
-        ("beta", 0),
-        ("low_frac", 0),
-        ("high_frac", 0),
-        ("guidance", 0),
-        ("kappa", 0),
-        ("max_gap", 0),
-    ):
-        check(
-            getattr(config, name) >= least,
-            f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}",
-        )
+    values = vars(parser.parse_args(argv))
+    config = Config(**values)
+    for field in dataclasses.fields(Config):
+        if field.type in (int, float):
+            value = values[field.name]
+            low = field.metadata["low"]
+            high = field.metadata["high"]
+            message = f"{to_flag(field.name)} {value}: must be from {low} to {high}"
+            check(low <= value <= high, message)  # NaN is not
     check(config.low_frac + config.high_frac <= 1, "--low-frac + --high-frac must be at most 1")
     check(
         config.device == "cpu" or config.device.startswith("cuda") and torch.cuda.is_available(),
@@ -160,15 +153,14 @@ def read_prompts(config):
     check(prompts, f"--prompts {config.prompts}: no prompt in it; one per line")
 
     def of_step(step):
-        numbers = range(step * config.prompts_per_step, (step + 1) * config.prompts_per_step)
-        return [
-            prompts[
-                torch.randperm(
-                    len(prompts), generator=generator(config.seed, "order", n // len(prompts))
-                )[n % len(prompts)]
-            ]
-            for n in numbers
-        ]
+        first = step * config.prompts_per_step
+        picked = []
+        for n in range(first, first + config.prompts_per_step):
+            epoch, place = divmod(n, len(prompts))
+            rng = generator(config.seed, "order", epoch)
+            order = torch.randperm(len(prompts), generator=rng)
+            picked.append(prompts[order[place]])
+        return picked
 
     return of_step
 
@@ -194,7 +186,8 @@ def load_pretrained(flag, path, cls, model_type, dtype):
     try:
         found = transformers.PreTrainedConfig.get_config_dict(path)[0].get("model_type")
         hint = ": use deepseek-community/Janus-Pro-1B" if found == "multi_modality" else ""
-        check(found == model_type, f"{flag} {path}: model type {found!r}, not {model_type!r}{hint}")
+        message = f"{flag} {path}: model type {found!r}, not {model_type!r}{hint}"
+        check(found == model_type, message)
         model, info = cls.from_pretrained(path, dtype=dtype, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -229,11 +222,10 @@ def load_policy(config):
     )
     model.model.vqmodel.float()
     model.to(config.device)
-    reference = (
-        copy.deepcopy(model).to(torch.bfloat16 if config.device != "cpu" else torch.float32)
-        if config.full and config.beta
-        else None
-    )
+    reference = None
+    if config.full and config.beta:
+        dtype = torch.float32 if config.device == "cpu" else torch.bfloat16
+        reference = copy.deepcopy(model).to(dtype)
     if config.full:
         inner = model.model
         for part in (
@@ -271,9 +263,10 @@ def load_reward(config):
     """Return a function: images (B, 3, h, w) in [0, 1], B prompts -> (B,)."""
     path, _, name = config.reward.rpartition(":")
     if path.endswith(".py"):
+        sys.path.append(str(Path(path).resolve().parent))  # for what the file imports
         try:
             function = runpy.run_path(path).get(name)
-        except (OSError, SyntaxError) as error:
+        except (OSError, SyntaxError, ImportError) as error:
             raise UserError(f"--reward {config.reward}: {error}") from None
         check(callable(function), f"--reward {config.reward}: no function {name!r} in {path}")
         return function
@@ -281,22 +274,22 @@ def load_reward(config):
         "--reward", config.reward, transformers.CLIPModel, "clip", torch.float32
     )
     model.to(config.device)
-    size, words = model.config.vision_config.image_size, model.config.text_config
-    mean, std = (
-        torch.tensor(x, device=config.device).view(1, 3, 1, 1)
-        for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-    )
+    size = model.config.vision_config.image_size
+    words = model.config.text_config.max_position_embeddings
+    mean = torch.tensor(OPENAI_CLIP_MEAN, device=config.device).view(3, 1, 1)
+    std = torch.tensor(OPENAI_CLIP_STD, device=config.device).view(3, 1, 1)
 
     def clip_similarity(images, prompts):
-        pixels = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        pixels = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+        pixels = (pixels.clamp(0, 1) - mean) / std
         tokens = tokenizer(
             prompts,
             padding=True,
             truncation=True,
             return_tensors="pt",
-            max_length=words.max_position_embeddings,
+            max_length=words,
         ).to(config.device)
-        out = model(pixel_values=(pixels - mean) / std, **tokens)
+        out = model(pixel_values=pixels, **tokens)
         return F.cosine_similarity(out.image_embeds, out.text_embeds)
 
     return clip_similarity
@@ -380,7 +373,8 @@ def check_out(config):
 
 def start_log(config, first):
     """Begin log.jsonl with config, versions, device and seed, or drop steps that run again."""
-    path, device = Path(config.out) / "log.jsonl", config.device
+    path = Path(config.out) / "log.jsonl"
+    device = config.device
     path.parent.mkdir(parents=True, exist_ok=True)
     header = dict(
         config=dataclasses.asdict(config),
@@ -395,7 +389,8 @@ def start_log(config, first):
     )
     lines = [json.dumps(header)]
     if first and path.exists():
-        lines = [line for line in path.read_text().splitlines() if step_of(line) < first]
+        kept = path.read_text().splitlines()
+        lines = [line for line in kept if step_of(line) < first]
     path.write_text("".join(line + "\n" for line in lines))
 
 
@@ -414,6 +409,10 @@ def write_log(config, **record):
 def save_images(path, images, columns):
     """Write images (B, 3, h, w) in [0, 1] as one PNG, a prompt per row."""
     b, _, h, w = images.shape
-    grid = images.view(b // columns, columns, 3, h, w).permute(0, 3, 1, 4, 2)
-    pixels = (grid.reshape(b // columns * h, columns * w, 3) * 255).round().byte().cpu().numpy()
-    Image.fromarray(numpy.ascontiguousarray(pixels)).save(path)
+    rows = b // columns
+    grid = images.view(rows, columns, 3, h, w)
+    grid = grid.permute(0, 3, 1, 4, 2)  # (rows, h, columns, w, 3)
+    grid = grid.reshape(rows * h, columns * w, 3)
+    pixels = (grid * 255).round().byte()
+    pixels = numpy.ascontiguousarray(pixels.cpu().numpy())
+    Image.fromarray(pixels).save(path)

@@ -8,10 +8,9 @@ Needs torch and examples/requirements.txt; put examples/ on PYTHONPATH. Runs on 
 start several processes with accelerate or torchrun. The batch that lambda is calibrated over is
 TRL's generation batch, of all processes: per_device_train_batch_size * steps_per_generation rows of
 each. low_frac=0 is the stock trainer, bit for bit (loss_type="grpo", also with gradient
-accumulation, LoRA, num_iterations=2 and gradient checkpointing). Other losses are refused: the
-bonus is calibrated for a mean over sequences of means over tokens. So is importance sampling by
-sequence, which averages over the tokens that are to be told apart. Truncated samplers are refused:
-entropies must be those of the distribution sampled from.
+accumulation, LoRA, num_iterations=2 and gradient checkpointing). Settings that change the weight of
+a token in the loss are refused, because the bonus is calibrated for a mean over sequences of means
+over tokens; so is all that truncates or alters the distribution sampled from, whose entropy counts.
 
 Estimates, not measurements: memory is GRPOTrainer's; time is one more forward pass per generation
 batch. Run so far: tiny random models on a CPU, one process, and two by torchrun on gloo
@@ -22,63 +21,73 @@ batch. Run so far: tiny random models on a CPU, one process, and two by torchrun
 4. frac_reward_zero_std: groups of equal rewards; TRL divides rounding noise by 1e-4 there.
 """
 
+import importlib.util
 import math
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for eggrpo
 import torch
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
-from eggrpo import bonus_coefficient, entropy_masks, shape_advantages
-
-OFF = dict(
-    top_k=(0, -1),
-    top_p=(1,),
-    min_p=(0,),
-    repetition_penalty=(1,),
-    typical_p=(1,),
-    epsilon_cutoff=(0,),
-    eta_cutoff=(0,),
-    no_repeat_ngram_size=(0,),
+# The mathematics by its file: on the path, the repository would hide packages such as evaluate.
+spec = importlib.util.spec_from_file_location(
+    "objective", Path(__file__).resolve().parents[1] / "objective.py"
 )
-SET_BY_TRL = ("top_k", "top_p", "min_p", "repetition_penalty")
+objective = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(objective)
+
+# The fields of GRPOConfig (TRL 1.16.0) that change how tokens are sampled or what they weigh in the
+# loss, and what they must be. Ratio and clipping, the reference and the scale of A stay free.
+NEEDED = dict(
+    top_k=(None, 0, -1),
+    top_p=(None, 1),
+    min_p=(None, 0),
+    repetition_penalty=(None, 1),
+    generation_kwargs=(None, {}),
+    vllm_structured_outputs_regex=(None,),
+    neftune_noise_alpha=(None,),
+    loss_type=("grpo",),
+    importance_sampling_level=("token",),
+    off_policy_mask_threshold=(None,),
+    top_entropy_quantile=(1,),
+    entropy_coef=(0,),
+    use_adaptive_entropy=(False,),
+)
+# What a model's generation_config may hold: TRL sets these, or they leave probabilities alone.
+HARMLESS = set(
+    "bos_token_id eos_token_id pad_token_id do_sample max_length max_new_tokens use_cache "
+    "cache_implementation temperature top_k top_p min_p repetition_penalty transformers_version "
+    "_from_model_config".split()
+)
 
 
 class EGGRPOTrainer(GRPOTrainer):
     """GRPOTrainer whose advantages are shaped by token entropy.
 
-    low_frac, high_frac, kappa: as in eggrpo.py. All else: as GRPOTrainer. Raises ValueError for a
-    sampler, loss or model for which the entropies, the calibration or shapes would be wrong.
+    low_frac, high_frac, kappa: as in objective.py. All else: as GRPOTrainer. Raises ValueError for
+    a sampler, loss or model for which the entropies, the calibration or shapes would be wrong.
     """
 
     def __init__(self, *args, low_frac=0.2, high_frac=0.5, kappa=1.0, **kwargs):
         super().__init__(*args, **kwargs)
         self.fractions = (low_frac, high_frac)
         self.kappa = kappa
-        sampler = {
-            name: getattr(
-                self.args if name in SET_BY_TRL else self.model.generation_config, name, None
-            )
-            for name in OFF
-        }
-        for name, value in (sampler | (self.args.generation_kwargs or {})).items():
-            if value is not None and value not in OFF.get(name, ()):
+        needed = dict(NEEDED)
+        if self.args.use_vllm:
+            needed["vllm_importance_sampling_correction"] = (False,)  # it weighs tokens
+        for name, allowed in needed.items():
+            value = getattr(self.args, name)
+            if value not in allowed:
                 raise ValueError(
-                    f"{name}={value}: EG-GRPO needs the full distribution, "
-                    "without truncation, penalties or other generation_kwargs"
+                    f"{name}={value!r}: must be {allowed[-1]!r}, because EG-GRPO needs tokens of "
+                    "the full distribution, each weighted by 1 over its completion's length"
                 )
-        if self.args.loss_type != "grpo":
-            raise ValueError(
-                f"loss_type={self.args.loss_type!r}: EG-GRPO's bonus is calibrated for a mean over "
-                "sequences of means over tokens; set loss_type='grpo'"
-            )
-        level = self.args.importance_sampling_level
-        if level != "token":
-            raise ValueError(f"importance_sampling_level={level!r}: EG-GRPO needs 'token'")
-        if self.args.off_policy_mask_threshold is not None:
-            raise ValueError("off_policy_mask_threshold: EG-GRPO needs all sequences in the loss")
+        for name, value in self.model.generation_config.to_diff_dict().items():
+            if value is not False and name not in HARMLESS:
+                raise ValueError(f"{name}={value!r} in the model's generation_config: set it None")
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.Dropout) and module.p > 0:
+                raise ValueError("dropout: TRL samples with it; set disable_dropout=True")
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
@@ -108,12 +117,13 @@ class EGGRPOTrainer(GRPOTrainer):
         advantage = self.accelerator.gather(advantage)  # (N,) of N = B * processes sequences
         entropy = self._gather_tokens(entropy)  # (N, longest T)
         valid = self._gather_tokens(valid.int()).bool()  # padding makes integers of a bool
-        low, high = entropy_masks(entropy, valid, *self.fractions)
+        low, high = objective.entropy_masks(entropy, valid, *self.fractions)
         shaping = (advantage, entropy, low, high, valid, self.kappa)
         metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["eg/low_fraction"].append((low.sum() / valid.sum().clamp(min=1)).item())
-        metrics["eg/lambda"].append(bonus_coefficient(*shaping).item())
-        shaped = shape_advantages(*shaping).split(rows)[self.accelerator.process_index]
+        fraction = low.sum() / valid.sum().clamp(min=1)
+        metrics["eg/low_fraction"].append(fraction.item())
+        metrics["eg/lambda"].append(objective.bonus_coefficient(*shaping).item())
+        shaped = objective.shape_advantages(*shaping).split(rows)[self.accelerator.process_index]
         return shaped[:, :length]
 
     def _gather_tokens(self, x):

@@ -10,6 +10,7 @@ from torch import Tensor
 import eggrpo
 from evaluate import draw_noise, sample_images
 from model import Rollout
+from objective import group_advantages
 from rewards import compute_rewards, encode_targets
 from scenes import encode_scenes
 
@@ -19,6 +20,7 @@ class Batch(NamedTuple):
     rollout: Rollout  # of B = P * G sequences
     images: Tensor  # (B, 3, h, w)
     rewards: Tensor  # (P, G)
+    components: dict  # {name: (P, G)}, NaN if a component does not apply
     exact: Tensor  # (P, G)
     advantage: Tensor  # (B,)
 
@@ -40,15 +42,16 @@ def training_batch(env, policy, config, step):
 
     repeated = [scene for scene in scenes for _ in range(config.group_size)]
     targets = encode_targets(env.world, repeated, env.device)
-    rewards, _, exact = compute_rewards(images, targets, env.world)
+    rewards, components, exact = compute_rewards(images, targets, env.world)
     rewards = rewards.view(shape)
     return Batch(
         scenes=scenes,
         rollout=rollout,
         images=images,
         rewards=rewards,
+        components={name: values.view(shape) for name, values in components.items()},
         exact=exact.view(shape),
-        advantage=eggrpo.group_advantages(rewards).flatten(),
+        advantage=group_advantages(rewards).flatten(),
     )
 
 

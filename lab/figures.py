@@ -3,18 +3,15 @@
 Called by lab.analyze. Each function takes the numbers of study.json or records and writes one PNG.
 """
 
-import io
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
+from matplotlib.figure import Figure
 
-import common
+from evaluate import save_figure
+from lab.findings import PASS_AT
 from lab.tables import SCORES, label
 
+WIDTH = 8.3  # inches of 100 pixels: GitHub's pages show 830 pixels
+INTERVALS = "95 % intervals over base policies"
 # a grey, a line and a marker each, so that no figure needs its colours
 STYLES = {
     "base, no plan": dict(color="#9e9e9e", linestyle=":", marker="s"),
@@ -32,15 +29,12 @@ def plain(variant):
     return label(variant).replace("`", "")
 
 
-def save(path, figure):
-    """Write a figure as a PNG with a palette of 256 colours, which takes half the bytes."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=110, bbox_inches="tight")
-    plt.close(figure)
-    image = Image.open(drawn).convert("RGB").quantize(256)
-    packed = io.BytesIO()
-    image.save(packed, "PNG", optimize=True)
-    common.write(path, packed.getvalue())
+def finish(path, figure, axis, note):
+    """Put the legend of an axis below a figure, under a note, and write the figure."""
+    lines, names = axis.get_legend_handles_labels()
+    place = dict(loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(lines, names, title=note, **place)
+    save_figure(figure, path)
 
 
 # --- records --------------------------------------------------------------------------------------
@@ -58,6 +52,13 @@ def density(points, x_grid, y_grid):
     return kernels[1] @ kernels[0].T / len(points)
 
 
+def reflect(points):
+    """Add to points (n, 2) their reflections at reward 1, so that no density is lost above it."""
+    entropy, reward = points.T
+    mirrored = np.stack([entropy, 2 - reward], 1)
+    return np.concatenate([points, mirrored])
+
+
 def contour_levels(height):
     """Return the heights above which lie nine tenths and half of a density."""
     descending = np.sort(height.ravel())[::-1]
@@ -65,48 +66,63 @@ def contour_levels(height):
     return sorted({descending[np.searchsorted(share, s)] for s in (0.9, 0.5)})
 
 
-def draw_joint(path, records, key):
-    """Reward against an entropy, as in the paper's figure. The contours hold half and nine tenths
-    of the images; histograms at the margins. records: {setting: {base: rows}}, pooled here."""
-    pooled = {}
-    for setting, of_bases in records.items():
-        pooled[setting] = [row for rows in of_bases.values() for row in rows]
-    figure, axes = plt.subplots(
-        2,
-        2,
-        figsize=(7, 6),
-        sharex="col",
-        sharey="row",
-        width_ratios=(4, 1),
-        height_ratios=(1, 4),
-        gridspec_kw=dict(hspace=0.05, wspace=0.05),
+def draw_setting(top, joint, setting, points, x_grid):
+    """Draw one setting of draw_joint: contours, and the histogram above. points: (n, 2)."""
+    colour = STYLES[setting]["color"]
+    dashes = STYLES[setting]["linestyle"]
+    y_grid = np.linspace(0, 1, 120)
+    height = density(reflect(points), x_grid, y_grid)
+    joint.contour(
+        x_grid,
+        y_grid,
+        height,
+        contour_levels(height),
+        colors=colour,
+        linestyles=dashes,
+        linewidths=(1, 2.2),
     )
-    (top, corner), (joint, side) = axes
-    every = np.array([row[key] for rows in pooled.values() for row in rows])
-    left, right = np.quantile(every, (0.001, 0.999)) + (0, 1e-6)
-    x_grid = np.linspace(left, right, 120)
-    y_grid = np.linspace(-0.05, 1.1, 120)
-    for setting, rows in pooled.items():
-        colour = STYLES[setting]["color"]
-        line = STYLES[setting]["linestyle"]
-        points = np.array([(row[key], row["reward"]) for row in rows])
-        height = density(points, x_grid, y_grid)
-        levels = contour_levels(height)
-        widths = np.linspace(1, 2, len(levels))
-        joint.contour(
-            x_grid, y_grid, height, levels, colors=colour, linestyles=line, linewidths=widths
-        )
-        joint.plot([], [], color=colour, linestyle=line, label=setting)
-        options = dict(bins=40, density=True, histtype="step", color=colour, linestyle=line)
-        entropy, reward = points.T
-        top.hist(entropy, range=(left, right), **options)
-        side.hist(reward, range=(0, 1), orientation="horizontal", **options)
+    joint.plot([], [], color=colour, linestyle=dashes, label=setting)
+    bins = np.linspace(x_grid[0], x_grid[-1], 41)
+    entropy = points[:, 0]
+    top.hist(entropy, bins, histtype="step", color=colour, linestyle=dashes)
+
+
+def draw_joint(path, records, key):
+    """Reward against an entropy, as in the paper's figure, for each two settings in succession; the
+    histogram of the entropy above. records: {setting: {base: rows}}, pooled here."""
+    pooled = {}
+    bases = set()
+    for setting, of_bases in records.items():
+        points = []
+        for base, rows in of_bases.items():
+            bases.add(base)
+            points += [(row[key], row["reward"]) for row in rows]
+        pooled[setting] = np.array(points)
+    settings = list(pooled)
+    panels = list(zip(settings, settings[1:])) or [settings]
+    entropies = np.concatenate([*pooled.values()])[:, 0]
+    left, right = np.quantile(entropies, (0.001, 0.999))
+    x_grid = np.linspace(left, right + 1e-6, 120)
+    figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
+    axes = figure.subplots(
+        2,
+        len(panels),
+        squeeze=False,
+        sharex=True,
+        sharey="row",
+        height_ratios=(1, 4),
+    )
+    for panel, (top, joint) in zip(panels, axes.T):
+        for setting in panel:
+            draw_setting(top, joint, setting, pooled[setting], x_grid)
+        joint.set(xlabel="fraction of log V", ylim=(0, 1))
+        joint.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
+        top.axis("off")
+    axes[1, 0].set_ylabel("reward")
     name = key.replace("_", " ")
-    joint.set(xlabel=f"{name}, fraction of log V", ylabel="reward", ylim=(0, 1.08))
-    joint.legend(loc="lower right", frameon=False)
-    for axis in (top, side, corner):
-        axis.axis("off")
-    save(path, figure)
+    note = f"{name}; half of the images inside the thick line, nine tenths inside the thin one; "
+    figure.suptitle(f"{note}base policies: {len(bases)}", fontsize=9)
+    save_figure(figure, path)
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -115,7 +131,8 @@ def draw_joint(path, records, key):
 def draw_curves(path, variants):
     """Held-out exact, on usual and rare pairs, against the training step: mean over runs and its
     interval."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
+    figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     titles = dict(eval_exact="exact, usual pairs", rare_exact="exact, rare pairs")
     for axis, (key, title) in zip(axes, titles.items()):
         for i, (variant, numbers) in enumerate(variants.items()):
@@ -127,14 +144,13 @@ def draw_curves(path, variants):
             style = STYLES[plain(variant)]
             axis.errorbar(steps + shift, mean, half, label=name, markersize=3, **style)
         axis.set(title=title, xlabel="step", ylim=(0, 1))
-    axes[0].legend(frameon=False, fontsize=8)
-    save(path, figure)
+    finish(path, figure, axes[0], f"bars: {INTERVALS}; in brackets: runs")
 
 
 def draw_differences(path, variants):
     """Each variant minus GRPO: reward, exact, exact on rare pairs, with 95 % intervals."""
-    height = 1 + 0.3 * len(variants)
-    figure, axes = plt.subplots(1, 3, figsize=(10, height), sharey=True)
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.28 * len(variants)), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
     names = []
     for variant, numbers in variants.items():
         pairs = (numbers["differences"]["reward"] or {}).get("runs", 0)
@@ -148,15 +164,17 @@ def draw_differences(path, variants):
             axis.errorbar([x["mean"]], [y], xerr=half, color="k", fmt="o", capsize=2)
         axis.axvline(0, color="0.5", linewidth=0.8, linestyle="--")
         axis.set_xlabel(f"{score} minus GRPO's")
-        axis.locator_params(axis="x", nbins=4)
-    axes[0].set(yticks=range(len(names)), yticklabels=names)
+        axis.locator_params(axis="x", nbins=3)
+    axes[0].set_yticks(range(len(names)), names, fontsize=9)
     axes[0].set_ylim(len(names) - 0.5, -0.5)
-    save(path, figure)
+    figure.supxlabel(f"bars: {INTERVALS}; in brackets: pairs of runs", fontsize=9)
+    save_figure(figure, path)
 
 
 def draw_discovery(path, variants):
     """Exact of rare pairs against their frequency in the corpus: means over runs, intervals."""
-    figure, axis = plt.subplots(figsize=(4.5, 3.2))
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
     for i, (variant, numbers) in enumerate(variants.items()):
         found = numbers["discovery"]
         frequency = np.array([float(name.rstrip("%")) for name in found])
@@ -169,13 +187,13 @@ def draw_discovery(path, variants):
     axis.set(xscale="log", ylim=(0, 1), ylabel="exact", xlabel="frequency in the corpus, %")
     axis.set_xticks(frequency, [f"{x:g}" for x in frequency])
     axis.set_xticks([], minor=True)
-    axis.legend(frameon=False, fontsize=8, loc="upper left")
-    save(path, figure)
+    finish(path, figure, axis, f"bars: {INTERVALS}; in brackets: runs")
 
 
 def draw_diversity(path, variants):
     """Vendi score against reward: a point per run, grey for those of fewer steps or guidance."""
-    figure, axis = plt.subplots(figsize=(4.5, 3.2))
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
     for variant, numbers in variants.items():
         reward = [*numbers["values"]["reward"].values()]
         vendi = [*numbers["values"]["vendi"].values()]
@@ -186,13 +204,13 @@ def draw_diversity(path, variants):
             options = dict(color="0.8", linestyle="none", marker=".", zorder=1)
         axis.plot(reward, vendi, markersize=4, **options)
     axis.set(xlabel="reward", ylabel="Vendi score of ten images")
-    axis.legend(frameon=False, fontsize=8)
-    save(path, figure)
+    finish(path, figure, axis, "a point per run; grey: fewer steps, or guidance")
 
 
 def draw_passes(path, passes):
     """pass@k against k for usual and rare pairs: mean over base policies and its interval."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
+    figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     titles = dict(eval="usual pairs", rare="rare pairs")
     for axis, (split, title) in zip(axes, titles.items()):
         for setting, found in passes.get(split, {}).items():
@@ -205,6 +223,7 @@ def draw_passes(path, passes):
             axis.plot(k, mean, label=setting, markersize=3, **style)
             axis.fill_between(k, mean - half, mean + half, color=style["color"], alpha=0.15)
         axis.set(title=title, xlabel="k", xscale="log", ylim=(0, 1))
+        axis.set_xticks(PASS_AT, PASS_AT, fontsize=9)
+        axis.set_xticks([], minor=True)
     axes[0].set_ylabel("pass@k")
-    axes[0].legend(frameon=False, fontsize=8)
-    save(path, figure)
+    finish(path, figure, axes[0], f"bands: {INTERVALS}")

@@ -12,6 +12,7 @@ import model
 from evaluate import draw_noise, sample_and_score
 from lab.batch import step_config
 from lab.world import gradient_sizes
+from objective import token_entropy
 from rewards import detect
 from scenes import make_scene
 
@@ -75,7 +76,7 @@ def scored_without_guidance():
     def generate(policy, prompt, noise, guidance):
         rollout = model.generate(policy, prompt, noise, guidance)
         logits = model.forward_logits(policy, rollout.prompt, rollout.plan, rollout.codes)
-        entropy = torch.cat([eggrpo.token_entropy(modality) for modality in logits], 1)
+        entropy = torch.cat([token_entropy(modality) for modality in logits], 1)
         return rollout._replace(entropy=entropy * rollout.valid)
 
     unchecked = mock.patch.object(eggrpo, "check_one_policy", lambda *arguments: None)

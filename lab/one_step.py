@@ -17,14 +17,15 @@ from pathlib import Path
 import torch
 
 import common
-from eggrpo import bonus_coefficient, train_step
+from eggrpo import train_step
 from evaluate import load_base, load_env, load_run, markdown_table
 from lab.batch import step_config, token_advantages, training_batch
 from lab.one_step_figure import draw
 from lab.study import read_lines
 from lab.world import object_tokens
 from model import score
-from scenes import WORDS, WORLDS
+from objective import bonus_coefficient
+from scenes import WORDS, WORLDS, rare_pairs
 
 STEP = 0
 
@@ -120,6 +121,12 @@ def measure(config, device):
     objects = object_tokens(batch.images, env.world)
     tokens = [describe_tokens(batch, low, high, shaped, objects, i * g + k) for k in range(g)]
     masks = dict(all=valid, low=low, high=high)
+    components = {}
+    for name, k in chosen.items():
+        components[name] = {}
+        for key, values in batch.components.items():
+            if not values[i, k].isnan():  # it applies to the prompt
+                components[name][key] = values[i, k].item()
     update = {}
     for method, own in settings.items():
         update[method] = measure_update(policy, reference, env, own, batch, masks, rows)
@@ -131,7 +138,9 @@ def measure(config, device):
         "step": STEP,
         "index": i,
         "prompt": batch.scenes[i].prompt,
+        "rare": sorted(" ".join(pair) for pair in rare_pairs(batch.scenes[i].objects)),
         "rewards": rewards.tolist(),
+        "components": components,
         "mean": rewards.mean().item(),
         "std": rewards.std().item(),
         "exact": batch.exact[i].tolist(),
@@ -155,11 +164,16 @@ def page(data):
     fields = dict(data)
     fields["g"] = len(data["plans"])
     fields["rewards"] = ", ".join(f"{reward:.2f}" for reward in data["rewards"])
+    fields["rare"] = "no rare pair"
+    if data["rare"]:
+        fields["rare"] = "a rare pair, " + " and ".join(data["rare"])
     fields["run"] = "" if data["policy"] == "base policy" else f" --run {data['policy']}"
     for name, k in data["chosen"].items():
         image = data["tokens"][name]["image"]
         most_uncertain = image["entropy"].index(max(image["entropy"]))
         fields[name] = data["advantages"][k]
+        components = [f"{key} {x:.2f}" for key, x in data["components"][name].items()]
+        fields[f"{name}_components"] = ", ".join(components)
         fields[f"{name}_reward"] = data["rewards"][k]
         fields[f"{name}_top"] = image["entropy"][most_uncertain]
         fields[f"{name}_token"] = image["eggrpo"][most_uncertain]
@@ -201,7 +215,7 @@ def page(data):
         for part in ("all", "low", "high"):
             changes = [change[name][part] for change in data["update"].values()]
             shown = [f"{x:+.4f}" for x in changes]
-            rows.append([f"{name} rollout, {part} tokens", *shown])
+            rows.append([f"{name} rollout, sum over {part} tokens", *shown])
     fields["table"] = markdown_table(["", "GRPO", "EG-GRPO"], rows)
     template = Path(__file__).with_name("one_step_page.md").read_text(encoding="utf-8")
     return template.format(**fields)

@@ -31,10 +31,10 @@ import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector
 
 import common
-from eggrpo import entropy_masks, policy_loss
 from evaluate import draw_noise, evaluate, load_base, load_env, sample_images
 from lab.batch import step_config, token_advantages, training_batch
 from model import score
+from objective import entropy_masks, policy_loss
 from rewards import paint_coverage
 from scenes import encode_scenes, make_scene
 from tiny_vq.train import ceiling

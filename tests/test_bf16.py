@@ -10,7 +10,7 @@ import torch
 
 import common
 import pretrain
-from eggrpo import LOGP_DIFF_BOUND, sampler_against_learner
+from eggrpo import LOGP_DIFF_BOUND, logp_difference
 from model import Block, Policy, generate, score
 from pretrain import corpus_chunk
 from scenes import WORDS, WORLDS
@@ -58,7 +58,7 @@ def sampled(trained, guidance=1.0):
 def difference(trained, rollout, guidance=1.0):
     """Score a rollout. Returns the mean absolute difference of log-probs, nats."""
     logp = score(trained[0], rollout.prompt, rollout.plan, rollout.codes, guidance)
-    return sampler_against_learner(rollout, logp)["logp_diff_mean"].item()
+    return logp_difference(rollout, logp).item()
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])

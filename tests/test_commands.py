@@ -11,6 +11,8 @@ import time
 
 import pytest
 import torch
+from matplotlib import pyplot
+from matplotlib.text import Text
 from PIL import Image
 
 import common
@@ -85,7 +87,7 @@ def test_train_sh_runs_all_stages_and_writes_all_outputs(out):
     folder, printed = out
     for name in ("results.json", "results.md", "eggrpo-0/gallery-00000.png", "grpo-0/policy.pt"):
         assert (folder / "smoke" / name).stat().st_size > 0, name
-    assert Image.open(folder / "smoke" / "before-after.png").width > 1000
+    assert Image.open(folder / "smoke" / "before-after.png").width == 830
     assert Image.open(folder / "smoke" / "eggrpo-0" / "training.gif").n_frames == 3  # 0, 2 and 4
     assert "stage 5 of 5: evaluation" in printed
     for name in ("base", "base + plan", "eggrpo-0", "grpo-0"):
@@ -119,7 +121,33 @@ def test_the_learning_curves_are_drawn_from_logs_alone(tmp_path):
         (tmp_path / name / "log.jsonl").write_text("\n".join(lines))
     evaluate.plot_curves(tmp_path, ["a", "b"])
     picture = Image.open(tmp_path / "curves.png").convert("RGB")
-    assert picture.width > 1000 and len(picture.getcolors(10**6)) > 10
+    assert picture.width == 830 and len(picture.getcolors(10**6)) > 10
+
+
+def test_a_gallery_tells_right_from_wrong_and_leaves_the_users_figures_alone(tmp_path):
+    """A notebook's backend and open figures stay; frames of a GIF have one size."""
+    pyplot.switch_backend("svg")
+    pyplot.figure(7)
+    images = torch.rand(2, 3, 30, 30)
+    prompts = ["a red circle above a green circle", "one blue circle"]
+    pictures = {}
+    for exact in ((0, 0), (1, 0), (1, 1)):
+        figure = evaluate.gallery([images], prompts, ["EG-GRPO, seed 0"], [torch.tensor(exact)])
+        texts = [axis.get_xlabel() for axis in figure.axes]
+        assert texts == ["✓" if right else "✗" for right in exact]
+        assert all(text.get_fontsize() >= 8 for text in figure.findobj(Text) if text.get_text())
+        evaluate.save_figure(figure, tmp_path / "gallery.png")
+        pictures[exact] = Image.open(tmp_path / "gallery.png").convert("RGB")
+    assert len({picture.size for picture in pictures.values()}) == 1
+    assert len({picture.tobytes() for picture in pictures.values()}) == 3
+    assert pyplot.get_backend() == "svg" and pyplot.get_fignums() == [7]
+    pyplot.close(7)
+
+
+def test_pictures_name_runs_as_the_text_does():
+    names = ["eggrpo-0", "grpo-12", "base + plan", "red", "eggrpo-red-1"]
+    titles = ["EG-GRPO, seed 0", "GRPO, seed 12", "base + plan", "red", "eggrpo-red-1"]
+    assert [evaluate.run_title(name) for name in names] == titles
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "examples"))  # where the command's own folder is
 
 import janus  # noqa: E402
 import tiny_janus  # noqa: E402
@@ -45,8 +45,10 @@ def files(tmp_path_factory):
     tiny_janus.save(folder / "janus", model, tokenizer)
     tiny_janus.save(folder / "clip", *tiny_janus.make_clip())
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
+    (folder / "channels.py").write_text("RED = 0\n")
     (folder / "redness.py").write_text(
-        "def redness(images, prompts):\n    return images[:, 0].mean((1, 2))\n\n"
+        "from channels import RED\n\n"  # a file beside it
+        "def redness(images, prompts):\n    return images[:, RED].mean((1, 2))\n\n"
         "def wrong(images, prompts):\n    return images[:, 0].mean()\n\n"
         "def none(images, prompts):\n    pass\n\n"
         "def words(images, prompts):\n    return prompts\n\n"
@@ -514,7 +516,14 @@ BAD = {
     "prompts_missing": (dict(prompts="nowhere.txt"), "nowhere.txt"),
     "prompts_latin1": (lambda f: dict(prompts=f / "latin1.txt"), "latin1.txt: not UTF-8"),
     "prompts_empty": (lambda f: dict(prompts=f / "empty.txt"), "no prompt in it"),
-    "group_of_one": (dict(group_size=1), "--group-size 1: must be at least 2"),
+    "reward_import": (lambda f: dict(reward=f"{f}/imports.py:f"), "No module named 'nowhere'"),
+    "group_of_one": (dict(group_size=1), "--group-size 1: must be from 2"),
+    "lr_inf": (dict(lr="inf"), "--lr inf: must be from 0 to 1"),
+    "beta_nan": (dict(beta="nan"), "--beta nan: must be"),
+    "kappa_negative": (dict(kappa=-1), "--kappa -1.0: must be"),
+    "guidance_inf": (dict(guidance="inf"), "--guidance inf: must be"),
+    "seed": (dict(seed=10**20), "--seed 100000000000000000000: must be"),
+    "plan_tokens": (dict(plan_tokens=10**20), "--plan-tokens 100000000000000000000: must be"),
     "fractions": (dict(low_frac=0.8), "at most 1"),
     "flag": (dict(speed=3), "--speed"),
     "value": (dict(steps="many"), "--steps"),
@@ -527,6 +536,7 @@ def spoilt(files):
     """Adds to `files`: bad prompts files, and copies of the model with one defect each."""
     from safetensors.torch import load_file, save_file
 
+    (files / "imports.py").write_text("import nowhere\n")
     (files / "empty.txt").write_text("\n \n")
     (files / "latin1.txt").write_bytes("a café".encode("latin1"))
     for name in ("broken", "incomplete", "spaceless"):

@@ -5,6 +5,7 @@ process sometimes abort at exit.
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,20 +30,25 @@ COMMON = dict(
 )
 OFF = dict(low_frac=0.0)
 CASES = {
-    "accumulation": dict(gradient_accumulation_steps=2, per_device_train_batch_size=4, lora=True),
+    "accumulation": dict(gradient_accumulation_steps=2, per_device_train_batch_size=4, lora=0.0),
     "iterations": dict(num_iterations=2, gradient_checkpointing=True),
     "sgd": dict(optim="sgd", learning_rate=0.5, max_grad_norm=100.0),
 }
-TRUNCATED = [
-    dict(top_k=5),
-    dict(top_p=0.9),
-    dict(min_p=0.1),
-    dict(repetition_penalty=1.1),
-    dict(generation_kwargs=dict(temperature=2.0)),
-    dict(loss_type="dapo"),
-    dict(importance_sampling_level="sequence"),
-    dict(shipped=dict(typical_p=0.5)),
-]
+REFUSED = dict(  # fields of GRPOConfig
+    top_k=5,
+    top_p=0.9,
+    min_p=0.1,
+    repetition_penalty=1.1,
+    generation_kwargs=dict(temperature=2.0),
+    neftune_noise_alpha=5.0,
+    loss_type="dapo",
+    importance_sampling_level="sequence",
+    off_policy_mask_threshold=0.5,
+    top_entropy_quantile=0.2,
+    entropy_coef=0.01,
+    use_adaptive_entropy=True,
+)
+SHIPPED = dict(typical_p=0.5, no_repeat_ngram_size=2, suppress_tokens=[5])  # with a model
 
 
 def make_model(tokenizer):
@@ -75,8 +81,8 @@ def make_trainer(kind, folder, config, shaping):
     torch.manual_seed(0)
     model = make_model(tokenizer)
     model.lm_head.weight.data *= 20  # entropies far from 1
-    model.generation_config.top_k = 1  # TRL overrides this one
-    for name, value in config.pop("shipped", {}).items():
+    shipped = dict(top_k=1, min_p=0.9, temperature=0.1)  # TRL overrides these
+    for name, value in (shipped | config.pop("shipped", {})).items():
         setattr(model.generation_config, name, value)
     prompts = [
         "a red ball",
@@ -88,8 +94,9 @@ def make_trainer(kind, folder, config, shaping):
         "red",
         "a big cat",
     ]
-    if config.pop("lora", False):
-        shaping = shaping | dict(peft_config=LoraConfig(task_type="CAUSAL_LM"))
+    if "lora" in config:
+        lora = LoraConfig(task_type="CAUSAL_LM", lora_dropout=config.pop("lora"))
+        shaping = shaping | dict(peft_config=lora)
     cls = trl.GRPOTrainer if kind == "stock" else EGGRPOTrainer
     return cls(
         model=model,
@@ -110,7 +117,10 @@ def worker(kind, case, folder):
     sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
     rank, seen = int(os.environ.get("RANK", 0)), []
     if case == "refusals":
-        print(";".join(refusal(dict(bad), folder) for bad in TRUNCATED), flush=True)
+        bad = [{name: value} for name, value in REFUSED.items()]
+        bad += [dict(shipped={name: value}) for name, value in SHIPPED.items()]
+        bad += [dict(lora=0.1)]
+        print(";".join(refusal(config, folder) for config in bad), flush=True)
         os._exit(0)
     config = dict(CASES[case])
     if "WORLD_SIZE" in os.environ:
@@ -149,7 +159,7 @@ def refusal(bad, folder):
     try:
         make_trainer("eg", folder, bad, {})
     except ValueError as error:
-        return str(error).split("=")[0].split(" ")[0]
+        return re.match(r"\w+", str(error))[0]
     return f"{bad} was accepted"
 
 
@@ -248,19 +258,27 @@ def test_advantages_are_those_of_a_hand_computation(one):
             assert abs(batch["advantages"][row, t].item() - expected) < 1e-5
 
 
-def test_truncated_samplers_are_refused(tmp_path):
-    """With top-k and the like the entropies are not those of the sampler; a loss that the bonus is
-    not calibrated for is refused too. No trainer is run."""
-    assert start("eg", "refusals", tmp_path).strip().split(";") == [
-        "top_k",
-        "top_p",
-        "min_p",
-        "repetition_penalty",
-        "temperature",
-        "loss_type",
-        "importance_sampling_level",
-        "typical_p",
-    ]
+def test_what_changes_the_sampler_or_the_weight_of_a_token_is_refused(tmp_path):
+    """The entropies must be those of the sampler, and lambda is calibrated for one weight per
+    token: top_entropy_quantile drops most tokens for which it was. No trainer is run."""
+    refused = start("eg", "refusals", tmp_path).strip().split(";")
+    assert refused == [*REFUSED, *SHIPPED, "dropout"]
+
+
+def test_packages_of_the_names_of_our_files_stay_reachable(tmp_path):
+    """Guard: with the repository first on the path, evaluate.py hid Hugging Face's evaluate."""
+    (tmp_path / "site").mkdir()
+    for path in ROOT.glob("*.py"):
+        (tmp_path / "site" / path.name).write_text("theirs = True\n")
+    names = ", ".join(path.stem for path in ROOT.glob("*.py"))
+    code = f"import trl_eggrpo, {names}; assert evaluate.theirs and model.theirs"
+    paths = os.pathsep.join([str(ROOT / "examples"), str(tmp_path / "site")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | dict(PYTHONPATH=paths, HF_HUB_OFFLINE="1"),
+    )
+    assert done.returncode == 0
 
 
 def test_two_processes_agree_with_one(one, tmp_path):

@@ -16,7 +16,7 @@ import evaluate
 import pretrain
 import sample
 from conftest import one_line, tiny_policy
-from eggrpo import LOGP_DIFF_BOUND, sampler_against_learner
+from eggrpo import LOGP_DIFF_BOUND, logp_difference
 from model import generate, score
 from scenes import WORLDS, encode_scenes, make_scene
 from tiny_vq import train as tiny_vq_train
@@ -43,7 +43,7 @@ def difference(policy, rollout, guidance=1.0):
     """Score a rollout. Returns the mean absolute difference of log-probs, nats."""
     with torch.no_grad():
         logp = score(policy, rollout.prompt, rollout.plan, rollout.codes, guidance)
-    return sampler_against_learner(rollout, logp)["logp_diff_mean"].item()
+    return logp_difference(rollout, logp).item()
 
 
 @pytest.fixture(scope="module")

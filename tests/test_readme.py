@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import math
 import re
 import shlex
 from types import SimpleNamespace
@@ -16,10 +17,13 @@ import common
 import eggrpo
 import rewards
 from conftest import ROOT
-from scenes import WORLDS
+from objective import entropy_masks, shape_advantages
+from scenes import END, WORDS, WORLDS
+from test_objective import random_batch
+from tiny_vq import train
 
 README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(import.*?)```", README, re.S)  # not the method in six lines
+SNIPPETS = re.findall(r"```python\n(import.*?)```", README, re.S)  # not the lines of the method
 
 
 def read_flags(name, argv):
@@ -79,6 +83,24 @@ def test_every_snippet_runs(monkeypatch):
     space = dict(torch=torch)
     for snippet in SNIPPETS:
         exec(snippet, space)
+
+
+def test_the_lines_of_the_method_are_the_method():
+    lines = re.search(r"```python\nA = .*?\n(excluded.*?)loss", README, re.S)[1]
+    advantage, entropy, valid = random_batch()
+    low, high = entropy_masks(entropy, valid)
+    space = dict(A=advantage, low=low, high=high, entropy=entropy, kappa=0.5, length=valid.sum(1))
+    exec(lines, space)
+    expected = shape_advantages(advantage, entropy, low, high, valid, kappa=0.5)
+    assert torch.allclose(space["A_t"], expected)
+
+
+def test_the_page_of_the_method_has_the_sizes_of_the_vocabularies():
+    words = len(WORDS) - END
+    codes = train.Config.codebook_size
+    ratio = math.log(codes) / math.log(words)
+    page = (ROOT / "docs/method.md").read_text()
+    assert f"log {codes} / log {words} = {ratio:.2f}" in page
 
 
 class TinyLanguageModel(nn.Module):

@@ -1,6 +1,7 @@
 """Rewards tell truth from error: every component, every category, every relation, every known
 cheat."""
 
+import itertools
 from dataclasses import replace
 from functools import lru_cache
 
@@ -110,7 +111,7 @@ def test_each_single_corruption_scores_less_and_in_the_right_components(preset, 
     lower(world, scene, draw(a, b, copy), more, maybe=("relation",))  # which one counts is a tie
     smeared = pictures(world, [scene])
     y, x = row * world.cell + world.cell // 2, column * world.cell
-    smeared[0, :, y : y + 3, x : x + world.cell] = paint("white")
+    smeared[0, :, y : y + 3, x : x + world.object_size] = paint("white")
     lower(world, scene, smeared, ("cleanliness",))
 
 
@@ -217,12 +218,25 @@ def test_ones_own_reward_is_a_function_in_a_dict(monkeypatch, world):
     assert (reward < 1).all() and (parts["nothing"] == 0).all() and (exact == 1).all()
 
 
+def test_a_reward_that_holds_weights_is_called_without_gradient(monkeypatch, world):
+    """The learner's backward once went through it, and failed at the second micro-batch."""
+    net = torch.nn.Conv2d(3, 1, 1)
+    monkeypatch.setitem(REWARDS, "net", lambda images, *_: net(images).sigmoid().mean((1, 2, 3)))
+    scene = make_scene(world, "eval", 0, 0)
+    reward, parts, _ = score_of(world, scene, scene)
+    assert not reward.requires_grad and not parts["net"].requires_grad
+
+
 BAD_REWARDS = {
     "shape": (lambda images, detections, targets: images.mean(), r"must return floats \(1,\)"),
     "type": (lambda images, detections, targets: [1.0], "not list"),
     "integer": (lambda images, detections, targets: torch.ones(1).long(), "torch.int64"),
+    "device": (lambda images, *_: torch.ones(1, device="meta"), "on cpu, not .* on meta"),
     "signature": (lambda images: images[:, 0, 0, 0], "raised TypeError"),
     "raises": (lambda images, detections, targets: images[9], "raised IndexError"),
+    "infinite": (rewarded(float("inf")), "must return values from 0 to 1"),
+    "negative": (rewarded(-0.1), "must return values from 0 to 1"),
+    "percent": (rewarded(50.0), "must return values from 0 to 1"),
 }
 
 
@@ -235,13 +249,11 @@ def test_what_is_wrong_with_a_users_reward_is_said_in_its_name(monkeypatch, worl
         score_of(world, scene, scene)
 
 
-def test_an_infinite_reward_is_named_and_so_is_an_image_that_none_judges(monkeypatch, policy, env):
-    monkeypatch.setitem(REWARDS, "endless", rewarded(float("inf")))
-    with pytest.raises(UserError, match="REWARDS: 'endless' returned an infinite value"):
-        evaluate.evaluate(env, policy, "eval", 2)
-    monkeypatch.setattr("rewards.REWARDS", {"mute": rewarded(float("nan"))})
-    with pytest.raises(UserError, match="REWARDS: all of them returned NaN"):
-        evaluate.evaluate(env, policy, "eval", 2)
+def test_no_reward_at_all_is_one_line(monkeypatch, policy, env):
+    for functions, words in (({}, "is empty"), ({"mute": rewarded(float("nan"))}, "returned NaN")):
+        monkeypatch.setattr("rewards.REWARDS", functions)
+        with pytest.raises(UserError, match=f"rewards.REWARDS.*{words}"):
+            evaluate.evaluate(env, policy, "eval", 2)
 
 
 def test_the_batch_of_an_evaluation_changes_no_image(monkeypatch, policy, env):
@@ -274,14 +286,89 @@ def test_two_squares_are_two_wherever_they_are(preset):
         assert found.counts.sum() == 2 and (found.kind >= 0).nonzero()[:, 1].tolist() == [0, other]
 
 
-@pytest.mark.parametrize("height, width", [(9, 10), (10, 9), (10, 10)])
-def test_a_square_that_fills_its_cell_is_one_square(world, height, width):
-    """One red square of 10x9 pixels once passed for two."""
-    scene = hand_made(world, ("red", "square", "solid", 1, 1))
-    image = pictures(world, [scene._replace(objects=())])
-    image[0, :, 10 : 10 + height, 10 : 10 + width] = paint("red")
-    _, parts, exact = score_of(world, scene, image)
-    assert parts["count"] == 1 and parts["objects"] == 1 and exact == 1
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_painted_pixel_beside_an_object_makes_it_none_and_no_other(preset):
+    """Each pixel of the ring around the box, each shape and texture, each colour."""
+    world = replace(WORLDS[preset], star_probability=0.0)
+    n = world.object_size
+    ring = [(y, x) for y in range(-1, n + 1) for x in range(-1, n + 1) if not (0 <= y < n > x >= 0)]
+    kinds = [(shape, texture) for shape in SHAPES for texture in world.textures]
+    for i, (y, x) in enumerate(ring):
+        colours = [list(COLOURS)[(i + k) % 6] for k in range(len(kinds))]
+        objects = [(colour, *kind, 1, 1) for colour, kind in zip(colours, kinds)]
+        images = pictures(world, [hand_made(world, o, ("red", *o[1:3], 0, 0)) for o in objects])
+        images[..., world.cell + y, world.cell + x] = paint(list(COLOURS)[i // 6 % 6])[..., 0, 0]
+        found = detect(images, world).kind.flatten(1) >= 0
+        assert not found[:, world.grid + 1].any()
+        assert found[:, 0].all() == ((y, x) != (-1, -1))  # that pixel is beside both
+
+
+def bars(world):
+    """{name: (cells of squares, painted rectangles)}: paint that crosses from cell to cell."""
+    cell, n = world.cell, world.object_size
+    long, wide = cell + n, 2 * cell
+    return {
+        "horizontal": ([(0, 0), (0, 1)], [(0, 0, n, long)]),
+        "vertical": ([(0, 0), (1, 0)], [(0, 0, long, n)]),
+        "diagonal": ([(0, 0), (1, 1)], [(0, 0, n, n), (n, n, 1, 1), (cell, cell, n, n)]),
+        "blob": ([(0, 0), (0, 1), (1, 0), (1, 1)], [(0, 0, long, long)]),
+        "full cells": ([(1, 1), (1, 2)], [(cell, cell, cell, wide)]),
+        "bridge": ([(0, 0), (0, 1)], [(0, 0, n, n), (0, cell, n, n), (4, n, 1, 1)]),
+    }
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", bars(WORLDS["small"]))
+def test_one_bar_or_blob_is_not_several_squares(preset, name):
+    """One red bar of 20x9 pixels once was exactly "two red squares"."""
+    world = replace(WORLDS[preset], star_probability=0.0)
+    cells, rectangles = bars(world)[name]
+    for colour in COLOURS:
+        wanted = hand_made(world, *((colour, "square", "solid", *cell) for cell in cells))
+        image = pictures(world, [wanted._replace(objects=())])
+        for top, left, height, width in rectangles:
+            image[0, :, top : top + height, left : left + width] = paint(colour)
+        reward, _, exact = score_of(world, wanted, image)
+        assert exact == 0 and reward == 0
+
+
+def connected(painted):
+    """Number the 8-connected parts of (n, h, w) bool: equal numbers are one part, 0 is none."""
+    part = torch.arange(1.0, painted[0].numel() + 1).view(painted.shape[1:]) * painted
+    while True:
+        larger = torch.nn.functional.max_pool2d(part, 3, stride=1, padding=1) * painted
+        if torch.equal(larger, part):
+            return part
+        part = larger
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_connected_paint_is_at_most_one_object(preset):
+    """Crowded scenes under random strokes: what is found never shares a connected part."""
+    world = replace(WORLDS[preset], star_probability=0.0)
+    images = pictures(world, [random_scene(world, 0, i) for i in range(150)])
+    draw = np.random.RandomState(0)
+    for image in images:
+        for _ in range(3):
+            top, left = draw.randint(world.image_size, size=2)
+            height, width = draw.permutation([draw.randint(1, 4), draw.randint(1, 20)])
+            stroke = paint(list(COLOURS)[draw.randint(6)])
+            image[:, top : top + height, left : left + width] = stroke
+    detections = detect(images, world)
+    parts = connected(paint_coverage(images).amax(1) >= 0.5)
+    shared = {True: 0, False: 0}  # pairs of matches with a common part: both found, or not
+    for i in range(len(images)):
+        matches = (detections.score[i].flatten() > 0.9).nonzero()[:, 0].tolist()
+        numbers = {}
+        for cell in matches:
+            y, x = (world.cell * k for k in divmod(cell, world.grid))
+            box = parts[i, y : y + world.object_size, x : x + world.object_size]
+            numbers[cell] = set(box.unique().tolist()) - {0}
+        for a, b in itertools.combinations(matches, 2):
+            if numbers[a] & numbers[b]:
+                both = detections.kind[i].flatten()[[a, b]].min() >= 0
+                shared[both.item()] += 1
+    assert shared[True] == 0 and shared[False] > 20
 
 
 @pytest.mark.parametrize("preset", PRESETS)

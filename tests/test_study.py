@@ -24,9 +24,11 @@ from lab import (
     analyze,
     batch,
     bench,
+    figures,
     findings,
     measure,
     one_step,
+    one_step_figure,
     records,
     stats,
     study,
@@ -34,6 +36,7 @@ from lab import (
     world,
 )
 from model import Policy
+from objective import bonus_coefficient
 from scenes import RARE_PAIRS, WORDS, WORLDS, make_scene
 from tiny_vq.vqvae import VQVAE
 
@@ -161,7 +164,7 @@ def test_a_training_batch_is_that_of_the_training_step(tiny):
     found = batch.training_batch(env, policy, SETTINGS, step=3)
     low, high, _ = batch.token_advantages(found, SETTINGS)
     rollout = found.rollout
-    of_batch = eggrpo.bonus_coefficient(found.advantage, rollout.entropy, low, high, rollout.valid)
+    of_batch = bonus_coefficient(found.advantage, rollout.entropy, low, high, rollout.valid)
     optimizer = torch.optim.SGD(policy.parameters(), 0.0)
     logged = eggrpo.train_step(policy, None, optimizer, env, SETTINGS, step=3)
     assert logged["reward"] == pytest.approx(found.rewards.mean().item())
@@ -234,8 +237,8 @@ def small(tmp_path_factory):
 
 
 def test_a_study_that_was_stopped_early_leaves_tables_and_figures(small):
-    figures = {path.name: path.stat().st_size for path in (small / "smoke/figures").iterdir()}
-    assert set(figures) == {
+    drawn = {path.name: path.stat().st_size for path in (small / "smoke/figures").iterdir()}
+    assert set(drawn) == {
         "entropy-mean.png",
         "entropy-std.png",
         "entropy-mean-guided.png",
@@ -245,7 +248,7 @@ def test_a_study_that_was_stopped_early_leaves_tables_and_figures(small):
         "curves.png",
         "differences.png",
     }
-    assert max(figures.values()) < 150_000
+    assert max(drawn.values()) < 50_000
     numbers = json.loads((small / "smoke/study.json").read_text())
     assert list(numbers["variants"]) == ["base-no-plan", "base", "grpo", "eggrpo"]
     assert set(numbers["spread"]) > set(tables.SETTINGS.values())
@@ -254,6 +257,16 @@ def test_a_study_that_was_stopped_early_leaves_tables_and_figures(small):
     assert "| EG-GRPO | 1 | 0.000 |" in page and "| plan entropy, within prompts |" in page
     rows = study.read_lines(small / "base-0/smoke/records/base.jsonl")
     assert len(rows) == 6 * 2 * 2  # categories, plans, images
+
+
+def test_no_density_lies_above_the_largest_reward():
+    """draw_joint draws the density and its reflection at 1: of points at 1, half lies on each side,
+    and all of it is shown."""
+    points = np.array([(0.2, 1.0), (0.3, 1.0), (0.25, 0.5)])
+    grid = np.linspace(0, 1, 200)
+    height = figures.density(figures.reflect(points), grid, grid)
+    share = height.sum() / 199**2 / (2 * np.pi)  # of points and reflections
+    assert share == pytest.approx(0.5, abs=0.02)
 
 
 def test_the_committed_tables_are_those_of_the_committed_numbers():
@@ -381,6 +394,13 @@ def test_the_page_about_one_step_is_that_of_its_numbers(small):
     assert (folder / "one-step.png").stat().st_size < 300_000
     tokens = numbers["tokens"]["good"]
     assert sum(tokens["image"]["low"]) == 7 and sum(tokens["image"]["high"]) == 18  # of 36
+
+
+def test_a_number_that_only_rounds_to_0_is_not_drawn_as_0():
+    values = {0.003: "<.01", 0.12: ".12", 1.6: "1.60"}
+    assert {x: one_step_figure.format_number(x) for x in values} == values
+    signed = {0.0: "0", 1.6: "+1.60", -0.52: "-.52"}
+    assert {x: one_step_figure.format_number(x, signed=True) for x in signed} == signed
 
 
 def test_the_committed_page_about_one_step_is_that_of_its_numbers():

@@ -7,7 +7,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from eggrpo import entropy_masks, policy_loss, shape_advantages
+from objective import entropy_masks, policy_loss, shape_advantages
 
 trainer = pytest.importorskip("trl.trainer.grpo_trainer")
 

@@ -1,11 +1,13 @@
-"""What a bonus leaves of expected gradient: laws, on policies whose every batch is enumerated."""
+"""What rules add to the expected gradient: laws, on policies whose every batch is enumerated."""
 
 import pytest
 import torch
 
-from lab import bonus
-from lab.bonus import CONSTANT, every_sequence, exact_gradients, guided, look_up
-from lab.bonus import make_instance, reward_and_entropy, rewards, sample, train, valid_tokens
+import eggrpo
+from lab import audit
+from lab.audit import CONSTANT, RULES, every_sequence, guided, logp_and_nats
+from lab.audit import make_instance, reward_and_entropy, rewards, sample, train, valid_tokens
+from model import Rollout
 
 SEEDS = pytest.mark.parametrize("seed", range(4))
 
@@ -21,6 +23,19 @@ def small(seed, ends=False):
     return make_instance(seed, vocabulary=2, length=2, ends=ends)
 
 
+def exact_gradients(instance, guidance=1.0):
+    """Each rule's expected gradient over all groups of 2 sequences, {rule: (T, V + 1, V)}."""
+    tokens, weight, _ = audit.enumerate_groups(0, instance, guidance)
+    gradients, _ = audit.batch_gradients(instance, tokens)
+    return dict(zip(RULES, torch.tensordot(weight, gradients, 1)))
+
+
+def added(instance, rule, guidance=1.0):
+    """What a rule adds to the expected gradient of GRPO."""
+    gradients = exact_gradients(instance, guidance)
+    return gradients[rule] - gradients["GRPO"]
+
+
 def with_logits(*logits):
     """An instance of given logits: of the first token; of the second after 0; after 1. Its rewards
     are so large that the 1e-4 in A = (R - mean) / (std + 1e-4) is rounding."""
@@ -30,24 +45,24 @@ def with_logits(*logits):
         [torch.stack([unused, unused, first]), torch.stack([after_0, after_1, unused])]
     )
     instance = small(0)
-    return instance._replace(theta=theta, token_reward=1e9 * instance.token_reward)
+    return instance._replace(theta=theta, reward=1e9 * instance.reward)
 
 
 @SEEDS
 def test_a_bonus_is_a_baseline_if_lambda_is_constant_tokens_are_all_and_lengths_equal(seed):
     """Each condition that is dropped leaves a gradient; the masks' is a test of its own."""
-    equal, variable = exact_gradients(small(seed)), exact_gradients(small(seed, ends=True))
-    assert equal["GRPO"].norm() > 1e-3
-    assert equal["constant lambda, every token"].abs().max() < 1e-15
-    assert variable["constant lambda, every token"].abs().max() > 1e-3
-    assert equal["EG-GRPO's lambda, every token"].abs().max() > 1e-3
+    equal, variable = small(seed), small(seed, ends=True)
+    assert exact_gradients(equal)["GRPO"].norm() > 1e-3
+    assert added(equal, "A + c H").abs().max() < 1e-15
+    assert added(variable, "A + c H").abs().max() > 1e-3
+    assert added(equal, "A + lambda H").abs().max() > 1e-3
 
 
 @SEEDS
 @pytest.mark.parametrize("ends", (False, True))
 def test_the_method_is_grpo_and_its_two_halves(seed, ends):
     g = exact_gradients(small(seed, ends))
-    parts = g["GRPO"] + g["EG-GRPO's bonus"] + g["EG-GRPO's exclusion"]
+    parts = g["bonus only"] + g["exclusion only"] - g["GRPO"]
     assert torch.allclose(parts, g["EG-GRPO"], atol=1e-15)
 
 
@@ -56,10 +71,9 @@ def test_grpos_gradient_is_that_of_expected_reward_if_rewards_are_0_and_1(seed):
     """Of two samples A = +-c if the rewards differ: A_1 = c (R_1 - R_2), and E[A_1 grad log p] is c
     times the gradient of E[R]; each of T tokens has the weight 1 / T."""
     instance = small(seed)
-    instance = instance._replace(
-        token_reward=torch.tensor([[0.0, 0.0], [0.0, 1.0]]),
-        pair_reward=torch.zeros_like(instance.pair_reward),
-    )
+    reward = torch.zeros(2, 3, 2)
+    reward[1, :, 1] = 1.0
+    instance = instance._replace(reward=reward)
     theta = instance.theta.clone().requires_grad_(True)
     reward, _ = reward_and_entropy(instance, theta)
     (of_reward,) = torch.autograd.grad(reward, theta)
@@ -72,7 +86,7 @@ def test_masks_pull_the_first_token_toward_the_surer_context():
     """H of the first token is less than that after 0, more than that after 1: it is high if it is
     1. E[1[x = 1] lambda H grad log p(x)] / T = lambda H p(1) p(0) / 2."""
     instance = with_logits([1.0, 0.0], [0.0, 0.0], [4.0, 0.0])
-    g = exact_gradients(instance)["constant lambda, high tokens"]
+    g = added(instance, "A + c H, high tokens")
     p = torch.tensor([1.0, 0.0]).softmax(0)
     entropy = -(p * p.log2()).sum()
     expected = CONSTANT * entropy * p.prod() / 2
@@ -82,7 +96,7 @@ def test_masks_pull_the_first_token_toward_the_surer_context():
 
 def test_masks_leave_nothing_if_the_first_tokens_rank_is_certain():
     instance = with_logits([0.0, 0.0], [1.0, 0.0], [4.0, 0.0])  # the first token is high
-    g = exact_gradients(instance)["constant lambda, high tokens"]
+    g = added(instance, "A + c H, high tokens")
     assert g.abs().max() < 1e-15
 
 
@@ -91,9 +105,9 @@ def test_the_batchs_lambda_pulls_two_samples_apart():
     lambda H = c / 2: the gradient is c / 8 times that of the probability that samples differ."""
     instance = with_logits([1.0, 0.0], [0.0, 1.0], [1.0, 0.0])
     theta = instance.theta.clone().requires_grad_(True)
-    p = look_up(theta, every_sequence(instance))[0].sum(1).exp()
+    p = logp_and_nats(theta, every_sequence(instance))[0].sum(1).exp()
     (of_difference,) = torch.autograd.grad(1 - (p**2).sum(), theta)
-    g = exact_gradients(instance)["EG-GRPO's lambda, every token"]
+    g = added(instance, "A + lambda H")
     assert of_difference.norm() > 0.1
     assert torch.allclose(g, 0.5**0.5 / 8 * of_difference, atol=1e-9)
 
@@ -109,7 +123,7 @@ def test_under_guidance_the_same_bonus_pulls_toward_the_guided_policy(seed):
     reached = torch.zeros(2, 3, 1)
     reached[0, 2] = 1.0
     reached[1, :2, 0] = q[0, 2]
-    g = exact_gradients(instance, guidance=2.0)["constant lambda, every token"]
+    g = added(instance, "A + c H", guidance=2.0)
     assert g.norm() > 1e-3
     assert torch.allclose(g, reached * CONSTANT * entropy * (q - p) / 2, atol=1e-15)
 
@@ -130,7 +144,7 @@ def test_samples_have_the_probabilities_that_are_looked_up():
     instance = make_instance(0, vocabulary=3, length=3)
     tokens = sample(instance.theta, torch.rand(20_000, 3, generator=torch.Generator()))
     sequences = every_sequence(instance)
-    p = look_up(instance.theta, sequences)[0].sum(1).exp()
+    p = logp_and_nats(instance.theta, sequences)[0].sum(1).exp()
     assert len(sequences) == 27 and abs(p.sum() - 1) < 1e-12
     found = (tokens[:, None] == sequences).all(-1).double().mean(0)
     assert ((found - p).abs() <= 5 * (p * (1 - p) / 20_000).sqrt() + 1e-4).all()
@@ -139,15 +153,67 @@ def test_samples_have_the_probabilities_that_are_looked_up():
 def test_each_policy_is_trained_by_itself():
     """Lambda is of a policy's own batch: another policy beside it changes nothing."""
     one, other = (make_instance(seed, vocabulary=3, length=5) for seed in range(2))
-    alone = train([one], "eggrpo", 1.0, steps=3)
-    together = train([one, other], "eggrpo", 1.0, steps=3)
-    assert torch.allclose(alone[0], together[0][:1], atol=1e-12)
+    alone = train([one], RULES["EG-GRPO"], 1.0, steps=3)
+    together = train([one, other], RULES["EG-GRPO"], 1.0, steps=3)
+    assert torch.allclose(alone[0], together[0, :1], atol=1e-12)
 
 
-def test_the_tables_print(capsys):
+def random_batch():
+    """Four sequences of 5 tokens, of which the last has 3 valid ones."""
+    valid = torch.arange(5) < torch.tensor([5, 5, 5, 3])[:, None]
+    entropy = torch.rand(4, 5, generator=torch.Generator())
+    low, high = audit.entropy_masks(entropy, valid)
+    advantage = torch.tensor([1.0, -0.5, 0.2, -0.7])
+    return audit.Batch(advantage, entropy, low, high, valid, entropy * 0.7, -entropy)
+
+
+def test_rules_with_the_name_of_a_method_are_that_method():
+    batch = random_batch()
+    codes = torch.zeros(4, 5, dtype=torch.long)
+    rollout = Rollout(None, codes[:, :0], codes, None, batch.entropy, batch.valid)
+    methods = "grpo eggrpo eggrpo-released exclude bonus".split()
+    names = "GRPO", "EG-GRPO", "EG-GRPO, released", "exclusion only", "bonus only"
+    for rule, method in zip(names, methods):
+        config = eggrpo.Config(method=method)
+        low, high = eggrpo.method_masks(rollout, config)
+        shaped = eggrpo.method_advantages(batch.advantage, rollout, low, high, config)
+        assert torch.equal(RULES[rule](batch) * batch.valid, shaped * batch.valid)
+
+
+def test_the_rules_of_other_papers_by_hand():
+    """80/20: 4 of 18 valid tokens (20 %, rounded up), wherever they are. Entropy advantage: A = 1
+    gets .4 H up to 1 / 2, and A = -.1 at most .05, so that no sign turns."""
+    batch = random_batch()
+    kept = batch.valid & (RULES["80/20 rule"](batch) != 0)
+    ranked = batch.entropy[batch.valid].sort().values
+    assert kept.sum() == 4 and (batch.entropy[kept] >= ranked[-4]).all()
+    batch = batch._replace(nats=torch.tensor([[0.5, 2.0]]), advantage=torch.tensor([1.0, -0.1]))
+    expected = torch.tensor([[1.2, 1.5], [-0.05, -0.05]])
+    assert torch.allclose(RULES["entropy advantage"](batch), expected)
+
+
+def test_turned_signs_and_variance_by_hand(monkeypatch):
+    """|A| turns one of two sequences if their rewards differ; 2 A has four times the variance."""
+    grpo = RULES["GRPO"]
+    rules = {"GRPO": grpo, "2 A": lambda b: 2 * grpo(b), "|A|": lambda b: grpo(b).abs()}
+    monkeypatch.setattr(audit, "RULES", rules)
+    found = audit.audit([small(0)], audit.enumerate_groups)
+    tokens, weight, _ = audit.enumerate_groups(0, small(0), 1.0)
+    first, second = rewards(small(0), tokens).T
+    differ = weight @ (first != second).double()
+    turned = torch.stack([0 * differ, 0 * differ, differ / 2])
+    assert torch.allclose(found["turned signs"][0], turned)
+    assert torch.allclose(found["variance"][0, 1], torch.tensor(4.0))
+    assert torch.allclose(found["bias"][0, 1], torch.tensor(1.0))
+
+
+def test_the_tables_have_a_rule_of_ones_own(monkeypatch):
+    monkeypatch.setattr(audit, "BATCHES", 20)
+    monkeypatch.setattr(audit, "STEPS", 2)
+    monkeypatch.setitem(RULES, "mine", lambda batch: batch.advantage[:, None] * batch.entropy)
     instances = [make_instance(seed, vocabulary=3, length=3) for seed in range(2)]
-    bonus.gradient_table(instances, bonus.sampled_gradients, estimates=2)
-    bonus.training_table(instances, guidance=2.0, steps=2)
-    printed = capsys.readouterr().out
-    assert "| EG-GRPO's bonus |" in printed and "| eggrpo-released |" in printed
+    found = audit.audit(instances, audit.sample_groups)
+    printed = audit.audit_table({"on-policy": found}, found)
+    printed += audit.training_table(instances, {"one-sided": 2.0})
+    assert printed.count("\n| mine |") == 2 and printed.count("\n| EG-GRPO |") == 2
     assert "nan" not in printed
