@@ -239,7 +239,7 @@ def audit_instance(instance, tokens, weight, draws):
         "noise": squared_noise.sqrt(),  # the norm of bias's standard error; 0 if exact
         "along GRPO's": bias @ grpo / grpo.norm(),  # the component along GRPO's gradient
         "drift": drift,  # the component along the exact gradient of mean entropy
-        "rises, falls": drift.sign() * (drift.abs() > 2 * error + 1e-12),  # 1e-12: rounding
+        "rises/falls": drift.sign() * (drift.abs() > 2 * error + 1e-12),  # 1e-12: rounding
         "turned signs": mean(turned),  # fraction of the tokens whose advantage changes its sign
         "variance": variance / variance[0],  # of a batch's whole gradient, over that of GRPO's
     }
@@ -254,14 +254,14 @@ def audit(instances, draw_groups, guidance=1.0):
 
 
 def audit_table(audits, names):
-    """Lay out audits, {setting: audit}, as Markdown: medians over instances; of "rises, falls" in
+    """Lay out audits, {setting: audit}, as Markdown: medians over instances; of "rises/falls" in
     how many of them entropy rises and falls by more than 2 standard errors."""
     columns = {}
     for name in names:
         for setting, found in audits.items():
             values = found[name]  # (I, R)
             cells = values.median(0).values.tolist()
-            if name == "rises, falls":
+            if name == "rises/falls":
                 rises = (values > 0).sum(0).tolist()
                 falls = (values < 0).sum(0).tolist()
                 cells = zip(rises, falls)
@@ -317,7 +317,7 @@ def main(argv=None):
 
     print(f"Sampled: {len(large)} instances, {BATCHES} batches of {GROUP} x 10 tokens of 3\n")
     audits = {name: audit(large, sample_groups, guidance) for name, guidance in settings.items()}
-    print(audit_table(audits, ("bias", "drift", "rises, falls")))
+    print(audit_table(audits, ("bias", "drift", "rises/falls")))
     print("\n" + audit_table(audits, ("along GRPO's", "turned signs", "variance", "noise")))
 
     print(f"\nExact: {len(small)} instances, all batches of 2 x 2 tokens of 2\n")
@@ -326,7 +326,7 @@ def main(argv=None):
         "variable lengths": audit(ending, enumerate_groups),
         "one-sided": audit(small, enumerate_groups, GUIDANCE),
     }
-    print(audit_table(audits, ("bias", "rises, falls")))
+    print(audit_table(audits, ("bias", "rises/falls")))
 
     print(f"\nTraining: {STEPS} steps, {len(large)} instances; the rules minus GRPO\n")
     print(training_table(large, settings))

@@ -1,46 +1,45 @@
-"""Measure speed, and compare it with transformers and TRL if they are installed.
+"""Measure the time of decoding and of a training step, and what bounds it from below.
 
-    bash train.sh lab.bench            about two minutes
+    bash train.sh lab.bench            half a minute
 
-Decoding and a training step of the preset's model, with random weights, against transformers'
-generate and TRL's GRPOTrainer for a Llama of the same width, layers, heads, sequences and lengths.
-The floors are what the preset's FLOPs, its memory traffic and its kernels would take, each alone,
-at this machine's measured rates (lab.cost); memory traffic is that of a GPU's kernels, of which a
-CPU's caches save a part. The overhead of EG-GRPO is that of its masks and its shaping, all that it
-adds to GRPO: their time, and the memory that they allocate in all. Times are medians of several
-calls; on a shared machine only their ratios are meaningful.
+The model is the preset's with random weights. Times are medians; on a shared machine only their
+ratios are meaningful. Each floor is what one resource would take alone:
+
+    FLOPs        as torch counts them, at the rate of a large matrix product
+    memory       the bytes of weights and cached keys and values, whenever they are needed, at the
+                 bandwidth of a large copy; activations are left out
+    operations   their number, views left out, times that of adding 1 to one number
+
+The rates are measured on the spot. On a CPU the floors of FLOPs and operations add up, and that of
+memory does not hold for what fits into the caches. On a GPU the host launches operations while the
+device computes: the largest floor counts.
+
+The overhead of EG-GRPO is the time of its masks and its shaping, all that it adds to GRPO.
 """
 
 import copy
-import statistics
-import tempfile
-import time
+import math
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import pretrain
 import tiny_vq.train
 from eggrpo import train_step
 from evaluate import Env, draw_noise, markdown_table, sample_images
-from lab import cost
 from lab.batch import step_config, token_advantages, training_batch
-from lab.work import decoding, learning, load_preset
-from scenes import WORDS, WORLDS, encode_scenes
+from scenes import WORLDS, encode_scenes
 from tiny_vq.vqvae import VQVAE
 
 
 @dataclass(frozen=True)
 class Config(common.BaseConfig):
-    repeats: int = 7  # calls that a median is of
-
-
-def median_time(function, device, repeats):
-    """Return the median wall time of a call in seconds."""
-    return cost.clock(function, device, repeats, statistics.median)
+    seconds: float = 2.0  # that each measurement takes, at least
 
 
 def make(config, device):
@@ -61,32 +60,8 @@ def make(config, device):
     return policy.to(device), Env(tokenizer, world, device, {})
 
 
-def storages(values):
-    """Return {address of its memory: tensor} of the tensors in nested values."""
-    tensors = [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
-    return {x.untyped_storage().data_ptr(): x for x in tensors}
-
-
-class Allocations(TorchDispatchMode):
-    """Add up the bytes of all memory that operations allocate for their results."""
-
-    def __init__(self):
-        super().__init__()
-        self.results = []  # kept, so that no memory is given out twice
-        self.bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        old = storages([self.results, args, kwargs])  # views and changes in place have an old one
-        for address, x in storages(result).items():
-            if address not in old:
-                self.results.append(x)
-                self.bytes += x.untyped_storage().nbytes()
-        return result
-
-
-def measure_ours(policy, env, settings, repeats):
-    """Return the seconds of decoding, of shaping and of a whole step, and shaping's bytes."""
+def make_calls(policy, env, settings):
+    """Return what is measured: {name: function}."""
     batch = training_batch(env, policy, settings, 0)
     # an untrained policy's rewards are equal, and cost nothing to shape
     batch = batch._replace(advantage=torch.randn_like(batch.advantage))
@@ -94,130 +69,72 @@ def measure_ours(policy, env, settings, repeats):
     noise = draw_noise(policy, len(batch.advantage), "bench")
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), 0.0)  # so that the policy stays the same
-    calls = dict(
-        decoding=lambda: sample_images(env, policy, prompts, noise),
-        shaping=lambda: token_advantages(batch, settings),
-        step=lambda: train_step(policy, reference, optimizer, env, settings, 0),
-    )
-    times = {name: median_time(call, env.device, repeats) for name, call in calls.items()}
-    with Allocations() as allocations:
-        calls["shaping"]()
-    return times, allocations.bytes
+    return {
+        "decoding": lambda: sample_images(env, policy, prompts, noise),
+        "step": lambda: train_step(policy, reference, optimizer, env, settings, 0),
+        "shaping": lambda: token_advantages(batch, settings),
+    }
 
 
-def floors(config, settings, device):
-    """Return what FLOPs, memory traffic and kernels of decoding and of a step would take alone, in
-    seconds: {name: three numbers}."""
-    preset = load_preset(config.preset)
-    machine = cost.measure_machine(preset, device)
+def median_time(call, seconds):
+    """Return the median time of a call in seconds."""
+    timer = Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=seconds).median
+
+
+# --- floors ---------------------------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Count operations that are not views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def count_work(call):
+    """Count the FLOPs and the operations of a call."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
+        call()  # attention in parts: the counter misses the CPU's fused kernel
+    with Operations() as operations:
+        call()
+    return flops.get_total_flops(), operations.count
+
+
+def memory_traffic(policy, settings, size):
+    """Return the bytes of weights and cache that decoding and a step need. size: of a number."""
+    parameters = sum(parameter.numel() for parameter in policy.parameters())
     sequences = settings.prompts * settings.group_size
-    decode = decoding(preset.shape, settings.prompts, sequences)
-    update = learning(preset.shape, sequences, settings.micro_batch, reference=True)
-    works = {"decoding": decode, "a step of EG-GRPO": decode + update}
-    return {name: cost.floors(work, machine) for name, work in works.items()}
-
-
-# --- others ---------------------------------------------------------------------------------------
-
-
-def make_llama(policy):
-    """Make a Llama of the policy's shape. Raises ImportError without transformers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    first = policy.S + 1
+    slots = range(first, first + policy.C + policy.L)  # each attends to all before it
+    layers = policy.config["layers"]
     width = policy.config["width"]
-    config = LlamaConfig(
-        vocab_size=policy.config["codebook_size"] + len(WORDS),
-        hidden_size=width,
-        intermediate_size=width * 8 // 3,
-        num_hidden_layers=policy.config["layers"],
-        num_attention_heads=policy.config["heads"],
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config)
+    cache = 2 * layers * width * sequences * sum(slots)
+    weights = len(slots) * parameters
+    decoding = size * (weights + cache)
+    micro_batches = math.ceil(sequences / settings.micro_batch)
+    passes = 4 * micro_batches  # policy and reference; backward twice, for inputs and weights
+    network = size * passes * parameters
+    adamw = 7 * 4 * parameters  # weights, gradients and two moments; all but gradients written
+    return {"decoding": decoding, "step": decoding + network + adamw}
 
 
-def time_transformers(policy, settings, device, repeats):
-    """Return the seconds of transformers' generate; None if it is not installed."""
-    try:
-        model = make_llama(policy).to(device, common.network_dtype(device)).eval()
-    except ImportError:
-        return None
-    sequences = settings.prompts * settings.group_size
-    prompt = torch.randint(4, 60, (sequences, policy.S + 1), device=device)
-    options = dict(
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=policy.C + policy.L,
-        min_new_tokens=policy.C + policy.L,
-        do_sample=True,
-        top_k=0,
-        pad_token_id=0,
-    )
-    return median_time(lambda: model.generate(prompt, **options), device, repeats)
-
-
-def word_tokenizer(size):
-    """Make a tokenizer of one word per token. Raises ImportError without transformers."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "<eos>", "<bos>", *(f"w{i}" for i in range(3, size))]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", padding_side="left"
-    )
-
-
-def time_trl(policy, settings, device, repeats):
-    """Return the seconds of a step of TRL's GRPOTrainer; None if it is not installed."""
-    try:
-        from datasets import Dataset
-        from transformers import TrainerCallback
-        from trl import GRPOConfig, GRPOTrainer
-
-        llama = make_llama(policy)
-    except ImportError:
-        return None
-    ends = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_, **__):
-            ends.append(time.perf_counter())
-
-    prompt = " ".join(f"w{3 + i}" for i in range(policy.S + 1))
-    reward = lambda completions, **_: [float(len(set(text.split()))) for text in completions]
-    with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(
-            folder,
-            per_device_train_batch_size=settings.prompts * settings.group_size,
-            num_generations=settings.group_size,
-            max_completion_length=policy.C + policy.L,
-            generation_kwargs=dict(min_new_tokens=policy.C + policy.L),
-            max_steps=repeats + 2,
-            beta=settings.beta,
-            learning_rate=1e-6,
-            gradient_checkpointing=False,
-            use_cpu=device.type == "cpu",
-            bf16=common.network_dtype(device) == torch.bfloat16,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-        )
-        llama.save_pretrained(f"{folder}/llama")
-        trainer = GRPOTrainer(
-            f"{folder}/llama",
-            reward,
-            args=config,
-            train_dataset=Dataset.from_list([{"prompt": prompt}] * 256),
-            processing_class=word_tokenizer(llama.config.vocab_size),
-            callbacks=[Clock()],
-        )
-        trainer.train()
-    return statistics.median(after - before for before, after in zip(ends[1:], ends[2:]))
+def measure_rates(device, seconds):
+    """Measure FLOP/s in the network's type, bytes/s, and the seconds of an operation."""
+    n = 8192 if device.type == "cuda" else 2048
+    matrix = torch.rand(n, n, device=device).to(common.network_dtype(device))
+    source = torch.rand(2**26, device=device)  # 256 MiB, more than caches hold
+    target = torch.empty_like(source)
+    one = torch.zeros(1, device=device)
+    product = median_time(lambda: matrix @ matrix, seconds)
+    copying = median_time(lambda: target.copy_(source), seconds)
+    operation = median_time(lambda: one.add_(1), seconds)
+    rate = 2 * n**3 / product
+    bandwidth = 2 * source.nbytes / copying
+    return rate, bandwidth, operation
 
 
 def main(argv=None):
@@ -225,28 +142,24 @@ def main(argv=None):
     device = common.pick_device(config.device)
     policy, env = make(config, device)
     settings = step_config(config.preset, "eggrpo", config.seed)
-    millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
-    sequences = settings.prompts * settings.group_size
-    print(f"{millions:.2f} M parameters, {sequences} sequences, {policy.C + policy.L} new tokens")
-
-    ours, shaping_bytes = measure_ours(policy, env, settings, config.repeats)
-    limits = floors(config, settings, device)
-    measured = {
-        "decoding": ours["decoding"],
-        "decoding, transformers": time_transformers(policy, settings, device, config.repeats),
-        "a step of EG-GRPO": ours["step"],
-        "a step of GRPO, TRL": time_trl(policy, settings, device, config.repeats),
-    }
+    calls = make_calls(policy, env, settings)
+    times = {}
+    for name, call in calls.items():
+        times[name] = median_time(call, config.seconds)
+    rate, bandwidth, operation = measure_rates(device, config.seconds)
+    size = common.network_dtype(device).itemsize
     rows = []
-    for name, value in measured.items():
-        took = "not installed" if value is None else f"{value:.3f}"
-        rows.append([name, took, *(f"{limit:.3f}" for limit in limits.get(name, ()))])
-    head = ["", "seconds", "floor: FLOPs", "memory", "kernels"]
-    rows = [row + [""] * (len(head) - len(row)) for row in rows]
+    for name, moved in memory_traffic(policy, settings, size).items():
+        flops, operations = count_work(calls[name])
+        floors = flops / rate, moved / bandwidth, operations * operation
+        cells = [f"{value:.3f}" for value in (times[name], *floors)]
+        rows.append([name, *cells])
+    head = ["seconds", "measured", "floor: FLOPs", "memory", "operations"]
     print(f"\n{markdown_table(head, rows)}\n")
-    overhead = f"{1000 * ours['shaping']:.2f} ms of {1000 * ours['step']:.0f} ms per step"
-    share = ours["shaping"] / ours["step"]
-    print(f"EG-GRPO adds to GRPO: {overhead}, {share:.2%}; {shaping_bytes / 2**20:.2f} MiB")
+    print(f"{rate / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s, {1e6 * operation:.1f} us")
+    shaping = 1000 * times["shaping"]
+    step = 1000 * times["step"]
+    print(f"EG-GRPO adds to GRPO: {shaping:.2f} ms of {step:.0f} ms per step, {shaping / step:.2%}")
 
 
 if __name__ == "__main__":

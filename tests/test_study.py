@@ -19,6 +19,7 @@ import torch
 import eggrpo
 import rewards
 from common import UserError
+from conftest import tiny_policy
 from evaluate import Env
 from lab import (
     analyze,
@@ -417,9 +418,24 @@ def test_the_world_is_measured_in_one_line_of_json(small, capsys):
 
 @pytest.mark.slow
 def test_the_benchmark_measures_the_overhead(capsys):
-    bench.main(["--preset", "smoke", "--repeats", "1"])
+    bench.main(["--preset", "smoke", "--seconds", "0.01"])
     printed = capsys.readouterr().out
     assert re.search(r"EG-GRPO adds to GRPO: [0-9.]+ ms of \d+ ms per step", printed)
+
+
+def test_the_floors_count_products_operations_and_bytes_by_hand():
+    """(3, 4) by (4, 3): 3 * 3 * 4 products and sums; transposing is a view. 2 layers of width 32, 2
+    prompts of 3 sequences; a step has 3 micro-batches of 2."""
+    x = torch.rand(3, 4)
+    assert bench.count_work(lambda: x @ x.t() + 1) == (72, 2)
+    policy = tiny_policy(WORLDS["small"])
+    parameters = sum(parameter.numel() for parameter in policy.parameters())
+    first = policy.S + 1
+    read = sum(range(first, first + policy.C + policy.L))
+    decoding = 4 * ((policy.C + policy.L) * parameters + 2 * 2 * 32 * 6 * read)
+    settings = eggrpo.Config(prompts=2, group_size=3, micro_batch=2)
+    step = decoding + 4 * 4 * 3 * parameters + 28 * parameters
+    assert bench.memory_traffic(policy, settings, 4) == {"decoding": decoding, "step": step}
 
 
 # --- stopping and going on ------------------------------------------------------------------------
