@@ -46,7 +46,7 @@ def diversity(env, policy, config, **options):
         repeated = [scene for scene in scenes for _ in range(n)]
         noise = draw_noise(policy, len(repeated), config.seed, "diversity", start)
         images, rewards, _, _ = sample_and_score(env, policy, repeated, noise, **options)
-        kinds = detect(images, env.world).kind.unflatten(0, (-1, n)).cpu()  # (prompts, n, cells)
+        kinds = detect(images, env.world).kind.view(len(scenes), n, -1).cpu()  # (prompts, n, cells)
         vendi += [vendi_score(of_prompt) for of_prompt in kinds]
         spread += rewards.view(-1, n).std(1).tolist()
     return dict(vendi=float(np.mean(vendi)), reward_std=float(np.mean(spread)))

@@ -273,7 +273,7 @@ def test_evaluating_more_often_changes_no_weight(stage):
 def test_a_bad_reward_stops_a_run_and_the_mended_one_goes_on(stage, monkeypatch):
     """In one process: main() can be called again after it failed."""
     monkeypatch.setitem(rewards.REWARDS, "mine", lambda images, detections, targets: 1.0)
-    with pytest.raises(UserError, match="'mine' in rewards.REWARDS must return floats"):
+    with pytest.raises(UserError, match="'mine' in rewards.REWARDS must return"):
         stage("out")
     mend = lambda images, detections, targets: images[:, 0].mean(dim=(1, 2))
     monkeypatch.setitem(rewards.REWARDS, "mine", mend)

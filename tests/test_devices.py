@@ -73,8 +73,6 @@ def watched(monkeypatch):
                 patch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
             else:
                 patch.setattr(common, "network_dtype", lambda device: torch.bfloat16)
-            rewards._palette.cache_clear()
-            rewards._templates.cache_clear()
             with reads, Operations():
                 yield reads
 
@@ -97,10 +95,10 @@ def sample(world, device):
 
 @pytest.mark.parametrize("device", [META, CPU], ids=str)
 def test_a_step_stays_on_its_device_and_its_probabilities_in_float32(watched, world, device):
-    """It waits for the device once for all that is logged, and to check each reward and the mean."""
+    """It waits for the device once for the log, and once for each reward and the mean."""
     with watched(device) as reads:
         stats = step(world, device)
-    assert len(stats) > 20 and reads.count == (2 + len(rewards.REWARDS)) * (device == META)
+    assert len(stats) > 10 and reads.count == (2 + len(rewards.REWARDS)) * (device == META)
 
 
 def test_sampling_never_waits_for_the_device(watched, world):

@@ -227,16 +227,23 @@ def test_a_reward_that_holds_weights_is_called_without_gradient(monkeypatch, wor
     assert not reward.requires_grad and not parts["net"].requires_grad
 
 
+@pytest.mark.parametrize("value", [[True], np.ones(1), torch.ones(1).long(), torch.ones(1).half()])
+def test_a_reward_is_any_number_per_image(monkeypatch, world, value):
+    monkeypatch.setitem(REWARDS, "any", lambda *_: value)
+    scene = make_scene(world, "eval", 0, 0)
+    reward, parts, _ = score_of(world, scene, scene)
+    assert parts["any"].tolist() == [1.0] and reward.dtype == torch.float32
+
+
 BAD_REWARDS = {
-    "shape": (lambda images, detections, targets: images.mean(), r"must return floats \(1,\)"),
-    "type": (lambda images, detections, targets: [1.0], "not list"),
-    "integer": (lambda images, detections, targets: torch.ones(1).long(), "torch.int64"),
-    "device": (lambda images, *_: torch.ones(1, device="meta"), "on cpu, not .* on meta"),
+    "mean": (lambda images, *_: images.mean(), r"must return \(1,\) numbers, not \(\)"),
+    "column": (lambda images, *_: images[:, :1, 0, 0], r"must return \(1,\) numbers, not \(1, 1\)"),
+    "nothing": (lambda images, *_: None, "raised"),
     "signature": (lambda images: images[:, 0, 0, 0], "raised TypeError"),
-    "raises": (lambda images, detections, targets: images[9], "raised IndexError"),
-    "infinite": (rewarded(float("inf")), "must return values from 0 to 1"),
-    "negative": (rewarded(-0.1), "must return values from 0 to 1"),
-    "percent": (rewarded(50.0), "must return values from 0 to 1"),
+    "raises": (lambda images, *_: images[9], "raised IndexError"),
+    "infinite": (rewarded(float("inf")), "must return numbers from 0 to 1"),
+    "negative": (rewarded(-0.1), "must return numbers from 0 to 1"),
+    "percent": (rewarded(50.0), "must return numbers from 0 to 1"),
 }
 
 
@@ -283,7 +290,8 @@ def test_two_squares_are_two_wherever_they_are(preset):
         kind = ("purple", "square", "solid")
         scene = hand_made(world, (*kind, 0, 0), (*kind, row, column))
         found = detect(pictures(world, [scene]), world)
-        assert found.counts.sum() == 2 and (found.kind >= 0).nonzero()[:, 1].tolist() == [0, other]
+        cells = (found.kind.flatten() >= 0).nonzero()[:, 0].tolist()
+        assert found.counts.sum() == 2 and cells == [0, other]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
