@@ -73,7 +73,7 @@ def load_policy(path, kind, config, env, made_from, command):
 def policy_of(record, env):
     """Make the frozen model of a checkpoint."""
     with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
-        policy = Policy(**record["model_config"])
+        policy = Policy(env.world, **record["model_config"])
     policy.load_state_dict(record["model"])
     return policy.to(env.device).requires_grad_(False)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import common
 from objective import normalized_entropy
-from scenes import END, IMAGE, PAD, PLAN  # all but END are placed, never sampled
+from scenes import END, IMAGE, PAD, PLAN, WORDS  # PAD, PLAN, IMAGE are placed, not sampled
 
 KERNEL_SIZE = 8  # of the convolution over words: about one phrase of a plan
 
@@ -62,52 +62,35 @@ class Block(nn.Module):
 class Policy(nn.Module):
     """A GPT-2 style transformer with two embeddings and two heads, for words and for image codes.
 
-    word_vocab_size: number of words, of which those from END on are sampled; codebook_size: V of
-    codes; code_dim: width of the tokenizer's codebook vectors; prompt_slots, plan_slots,
-    image_tokens: S, C, L; width: D.
+    world: gives S, C and L; codebook_size: V of codes; code_dim: width of the tokenizer's codebook
+    vectors, which set_codebook copies; width: D.
     """
 
-    def __init__(
-        self,
-        word_vocab_size,
-        codebook_size,
-        code_dim,
-        prompt_slots,
-        plan_slots,
-        image_tokens,
-        width=128,
-        layers=4,
-        heads=4,
-    ):
+    def __init__(self, world, codebook_size, code_dim, width=128, layers=4, heads=4):
         super().__init__()
-        self.config = dict(
-            word_vocab_size=word_vocab_size,
+        self.config = dict(  # to make it again
             codebook_size=codebook_size,
             code_dim=code_dim,
-            prompt_slots=prompt_slots,
-            plan_slots=plan_slots,
-            image_tokens=image_tokens,
             width=width,
             layers=layers,
             heads=heads,
         )
-        self.S = prompt_slots
-        self.C = plan_slots
-        self.L = image_tokens
-        self.slots = prompt_slots + plan_slots + image_tokens + 1  # the last code is never an input
-        self.word_embedding = nn.Embedding(word_vocab_size, width)
+        self.S = world.prompt_slots
+        self.C = world.plan_slots
+        self.L = world.image_tokens
+        self.slots = self.S + self.C + self.L + 1  # the last code is never an input
+        self.word_embedding = nn.Embedding(len(WORDS), width)
         self.token_conv = nn.Parameter(torch.empty(width, KERNEL_SIZE))  # depthwise
         self.code_embedding = nn.Embedding(codebook_size, width)
         self.register_buffer("codebook", torch.randn(codebook_size, code_dim))  # see set_codebook
         self.code_aligner = nn.Linear(code_dim, width, bias=False)
         self.code_query = nn.Linear(width, code_dim, bias=False)
-        self.word_position_embedding = nn.Embedding(prompt_slots + plan_slots + 2, width)
-        side = int(image_tokens**0.5)
-        self.row_embedding = nn.Embedding(side, width)
-        self.column_embedding = nn.Embedding(side, width)
+        self.word_position_embedding = nn.Embedding(self.S + self.C + 2, width)
+        self.row_embedding = nn.Embedding(world.side, width)
+        self.column_embedding = nn.Embedding(world.side, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width, bias=False)
-        self.word_head = nn.Linear(width, word_vocab_size - END, bias=False)
+        self.word_head = nn.Linear(width, len(WORDS) - END, bias=False)
         self.code_head = nn.Linear(width, codebook_size, bias=False)
         for name, parameter in self.named_parameters():  # GPT-2's initialisation
             if parameter.dim() > 1:

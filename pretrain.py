@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import common
 from model import Policy, score
-from scenes import PAD, WORDS, WORLDS, corpus_item, encode_scenes, render
+from scenes import PAD, WORLDS, corpus_item, encode_scenes, render
 from tiny_vq import load_tokenizer, stack_images
 
 CHUNK = 500  # items of the corpus that are drawn and encoded at a time
@@ -121,24 +121,6 @@ def training_batch(corpus, config, step, device):
 # --- training -------------------------------------------------------------------------------------
 
 
-def make_policy(config, world, codebook):
-    """Make a policy for a world and a tokenizer's codebook (V, code_dim)."""
-    codebook_size, code_dim = codebook.shape
-    policy = Policy(
-        word_vocab_size=len(WORDS),
-        codebook_size=codebook_size,
-        code_dim=code_dim,
-        prompt_slots=world.prompt_slots,
-        plan_slots=world.plan_slots,
-        image_tokens=world.image_tokens,
-        width=config.width,
-        layers=config.layers,
-        heads=config.heads,
-    )
-    policy.set_codebook(codebook)
-    return policy
-
-
 def update(policy, optimizer, prompt, plan, codes, micro_batch):
     """Make one step of maximum likelihood. Returns plan_nll and image_nll, nats per token, and
     grad_norm."""
@@ -176,7 +158,9 @@ def main(argv=None):
     corpus = make_corpus(config, world, tokenizer, device)
     with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
         torch.manual_seed(config.seed)
-        policy = make_policy(config, world, tokenizer.quantizer.codebook.cpu())
+        codebook = tokenizer.quantizer.codebook.cpu()  # (V, code_dim)
+        policy = Policy(world, *codebook.shape, config.width, config.layers, config.heads)
+    policy.set_codebook(codebook)
     policy = policy.to(device)
     parameters = sum(p.numel() for p in policy.parameters())
     print(f"policy: {parameters / 1e6:.2f} M parameters, {policy.slots} slots")

@@ -33,6 +33,7 @@ import tiny_vq.train
 from eggrpo import train_step
 from evaluate import Env, draw_noise, markdown_table, sample_images
 from lab.batch import step_config, token_advantages, training_batch
+from model import Policy
 from scenes import WORLDS, encode_scenes
 from tiny_vq.vqvae import VQVAE
 
@@ -55,7 +56,10 @@ def make(config, device):
         of_tokenizer.dim,
     )
     of_policy = pretrain.Config(**pretrain.PRESETS[config.preset])
-    policy = pretrain.make_policy(of_policy, world, tokenizer.quantizer.codebook)
+    codebook = tokenizer.quantizer.codebook
+    sizes = of_policy.width, of_policy.layers, of_policy.heads
+    policy = Policy(world, *codebook.shape, *sizes)
+    policy.set_codebook(codebook)
     tokenizer = tokenizer.to(device).requires_grad_(False)
     return policy.to(device), Env(tokenizer, world, device, {})
 

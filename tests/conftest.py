@@ -16,7 +16,7 @@ import torch
 import common
 from evaluate import Env
 from model import Policy
-from scenes import WORDS, WORLDS
+from scenes import WORLDS
 from tiny_vq.vqvae import VQVAE
 
 ROOT = Path(__file__).parent.parent
@@ -78,17 +78,7 @@ def world():
 def tiny_policy(world, codes=32, seed=0, scale=8.0):
     """A random policy whose distributions are far from uniform, so that mistakes show."""
     torch.manual_seed(seed)
-    policy = Policy(
-        len(WORDS),
-        codes,
-        4,
-        world.prompt_slots,
-        world.plan_slots,
-        world.image_tokens,
-        width=32,
-        layers=2,
-        heads=2,
-    )
+    policy = Policy(world, codes, 4, width=32, layers=2, heads=2)
     for parameter in policy.parameters():
         if parameter.dim() > 1:
             parameter.data *= scale

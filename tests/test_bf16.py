@@ -13,7 +13,7 @@ import pretrain
 from eggrpo import LOGP_DIFF_BOUND, logp_difference
 from model import Block, Policy, generate, score
 from pretrain import corpus_chunk
-from scenes import WORDS, WORLDS
+from scenes import WORLDS
 
 WORLD = WORLDS["small"]
 BOUND = LOGP_DIFF_BOUND[torch.bfloat16]
@@ -32,8 +32,7 @@ def trained():
     torch.manual_seed(0)
     prompt, plan, images = corpus_chunk(WORLD, 0, range(128))
     tokens = torch.from_numpy(prompt).long(), torch.from_numpy(plan).long(), patch_codes(images)
-    sizes = WORLD.prompt_slots, WORLD.plan_slots, WORLD.image_tokens
-    policy = Policy(len(WORDS), 27, 4, *sizes, width=64, layers=2, heads=2)
+    policy = Policy(WORLD, 27, 4, width=64, layers=2, heads=2)
     optimizer = torch.optim.AdamW(policy.parameters(), 5e-3)
     for step in range(120):
         rows = torch.arange(16) + 16 * (step % 8)

@@ -17,7 +17,7 @@ import pretrain
 import sample
 from conftest import one_line, tiny_policy
 from eggrpo import LOGP_DIFF_BOUND, logp_difference
-from model import generate, score
+from model import Policy, generate, score
 from scenes import WORLDS, encode_scenes, make_scene
 from tiny_vq import train as tiny_vq_train
 
@@ -116,7 +116,7 @@ def test_sampler_and_learner_are_one_policy(monkeypatch, dtype, guidance):
     world = WORLDS["large"]
     config = pretrain.Config(**pretrain.PRESETS["large"])
     torch.manual_seed(0)
-    policy = pretrain.make_policy(config, world, torch.randn(2048, 16)).cuda()
+    policy = Policy(world, 2048, 16, config.width, config.layers, config.heads).cuda()
     found = difference(policy, rollout_of(policy, world, guidance), guidance)
     print(f"{dtype}, guidance {guidance}: mean difference {found:.1e} nats")
     assert found < LOGP_DIFF_BOUND[dtype] * (guidance + abs(1 - guidance))

@@ -38,7 +38,7 @@ from lab import (
 )
 from model import Policy
 from objective import bonus_coefficient
-from scenes import RARE_PAIRS, WORDS, WORLDS, make_scene
+from scenes import RARE_PAIRS, WORLDS, make_scene
 from tiny_vq.vqvae import VQVAE
 
 ROOT = Path(__file__).parent.parent
@@ -118,8 +118,7 @@ def tiny(monkeypatch):
     small = WORLDS["small"]
     torch.manual_seed(0)
     tokenizer = VQVAE(small.patch, width=16, blocks=1, codebook_size=32, dim=4)
-    slots = small.prompt_slots, small.plan_slots, small.image_tokens
-    policy = Policy(len(WORDS), 32, 4, *slots, width=32, layers=2, heads=2)
+    policy = Policy(small, 32, 4, width=32, layers=2, heads=2)
     for parameter in policy.parameters():
         if parameter.dim() > 1:
             parameter.data *= 8
