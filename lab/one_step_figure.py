@@ -55,10 +55,10 @@ def start_cells(axis, values):
     return rows <= 8
 
 
-def draw_entropies(axis, values, low, high, words=None):
+def draw_entropies(axis, values, low, high, words=None, numbers=True):
     """Draw entropies in grey, the darker the larger; low tokens hatched, high ones framed. (rows,
     columns) each; words: what stands before each number."""
-    room = start_cells(axis, values)
+    room = start_cells(axis, values) and numbers
     for (r, c), value in np.ndenumerate(values):
         text = format_number(value) if room else ""
         if words is not None:
@@ -70,9 +70,9 @@ def draw_entropies(axis, values, low, high, words=None):
             axis.add_patch(Rectangle(corner, 0.94, 0.9, fill=False, linewidth=2))
 
 
-def draw_advantages(axis, values, plain):
+def draw_advantages(axis, values, plain, numbers=True):
     """Draw advantages: blue if positive, orange if negative; bold if not `plain`, GRPO's."""
-    room = start_cells(axis, values)
+    room = start_cells(axis, values) and numbers
     largest = 1.5 * abs(plain) or 1.0
     for (r, c), value in np.ndenumerate(values):
         colour = shade(BLUE if value > 0 else ORANGE, abs(value) / largest)
@@ -80,8 +80,9 @@ def draw_advantages(axis, values, plain):
         draw_cell(axis, r, c, colour, text, bold=abs(value - plain) >= 0.005)
 
 
-def draw_image(axis, image, side):
-    """Draw an image with the borders of its side x side tokens."""
+def draw_image(axis, image, tokens):
+    """Draw an image with the borders of its tokens."""
+    side = math.isqrt(tokens)
     axis.imshow(image, extent=(0, side, side, 0), interpolation="nearest")
     axis.set_xticks(range(side), labels=[])
     axis.set_yticks(range(side), labels=[])
@@ -122,11 +123,11 @@ def draw_rollout(figure, tokens, image, advantage):
     plan_rows = math.ceil(len(tokens["words"]) / WORDS)
     squares, strips = figure.subfigures(2, 1, height_ratios=(3, 0.6 * plan_rows))
     picture, entropies, advantages = squares.subplots(1, 3)
-    side = int(len(tokens["image"]["entropy"]) ** 0.5)
+    side = math.isqrt(len(tokens["image"]["entropy"]))
     of_image = {}
     for name, values in tokens["image"].items():
         of_image[name] = np.reshape(values, (side, side))
-    draw_image(picture, image, side)
+    draw_image(picture, image, side**2)
     draw_entropies(entropies, of_image["entropy"], of_image["low"], of_image["high"])
     draw_advantages(advantages, of_image["eggrpo"], advantage)
     picture.set_title("image, by token", fontsize=9)

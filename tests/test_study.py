@@ -2,6 +2,7 @@
 figures from files alone, and the page about one step."""
 
 import copy
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
 import eggrpo
 import rewards
@@ -30,6 +32,7 @@ from lab import (
     measure,
     one_step,
     one_step_figure,
+    pictures,
     records,
     stats,
     study,
@@ -394,6 +397,24 @@ def test_the_page_about_one_step_is_that_of_its_numbers(small):
     assert (folder / "one-step.png").stat().st_size < 300_000
     tokens = numbers["tokens"]["good"]
     assert sum(tokens["image"]["low"]) == 7 and sum(tokens["image"]["high"]) == 18  # of 36
+
+
+@pytest.mark.filterwarnings("error")
+def test_pictures_fit_the_page_and_can_be_read(small, monkeypatch):
+    """At most 830 pixels wide, with text of at least 11; they name the functions of the code."""
+    drawn = {}
+
+    def keep(figure, path):
+        assert figure.get_figwidth() <= 8.3
+        drawn[path.name] = [text for text in figure.findobj(Text) if text.get_text()]
+        figure.savefig(io.BytesIO())  # warns if the layout does not fit
+
+    monkeypatch.setattr(pictures, "save_figure", keep)
+    pictures.main(["--preset", "smoke", "--out", str(small / "base-0")])
+    assert set(drawn) == {"entropy.png", "data.png", "categories.png"}
+    assert min(text.get_fontsize() for texts in drawn.values() for text in texts) * 100 / 72 > 11
+    words = " ".join(text.get_text() for text in drawn["data.png"])
+    assert "4. images (B, 3, h, w)\n(8, 3, 30, 30)" in words and "group_advantages" in words
 
 
 def test_a_number_that_only_rounds_to_0_is_not_drawn_as_0():
