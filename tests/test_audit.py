@@ -1,9 +1,12 @@
 """What rules add to the expected gradient: laws, on policies whose every batch is enumerated."""
 
+import re
+
 import pytest
 import torch
 
 import eggrpo
+from conftest import ROOT
 from lab import audit
 from lab.audit import CONSTANT, RULES, every_sequence, guided, logp_and_nats
 from lab.audit import make_instance, reward_and_entropy, rewards, sample, train, valid_tokens
@@ -207,13 +210,16 @@ def test_turned_signs_and_variance_by_hand(monkeypatch):
     assert torch.allclose(found["bias"][0, 1], torch.tensor(1.0))
 
 
-def test_the_tables_have_a_rule_of_ones_own(monkeypatch):
+def test_the_tables_have_a_rule_that_is_added_as_the_page_says(monkeypatch):
     monkeypatch.setattr(audit, "BATCHES", 20)
     monkeypatch.setattr(audit, "STEPS", 2)
-    monkeypatch.setitem(RULES, "mine", lambda batch: batch.advantage[:, None] * batch.entropy)
+    monkeypatch.setattr(audit, "RULES", dict(RULES))
+    monkeypatch.setattr(audit, "main", lambda argv: None)
+    page = (ROOT / "docs" / "audit.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", page, re.S)[1], {})
     instances = [make_instance(seed, vocabulary=3, length=3) for seed in range(2)]
     found = audit.audit(instances, audit.sample_groups)
-    printed = audit.audit_table({"on-policy": found}, found)
+    printed = audit.audit_table({"on-policy": found}, dict.fromkeys(found, ["on-policy"]))
     printed += audit.training_table(instances, {"one-sided": 2.0})
     assert printed.count("\n| mine |") == 2 and printed.count("\n| EG-GRPO |") == 2
     assert "nan" not in printed
