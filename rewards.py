@@ -34,6 +34,7 @@ from scenes import BACKGROUND, COLOURS, RELATIONS, SHAPES, shape_mask
 NO_PAINT = 0.25  # contrast with the background below which a pixel counts as unpainted
 FULL_PAINT = 0.6  # contrast above which it counts as painted, because objects differ in brightness
 MATCH_THRESHOLD = 0.9  # least Dice overlap of paint and template that counts as an object
+END_THRESHOLD = 0.7  # paint of a pixel beside an object's box that makes it no object
 CLEAN_THRESHOLD = 0.9  # least cleanliness of an exact image
 
 
@@ -126,8 +127,8 @@ def detect(images, world):
     its colour, 2 sum(paint * template) / (sum(paint^2) + sum(template^2)), if that is above
     MATCH_THRESHOLD. sum(paint^2) is over the box that objects fill, where no neighbour's edge is.
 
-    An object ends with its box: a pixel beside the box that is painted by half or more, in any
-    colour, makes it none. So paint that is connected is at most one object, however large it is.
+    An object ends with its box: a pixel beside the box that has END_THRESHOLD of paint or more, in
+    any colour, makes it none. So connected paint is at most one object, however large it is.
     """
     cell, n = world.cell, world.object_size
     templates = object_templates(world).to(images.device)  # (textures * shapes, cell, cell)
@@ -141,7 +142,7 @@ def detect(images, world):
     dice = 2 * overlap / (energy[..., None] + size)
     score, kind = dice.flatten(3).max(3)  # (B, rows, columns)
     matches = score > MATCH_THRESHOLD
-    ends = paint_beside(paint, world) < 0.5
+    ends = paint_beside(paint, world) < END_THRESHOLD
     found = matches & ends
     kinds = F.one_hot(kind, len(COLOURS) * len(templates))  # (B, rows, columns, kinds)
     kinds = kinds * found[..., None]

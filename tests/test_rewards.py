@@ -11,7 +11,14 @@ import torch
 
 import evaluate
 from common import UserError
-from rewards import REWARDS, compute_rewards, detect, encode_targets, paint_coverage
+from rewards import (
+    END_THRESHOLD,
+    REWARDS,
+    compute_rewards,
+    detect,
+    encode_targets,
+    paint_coverage,
+)
 from scenes import (
     BACKGROUND,
     COLOURS,
@@ -363,7 +370,7 @@ def test_connected_paint_is_at_most_one_object(preset):
             stroke = paint(list(COLOURS)[draw.randint(6)])
             image[:, top : top + height, left : left + width] = stroke
     detections = detect(images, world)
-    parts = connected(paint_coverage(images).amax(1) >= 0.5)
+    parts = connected(paint_coverage(images).amax(1) >= END_THRESHOLD)
     shared = {True: 0, False: 0}  # pairs of matches with a common part: both found, or not
     for i in range(len(images)):
         matches = (detections.score[i].flatten() > 0.9).nonzero()[:, 0].tolist()
@@ -421,6 +428,14 @@ def dim(brightness):
     return drawn(RED_SQUARE, world=replace(STILL, brightness=(brightness, brightness)))
 
 
+def beside(brightness):
+    """A square with a pixel of its colour beside it."""
+    image = drawn(RED_SQUARE)
+    background = image[0, :, 9, 9].clone()
+    image[0, :, 4, 9] = background + brightness * (paint("red")[:, 0, 0] - background)
+    return image
+
+
 NOTHING_SEEN = dict(objects=0, attributes=0, count=0, cleanliness=0)
 RIGHT = dict(objects=1, attributes=1, count=1, cleanliness=1)
 RIGHT_SHAPE_ONLY = dict(objects=0, attributes=1 / 2, count=1, cleanliness=1)
@@ -437,6 +452,8 @@ DEFINITIONS = {  # image and the value of every component, where one red square 
     "lit with .3: 14 % paint": (lambda: dim(0.3), NOTHING_SEEN),
     "lit with .4: 43 % paint": (lambda: dim(0.4), NOTHING_SEEN),  # Dice .72
     "lit with .5: 71 % paint": (lambda: dim(0.5), RIGHT),  # Dice .94
+    "a pixel beside it lit with .48: 66 % paint": (lambda: beside(0.48), RIGHT),
+    "a pixel beside it lit with .5: 71 % paint": (lambda: beside(0.5), NOTHING_SEEN),
     "a quarter of the way to yellow": (lambda: mixed(0.25), RIGHT),
     "three quarters of the way to yellow": (lambda: mixed(0.75), RIGHT_SHAPE_ONLY),
 }
