@@ -257,30 +257,25 @@ class Decoder:
     D elements; guidance needs a second one.
     """
 
-    def __init__(self, policy, batch):
-        self.policy = policy
-        self.batch = batch
-        self.positions = policy.position_embeddings()
-
-    def prefill(self, words):
-        """Feed the first n slots at once. words: (P, n), each row shared by B / P sequences."""
+    def __init__(self, policy, words, repeats=1):
+        """Feed the first n slots at once. words: (P, n), each row shared by `repeats` sequences."""
         prompts, n = words.shape
-        repeats = self.batch // prompts
-        x = self.policy.embed_words(words) + self.positions[:n]
+        self.policy = policy
+        self.positions = policy.position_embeddings()
+        x = policy.embed_words(words) + self.positions[:n]
         mask = causal_mask(words != PAD)
-        slots = self.policy.slots
         dtype = common.network_dtype(x.device)
         self.cache = []
-        for block in self.policy.blocks:
-            size = (2, prompts, block.heads, slots, x.shape[2] // block.heads)
+        for block in policy.blocks:
+            size = (2, prompts, block.heads, policy.slots, x.shape[2] // block.heads)
             cache = x.new_empty(size, dtype=dtype)
             x = block(x, mask, cache)
             self.cache.append(cache.repeat_interleave(repeats, 1))
-        self.hidden = self.policy.norm(x[:, -1]).repeat_interleave(repeats, 0)
+        self.hidden = policy.norm(x[:, -1]).repeat_interleave(repeats, 0)
         self.words = words.repeat_interleave(repeats, 0)
         self.slot = n
         # Added to the scores, -inf at padding; in the network's type: else each layer converts it.
-        self.bias = x.new_zeros(self.batch, slots, dtype=dtype)
+        self.bias = x.new_zeros(len(self.words), policy.slots, dtype=dtype)
         self.bias[:, :n].masked_fill_(self.words == PAD, float("-inf"))
 
     def feed(self, x):
@@ -310,49 +305,46 @@ def generate(policy, prompt, noise, guidance=1.0, no_plan=False):
     prompt: (P, S); noise: (B, T) in [0, 1), B a multiple of P: each prompt is continued B / P times
     in a row. no_plan: leave the plan empty (the paper's base setting). Returns a Rollout.
     """
-    batch = len(noise)
-    device = prompt.device
-    plan = prompt.new_full((batch, policy.C), PAD)
-    codes = prompt.new_zeros(batch, policy.L)
-    logp = torch.zeros_like(noise)
-    entropy = torch.zeros_like(noise)
+    repeats = len(noise) // len(prompt)
+    pad = prompt.new_full((len(noise),), PAD)  # (B,)
+    none = torch.zeros_like(noise[:, 0])
+    slots = []  # of each sampled slot: token, logp and entropy, (B,) each
     no_plans = prompt.new_full((len(prompt), policy.C), PAD)
     words = policy.concat_words(prompt, no_plans)
-    with precision(device):
-        decoder = Decoder(policy, batch)
+    with precision(prompt.device):
         if no_plan:
-            decoder.prefill(words)
+            slots = [(pad, none, none)] * policy.C
+            decoder = Decoder(policy, words, repeats)
         else:
-            decoder.prefill(words[:, : policy.S + 1])  # the prompt and <plan>
-            running = torch.ones_like(plan[:, 0], dtype=torch.bool)  # plans without END so far
+            decoder = Decoder(policy, words[:, : policy.S + 1], repeats)  # the prompt and <plan>
+            is_running = pad == PAD  # plans without END so far: all of them
             for j in range(policy.C):
                 logits = policy.word_logits(decoder.hidden)
-                word, word_logp, word_entropy = sample_token(logits, noise[:, j])
-                plan[:, j] = torch.where(running, word + END, PAD)
-                logp[:, j] = word_logp * running
-                entropy[:, j] = word_entropy * running
-                running = running & (plan[:, j] != END)
-                decoder.feed_word(plan[:, j])
-            decoder.feed_word(torch.full_like(plan[:, 0], IMAGE))
+                word, logp, entropy = sample_token(logits, noise[:, j])
+                word = torch.where(is_running, word + END, PAD)
+                slots.append((word, logp, entropy))
+                is_running = is_running & (word != END)
+                decoder.feed_word(word)
+            decoder.feed_word(torch.full_like(pad, IMAGE))
         empty_decoder = None
         if guidance != 1.0:
             no_prompt = prompt.new_full((1, policy.S), PAD)
             no_words = prompt.new_full((1, policy.C), PAD)
-            empty_decoder = Decoder(policy, batch)
-            empty_decoder.prefill(policy.concat_words(no_prompt, no_words))
-        for j in range(policy.L):
+            empty_decoder = Decoder(policy, policy.concat_words(no_prompt, no_words), len(noise))
+        for j in range(policy.C, policy.C + policy.L):
             raw = policy.code_logits(decoder.hidden)
             raw_empty = None
             if empty_decoder:
                 raw_empty = policy.code_logits(empty_decoder.hidden)
             logits = policy_logits(raw, raw_empty, guidance)
-            t = policy.C + j
-            codes[:, j], logp[:, t], entropy[:, t] = sample_token(logits, noise[:, t])
-            if j + 1 < policy.L:
-                decoder.feed_code(codes[:, j])
+            code, logp, entropy = sample_token(logits, noise[:, j])
+            slots.append((code, logp, entropy))
+            if decoder.slot < policy.slots:
+                decoder.feed_code(code)
                 if empty_decoder:
-                    empty_decoder.feed_code(codes[:, j])
-    prompt = prompt.repeat_interleave(batch // len(prompt), 0)
-    every_code = torch.ones_like(codes, dtype=torch.bool)
-    valid = torch.cat([plan != PAD, every_code], 1)
-    return Rollout(prompt, plan, codes, logp, entropy, valid)
+                    empty_decoder.feed_code(code)
+    tokens, logp, entropy = (torch.stack(column, 1) for column in zip(*slots))  # (B, T) each
+    plan, codes = tokens.split([policy.C, policy.L], 1)
+    valid = torch.cat([plan != PAD, torch.ones_like(codes, dtype=torch.bool)], 1)
+    prompt = prompt.repeat_interleave(repeats, 0)  # (B, S)
+    return Rollout(prompt, plan, codes, logp * valid, entropy * valid, valid)

@@ -139,8 +139,8 @@ def sample(policy, prompt, noise, guidance=1.0, temperature=1.0, empty_policy=No
     logp, entropy = torch.zeros_like(noise), torch.zeros_like(noise)
     no_plans = prompt.new_full((len(prompt), policy.C), PAD)
     with precision(device):
-        decoder = Decoder(policy, batch)
-        decoder.prefill(policy.concat_words(prompt, no_plans)[:, : policy.S + 1])
+        words = policy.concat_words(prompt, no_plans)[:, : policy.S + 1]
+        decoder = Decoder(policy, words, batch // len(prompt))
         running = torch.ones_like(plan[:, 0], dtype=torch.bool)
         for j in range(policy.C):
             word, word_logp, _ = sample_token(policy.word_logits(decoder.hidden), noise[:, j])
@@ -152,9 +152,9 @@ def sample(policy, prompt, noise, guidance=1.0, temperature=1.0, empty_policy=No
         decoders = [(policy, decoder)]
         if guidance != 1.0:
             empty_policy = empty_policy or policy
-            decoders.append((empty_policy, Decoder(empty_policy, batch)))
             nothing = torch.full_like(prompt[:1], PAD), torch.full_like(no_plans[:1], PAD)
-            decoders[1][1].prefill(empty_policy.concat_words(*nothing))
+            words = empty_policy.concat_words(*nothing)
+            decoders.append((empty_policy, Decoder(empty_policy, words, batch)))
         for j in range(policy.L):
             raw = [one.code_logits(its.hidden) for one, its in decoders]
             logits = sampler_logits(raw[0], raw[-1], guidance, temperature)
