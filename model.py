@@ -3,9 +3,10 @@
     | prompt words, padded to S | <plan> | plan words, <end>, padded to C | <image> | L codes |
 
 Every token has a fixed slot, so shapes never change; padding is masked out of attention. Words and
-codes are two modalities with a head each. Sampler and learner must be one policy: policy_logits is
-the one definition of what is sampled and scored; generate samples slot by slot with a key-value
-cache, Policy.forward computes all slots at once, and the tests compare them. There is no dropout.
+codes are two modalities with a head each. Sampler and learner must be one policy: both take words
+by Policy.word_logits and codes by policy_logits, which guidance is part of; generate samples slot
+by slot with a key-value cache, Policy.forward computes all slots at once, and the tests compare
+them. There is no dropout.
 
 Dimension letters: P prompts, G sequences of each, B = P * G sequences, S prompt slots, C plan
 slots, L image tokens, T = C + L sampled slots, N = S + C + L + 1 inputs, V vocabulary of a
@@ -183,25 +184,29 @@ def precision(device):
 # --- scoring --------------------------------------------------------------------------------------
 
 
-def policy_logits(raw, empty=None, guidance=1.0):
-    """Compute the logits of codes for sampling and scoring: the one definition of the policy.
+def policy_logits(raw, guidance=1.0):
+    """Compute the logits of codes, for sampling and scoring alike. Those of words are never guided:
+    Policy.word_logits are the policy's.
 
-    raw: (..., V), float32. Classifier-free guidance: empty + guidance * (raw - empty), where
-    `empty` are the raw logits without prompt and plan. Guidance 1 needs none. Plans are never
-    guided.
+    raw: (B, ..., V), float32, or (2B, ..., V) with classifier-free guidance: without prompt and
+    plan in the second half, `empty`. Returns empty + guidance * (raw - empty), (B, ..., V).
     """
-    return raw if guidance == 1.0 else empty + guidance * (raw - empty)
+    if guidance == 1.0:
+        return raw
+    raw, empty = raw.chunk(2)
+    return empty + guidance * (raw - empty)
 
 
 def forward_logits(policy, prompt, plan, codes, guidance=1.0):
     """Return the policy's logits of given words (B, C, V) and codes (B, L, V), float32."""
-    empty = None
+    batch = len(prompt)
+    if guidance != 1.0:  # as many rows without prompt and plan
+        prompt = F.pad(prompt, (0, 0, 0, batch), value=PAD)
+        plan = F.pad(plan, (0, 0, 0, batch), value=PAD)
+        codes = codes.repeat(2, 1)
     with precision(prompt.device):
         words, image = policy(prompt, plan, codes)
-        if guidance != 1.0:
-            nothing = torch.full_like(prompt, PAD), torch.full_like(plan, PAD)
-            empty = policy(*nothing, codes)[1]
-    return words, policy_logits(image, empty, guidance)
+    return words[:batch], policy_logits(image, guidance)
 
 
 def score(policy, prompt, plan, codes, guidance=1.0):
@@ -254,7 +259,7 @@ class Decoder:
     """State of B sequences that are being sampled: words, padding, keys and values.
 
     `hidden` (B, D) is the output at the last slot that was fed. The cache has 2 * layers * B * N *
-    D elements; guidance needs a second one.
+    D elements; with guidance a sequence has two rows.
     """
 
     def __init__(self, policy, words, repeats=1):
@@ -295,7 +300,9 @@ class Decoder:
         self.feed(self.policy.embed_words(recent)[:, -1])
 
     def feed_code(self, code):
-        self.feed(self.policy.embed_codes(code))
+        """code: (B,), of all rows or of each half."""
+        repeats = len(self.words) // len(code)
+        self.feed(self.policy.embed_codes(code.repeat(repeats)))
 
 
 @torch.no_grad()
@@ -326,23 +333,16 @@ def generate(policy, prompt, noise, guidance=1.0, no_plan=False):
                 is_running = is_running & (word != END)
                 decoder.feed_word(word)
             decoder.feed_word(torch.full_like(pad, IMAGE))
-        empty_decoder = None
-        if guidance != 1.0:
-            no_prompt = prompt.new_full((1, policy.S), PAD)
-            no_words = prompt.new_full((1, policy.C), PAD)
-            empty_decoder = Decoder(policy, policy.concat_words(no_prompt, no_words), len(noise))
+        if guidance != 1.0:  # start again with twice the rows
+            words = decoder.words  # (B, S + C + 2)
+            is_marker = (words == PLAN) | (words == IMAGE)
+            decoder = Decoder(policy, torch.cat([words, torch.where(is_marker, words, PAD)]))
         for j in range(policy.C, policy.C + policy.L):
-            raw = policy.code_logits(decoder.hidden)
-            raw_empty = None
-            if empty_decoder:
-                raw_empty = policy.code_logits(empty_decoder.hidden)
-            logits = policy_logits(raw, raw_empty, guidance)
+            logits = policy_logits(policy.code_logits(decoder.hidden), guidance)
             code, logp, entropy = sample_token(logits, noise[:, j])
             slots.append((code, logp, entropy))
             if decoder.slot < policy.slots:
                 decoder.feed_code(code)
-                if empty_decoder:
-                    empty_decoder.feed_code(code)
     tokens, logp, entropy = (torch.stack(column, 1) for column in zip(*slots))  # (B, T) each
     plan, codes = tokens.split([policy.C, policy.L], 1)
     valid = torch.cat([plan != PAD, torch.ones_like(codes, dtype=torch.bool)], 1)

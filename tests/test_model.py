@@ -105,9 +105,9 @@ def test_attention_is_causal(policy, prompt):
 
 
 def test_guidance_one_is_none_and_guidance_moves_away_from_no_prompt_and_no_plan():
-    raw, empty = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0]])
+    raw = torch.tensor([[1.0, 2.0], [1.0, 1.0]])
     assert torch.equal(policy_logits(raw), raw)
-    assert torch.equal(policy_logits(raw, empty, guidance=3.0), torch.tensor([[1.0, 4.0]]))
+    assert torch.equal(policy_logits(raw, guidance=3.0), torch.tensor([[1.0, 4.0]]))
 
 
 def test_guidance_is_for_image_tokens_only(policy, prompt):
