@@ -242,6 +242,8 @@ def to_jsonable(value):
     """Round floats to six digits; replace NaN and infinity, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {name: to_jsonable(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [to_jsonable(item) for item in value]
     if not isinstance(value, float):
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else None

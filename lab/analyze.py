@@ -278,20 +278,14 @@ def draw_figures(folder, numbers, records, guided):
     variants = numbers["variants"]
     main = {name: variants[name] for name in study.MAIN if name in variants}
     with_base = {name: variants[name] for name in MAIN_ROWS if name in variants}
-    mixed = {}
-    others = {}  # so that runs that fail do not stretch the axes
+    compared = {}
     for name, of_variant in variants.items():
-        if name.startswith(study.MIXED):
-            mixed[name.removeprefix(study.MIXED)] = of_variant
-        else:
-            others[name] = of_variant
-    compared = {name: numbers for name, numbers in others.items() if numbers["differences"]}
+        if of_variant["differences"] and not name.startswith("mixed-"):  # off the scale
+            compared[name] = of_variant
     if main:
         figures.draw_curves(folder / "curves.png", main)
-    if mixed:
-        figures.draw_curves(folder / "curves-mixed.png", mixed)
     figures.draw_discovery(folder / "discovery.png", with_base)
-    figures.draw_diversity(folder / "diversity.png", others)
+    figures.draw_diversity(folder / "diversity.png", variants)
     if compared:
         figures.draw_differences(folder / "differences.png", compared)
     if records:

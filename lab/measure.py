@@ -1,14 +1,12 @@
-"""What the study measures of a finished policy beside its scores, and a training run of its own:
-sampled with guidance, scored without."""
+"""What the study measures of a finished policy beside its scores."""
 
-import contextlib
+from functools import partial
 from unittest import mock
 
 import numpy as np
 import torch
 
-import eggrpo
-import model
+import evaluate
 from evaluate import draw_noise, sample_and_score
 from lab.batch import step_config
 from lab.world import gradient_sizes
@@ -61,24 +59,20 @@ def gradient(env, policy, config):
     return sizes
 
 
-@contextlib.contextmanager
-def scored_without_guidance():
-    """Let eggrpo.main sample with its guidance and score without it, as the paper's code does.
-
-    Entropies, and so the masks and the bonus, are those of the scored policy, and so is the KL
-    term. That sampler and learner are two policies is logged (logp_diff_mean) and not an error.
-    """
-
-    def score(policy, prompt, plan, codes, guidance):
-        return model.score(policy, prompt, plan, codes)
-
-    @torch.no_grad()
-    def generate(policy, prompt, noise, guidance):
-        rollout = model.generate(policy, prompt, noise, guidance)
-        logits = model.forward_logits(policy, rollout.prompt, rollout.plan, rollout.codes)
-        entropy = torch.cat([token_entropy(modality) for modality in logits], 1)
-        return rollout._replace(entropy=entropy * rollout.valid)
-
-    unchecked = mock.patch.object(eggrpo, "check_one_policy", lambda *arguments: None)
-    with mock.patch.multiple(eggrpo, score=score, generate=generate), unchecked:
-        yield
+def scores_by_setting(run):
+    """Score the policy of a lab.one_sided.Run at guidance 1, at its own and at twice its own, and at
+    its temperature if that is not 1. Returns {setting: {split: summary}}."""
+    config = run.config
+    settings = {f"guidance {g:g}": (g, 1.0) for g in (1.0, config.guidance, 2 * config.guidance)}
+    if config.temperature != 1.0:
+        settings[f"temperature {config.temperature:.3g}"] = 1.0, config.temperature
+    numbers = {"eval": config.prompts_scored, "rare": max(config.prompts_scored // 2, 6)}
+    scores = {}
+    for name, (guidance, temperature) in settings.items():
+        sampler = partial(run.sample, guidance=guidance, temperature=temperature)
+        scores[name] = {}
+        with mock.patch.object(evaluate, "generate", sampler):
+            for split, number in numbers.items():
+                scored = evaluate.evaluate(run.env, run.policy, split, number, config.batch)
+                scores[name][split] = evaluate.summarize(scored)
+    return scores

@@ -16,7 +16,6 @@ are cores run at a time, one thread each, which is faster than all threads on on
 at a time unless --jobs says otherwise (docs/gpu.md).
 """
 
-import contextlib
 import json
 import os
 import subprocess
@@ -35,7 +34,8 @@ import eggrpo
 import pretrain
 import tiny_vq.train
 from evaluate import evaluate, load_base, load_env, load_run, summarize
-from lab.measure import diversity, gradient, scored_without_guidance
+from lab import one_sided
+from lab.measure import diversity, gradient
 from lab.records import draw_exact, record_rows
 from scenes import RARE_PAIRS, make_scene
 
@@ -46,8 +46,57 @@ HALVES = ("grpo", "eggrpo", "eggrpo-text", "eggrpo-image", "exclude", "bonus")
 BASES = {"base-no-plan": dict(no_plan=True), "base": {}}  # settings of a base policy
 RECORDED = (*BASES, "grpo-0", "eggrpo-0")  # policies
 GUIDED = "-guided"  # ending of the names of records that are sampled with guidance 2
-MIXED = "mixed-"  # runs that sample with guidance and score without, as the paper's code does
 RECORD_SEED = 5000  # of the prompts that base policy 0 is recorded on; b more for base policy b
+
+
+def one_sided_runs():
+    """List the runs of lab.one_sided, most informative first: {name: values of its Config}."""
+    runs = {
+        "start": dict(method="grpo", steps=0),
+        "bonus": {},
+        "bonus-text": dict(on="words"),
+        "bonus-image": dict(on="codes"),
+        "weights-bonus": dict(weights="bonus"),
+        "weights-all": dict(weights="all"),
+        "pull-exact": dict(pull="exact"),
+        "frozen-teacher": dict(pull="frozen"),
+        "frozen-empty": dict(empty="frozen"),
+        "negative": dict(kappa=-1.0),
+        "hot": dict(match="hot"),
+        "cold": dict(match="cold"),
+        "no-kl": dict(kl="none"),
+        "exact-kl-.01": dict(kl="exact"),
+        "exact-kl-.3": dict(kl="exact", beta=0.3),
+    }
+    runs |= {method: dict(method=method) for method in FIVE}
+    for guidance in (1.5, 2.0, 4.0):
+        for kappa in (0.2, 0.5, 1.0, 2.0):
+            if (guidance, kappa) != (2.0, 1.0):  # that is `bonus`
+                name = f"bonus-g{guidance:g}-kappa{kappa:g}"
+                runs[name] = dict(guidance=guidance, kappa=kappa)
+        if guidance != 2.0:
+            runs[f"grpo-g{guidance:g}"] = dict(method="grpo", guidance=guidance)
+    for equal, match in (("mean", "none"), ("pull", "pull")):
+        for where in ("low", "random", "every"):
+            runs[f"{where}-equal-{equal}"] = dict(where=where, match=match)
+    runs["eggrpo-released-300"] = dict(method="eggrpo-released", steps=300)
+    cells = {  # on-policy: a setting in which EG-GRPO is better than GRPO?
+        "group-2": dict(group_size=2, prompts=32),
+        "group-4": dict(group_size=4, prompts=16),
+        "only-exact": dict(reward="exact"),
+        "noisy": dict(reward="noisy"),
+        "lr-x3": dict(lr=1.5e-3),
+        "two-prompts": dict(prompts=2),
+        "low-half": dict(low_frac=0.5, kappa=0.2),
+    }
+    for cell, values in cells.items():
+        for method in ("grpo", "eggrpo", "exclude"):
+            runs[f"search-{cell}-{method}"] = dict(values, method=method, guidance=1.0)
+    return runs
+
+
+FIVE = ("grpo", "eggrpo", "eggrpo-released", "exclude")  # runs on five base policies, others on 3
+ONE_SIDED = one_sided_runs()
 
 
 @dataclass(frozen=True)
@@ -67,6 +116,7 @@ class Config(common.BaseConfig):
     images: int = 10  # per plan, as in the paper
     pass_prompts: int = 60  # of usual and of rare pairs, each drawn pass_images times
     pass_images: int = 100  # each with a plan of its own
+    one_sided: int = len(ONE_SIDED)  # settings of lab.one_sided, the first ones of the list
     jobs: int = 0  # at a time; 0: on a CPU one per core, else one
     only: str = ""  # do this one job, by name
 
@@ -87,6 +137,7 @@ PRESETS = {
         images=2,
         pass_prompts=6,
         pass_images=2,
+        one_sided=2,
     ),
     "small": dict(),
     "large": dict(),
@@ -95,7 +146,7 @@ PRESETS = {
 
 class Job(NamedTuple):
     name: str  # base-<b>, or base-<b>/<folder>/<name>; also its name for --only
-    kind: str  # base, runs, records or passes
+    kind: str  # base, runs, records, passes or one-sided
     needs: tuple = ()  # names of the jobs that must be finished before
     flags: tuple = ()  # of eggrpo.py for a run
 
@@ -148,13 +199,13 @@ def plan(config):
     short = f"--steps {config.short_steps}"
     jobs += run_jobs(config, HALVES, 0, "short-", short)
     guided = f"{short} --guidance 2"
-    for prefix in ("guided-", MIXED):
-        jobs += run_jobs(config, ("grpo", "eggrpo"), 0, prefix, guided)
+    jobs += run_jobs(config, ("grpo", "eggrpo"), 0, "guided-", guided)
     jobs += run_jobs(config, ("top-entropy",), 0, "short-", short)
     jobs += run_jobs(config, HALVES, 1, "short-", short)
-    # which part of EG-GRPO fails in that regime
-    few = replace(config, bases=min(config.bases, 3))
-    jobs += run_jobs(few, ("bonus", "exclude", "eggrpo-released"), 0, MIXED, guided)
+    for name in [*ONE_SIDED][: config.one_sided]:
+        bases = 5 if name in FIVE else 3
+        for base in range(min(config.bases, bases)):
+            jobs.append(Job(f"base-{base}/one-sided/{name}", "one-sided", (f"base-{base}",)))
     return jobs
 
 
@@ -168,6 +219,8 @@ def result_path(config, job):
         return folder / "scores.json"
     if job.kind == "runs":
         return folder / job.last / "scores.json"
+    if job.kind == "one-sided":
+        return folder / job.kind / f"{job.last}.json"
     return folder / job.kind / f"{job.last}.jsonl"
 
 
@@ -208,9 +261,7 @@ def do_base(config, job, flags):
 
 def do_run(config, job, flags):
     """Train a policy, score it and measure it."""
-    regime = scored_without_guidance() if job.last.startswith(MIXED) else contextlib.nullcontext()
-    with regime:
-        eggrpo.main([*flags, *job.flags, "--name", job.last])
+    eggrpo.main([*flags, *job.flags, "--name", job.last])
     env, policy, options = load(config, job.last)
     scored = score(config, env, policy, **options)
     scored["diversity"] = diversity(env, policy, config, **options)
@@ -247,7 +298,23 @@ def do_passes(config, job, flags):
     return to_lines(rows)
 
 
-WORK = dict(base=do_base, runs=do_run, records=do_records, passes=do_passes)
+def do_one_sided(config, job, flags):
+    """Train a policy that is sampled in one way and scored in another."""
+    values = dict(preset=config.preset, out=config.out, device=config.device, seed=10 * job.base)
+    values |= eggrpo.PRESETS[config.preset] | ONE_SIDED[job.last]
+    if config.preset == "smoke":
+        values |= dict(steps=2, prompts_scored=12)
+    of_run = one_sided.Config(**values)
+    return json.dumps(common.to_jsonable(one_sided.train(of_run)))
+
+
+WORK = {
+    "base": do_base,
+    "runs": do_run,
+    "records": do_records,
+    "passes": do_passes,
+    "one-sided": do_one_sided,
+}
 
 
 def do(config, job):

@@ -146,19 +146,6 @@ def test_diversity_and_gradient_of_a_policy_are_measured(tiny):
     assert parts["GRPO"] == pytest.approx(1) and 0 < parts["low image tokens"] < 1
 
 
-def test_sampling_with_guidance_and_scoring_without_is_logged_and_no_error(tiny):
-    """Entropies, so masks and bonus, are those of the scored policy."""
-    env, policy = tiny
-    config = replace(SETTINGS, guidance=2.0)
-    optimizer = torch.optim.SGD(policy.parameters(), 0.0)
-    with measure.scored_without_guidance():
-        stats = eggrpo.train_step(policy, None, optimizer, env, config, 0)
-    assert stats["logp_diff_mean"] > 0.01
-    guided = eggrpo.train_step(policy, None, optimizer, env, config, 0)
-    assert guided["logp_diff_mean"] < 1e-5 and guided["reward"] == stats["reward"]
-    assert guided["image_entropy"] != stats["image_entropy"]
-
-
 SETTINGS = eggrpo.Config(preset="smoke", prompts=2, group_size=4, micro_batch=3, beta=0.0)
 
 

@@ -1,0 +1,173 @@
+"""lab.one_sided: each mechanism on tabular policies against enumeration, and a run of each kind."""
+
+import pytest
+import torch
+
+from conftest import tiny_env, tiny_policy
+from lab import measure, one_sided, study
+from lab.one_sided import pull_loss, sampler_logits, token_weights
+
+GUIDANCE = 3.0
+SEEDS = pytest.mark.parametrize("seed", range(3))
+
+
+def table(seed):
+    """Logits of a scored policy and of its empty branch in one context, (V,) each, float64."""
+    draw = torch.Generator().manual_seed(seed)
+    z, u = torch.randn(2, 6, generator=draw, dtype=torch.float64)
+    return z.requires_grad_(True), u
+
+
+def expected_gradient(z, log_q, value):
+    """Sum over tokens s of q(s) value(s) grad_z log p(s)."""
+    logp = z.log_softmax(-1)
+    return torch.autograd.grad((log_q.exp().detach() * value * logp).sum(), z)[0]
+
+
+@SEEDS
+def test_a_bonus_pulls_toward_the_sampler_as_its_loss_does(seed):
+    z, u = table(seed)
+    w = torch.tensor(0.7, dtype=torch.float64)
+    log_q = sampler_logits(z, u, GUIDANCE).log_softmax(-1).detach()
+    sampled = expected_gradient(z, log_q, w)
+    assert torch.allclose(sampled, w * (log_q.exp() - z.softmax(-1)))
+    loss = torch.autograd.grad(pull_loss(z, log_q, w), z)[0]
+    assert torch.allclose(-loss, sampled) and sampled.abs().max() > 0.01
+
+
+@SEEDS
+def test_weights_cancel_the_pull_where_they_are_not_truncated(seed):
+    z, u = table(seed)
+    log_q = sampler_logits(z, u, 1.2).log_softmax(-1).detach()
+    weights = token_weights(z.log_softmax(-1), log_q)
+    assert weights.max() < 2
+    assert expected_gradient(z, log_q, weights).abs().max() < 1e-12
+
+
+def test_weights_are_truncated_and_have_no_gradient():
+    logp = torch.tensor([0.0, -1.0], requires_grad=True)
+    weights = token_weights(logp, torch.tensor([-5.0, 0.0]))
+    assert weights.tolist() == pytest.approx([2.0, 0.3678794])
+    assert not weights.requires_grad
+
+
+@SEEDS
+def test_grpo_under_guidance_has_one_gth_of_the_guided_policys_gradient(seed):
+    """Where the mean advantage of the context is 0; the empty branch is held constant."""
+    z, u = table(seed)
+    value = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    log_q = sampler_logits(z, u, GUIDANCE).log_softmax(-1)
+    value = value - (log_q.exp() * value).sum().detach()
+    one_sided_gradient = expected_gradient(z, log_q, value)
+    on_policy = torch.autograd.grad((log_q.exp().detach() * value * log_q).sum(), z)[0]
+    assert torch.allclose(one_sided_gradient, on_policy / GUIDANCE)
+
+
+@SEEDS
+def test_a_frozen_teacher_is_the_fixed_point_and_a_moving_one_is_not(seed):
+    start, u = table(seed)
+    teacher = sampler_logits(start, u, GUIDANCE).log_softmax(-1).detach()
+    last = {}
+    for moving in (False, True):
+        z = start.detach().clone().requires_grad_(True)
+        for _ in range(2000):
+            log_q = sampler_logits(z, u, GUIDANCE).log_softmax(-1).detach() if moving else teacher
+            (gradient,) = torch.autograd.grad(pull_loss(z, log_q, 1.0), z)
+            z.data -= 0.5 * gradient
+        last[moving] = z.softmax(-1)
+    assert torch.allclose(last[False], teacher.exp(), atol=1e-2)
+    assert last[True].max() > 0.99  # all on one token
+
+
+def test_sigma_is_the_rate_of_the_gap_to_first_order():
+    """A step of the pull moves d = z - u by (g - 1) S d; S is held constant."""
+    z, u = (x.detach() for x in table(0))
+    guidance = 1 + 1e-4
+    log_q = sampler_logits(z, u, guidance).log_softmax(-1)
+    over, under = one_sided.sigma(z, log_q)
+    p = z.softmax(-1)
+    S = torch.diag(p) - torch.outer(p, p)
+    d = z - u
+    moved = d + 1e-3 * (log_q.exp() - p)
+    grown = (moved @ S @ moved) / (d @ S @ d) - 1
+    rate = (guidance - 1) * (over / under)
+    assert grown.item() == pytest.approx(2e-3 * rate.item(), rel=1e-2)
+
+
+@pytest.fixture
+def run(world, monkeypatch):
+    """Make a Run on a tiny random policy: settings -> Run."""
+    env = tiny_env(world, torch.device("cpu"))
+    monkeypatch.setattr(one_sided.evaluate, "load_env", lambda config, device: env)
+    brightness = lambda images, *_: (images.mean((1, 2, 3)), {}, torch.zeros(len(images)))
+    monkeypatch.setattr(one_sided, "compute_rewards", brightness)  # differs from image to image
+    base = tiny_policy(world), ""
+    monkeypatch.setattr(one_sided.evaluate, "load_base", lambda config, env: base)
+
+    def make(**settings):
+        sizes = dict(device="cpu", prompts=2, group_size=4, steps=1, prompts_scored=6)
+        return one_sided.Run(one_sided.Config(**sizes | settings))
+
+    return make
+
+
+def batch_and_bonus(run):
+    batch = run.batch(0, run.config.guidance, run.config.temperature)
+    return batch, *run.bonus(batch, 0)
+
+
+def test_at_guidance_one_the_sampler_is_the_scored_policy(run):
+    batch, *_ = batch_and_bonus(run(guidance=1.0))
+    assert torch.allclose(batch.logp, batch.rollout.logp, atol=1e-4)
+    guided, *_ = batch_and_bonus(run(guidance=2.0))
+    assert not torch.allclose(guided.logp, guided.rollout.logp, atol=1e-2)
+    words = slice(0, guided.words.shape[1])  # which are never guided
+    assert torch.allclose(guided.logp[:, words], guided.rollout.logp[:, words], atol=1e-4)
+
+
+def test_placements_have_their_tokens_and_the_same_budget(run):
+    means = {}
+    for where in ("high", "low", "random", "every"):
+        batch, w, low, chosen = batch_and_bonus(run(where=where))
+        valid = batch.rollout.valid
+        means[where] = (w * valid / valid.sum(1, keepdim=True)).sum().item()
+        assert ((w > 0) <= chosen).all() and (chosen <= valid).all()
+    assert len({round(mean, 4) for mean in means.values()}) == 1 and means["high"] > 0
+    batch, w, *_ = batch_and_bonus(run(on="words"))
+    assert (w[:, batch.words.shape[1] :] == 0).all() and w.sum() > 0
+    _, negative, *_ = batch_and_bonus(run(on="words", kappa=-1.0))
+    assert torch.equal(negative, -w)
+
+
+KINDS = [
+    dict(method="grpo"),
+    dict(method="eggrpo-released"),
+    dict(weights="all"),
+    dict(pull="frozen"),
+    dict(empty="frozen"),
+    dict(kl="exact", reward="noisy"),
+    dict(match="hot"),
+    dict(where="every", match="pull"),
+]
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=str)
+def test_each_kind_of_run_trains_and_is_scored(run, monkeypatch, settings):
+    own = run(**settings)
+    monkeypatch.setattr(one_sided, "Run", lambda config: own)
+    record = one_sided.train(own.config)
+    assert len(record["log"]) == 1 and len(record["own"]) == 2
+    assert record["log"][0]["grad_norm"] > 0
+    assert "guidance 1" in record["scores"] and len(record["scores"]) >= 2
+
+
+def test_every_planned_run_is_a_config():
+    for name, values in study.ONE_SIDED.items():
+        one_sided.Config(**values)
+    assert len(study.ONE_SIDED) == 60
+
+
+def test_settings_that_are_scored(run):
+    scores = measure.scores_by_setting(run(temperature=0.8, guidance=1.0))
+    assert [*scores] == ["guidance 1", "guidance 2", "temperature 0.8"]
+    assert scores["guidance 1"] != scores["temperature 0.8"]
