@@ -1,8 +1,5 @@
 """The toy world: a prompt describes a scene, and a scene is rendered to an image.
 
-A `Scene` holds a few coloured shapes on a grid of cells, the prompt that asks for them, the plan
-(the chain of thought) that spells them out, and the seed of everything the prompt leaves open.
-
     scene = make_scene(WORLDS["small"], "train", seed=0, index=3)      deterministic
     scene.prompt    "a green triangle left of a blue circle"
     scene.plan      "green triangle at row 1 column 1 ; blue circle at row 2 column 3"
@@ -19,9 +16,9 @@ Prompt categories follow the paper's benchmarks (T2I-CompBench and WISE):
     knowledge  a shape with three sides in the colour of grass
 
 The background is a dark sky in which a patch may hold one faint star, more often towards the top.
-Objects stand at the same place of their cell and are lit unevenly: each patch has a brightness of
-its own. The prompt leaves stars and light open, so that image tokens are uncertain everywhere:
-least in the calm sky at the bottom, most on objects.
+Objects stand at the top left of their cell, and each patch of them has a brightness of its own. The
+prompt leaves stars and light open, so that image tokens are uncertain everywhere: least in the calm
+sky at the bottom, most on objects.
 
 Splits: a hash of what a scene asks for decides, so that no paraphrase of a `train` prompt is in
 `eval`. The colour-shape pairs of RARE_PAIRS occur in neither; scenes with one of them are split
@@ -33,6 +30,7 @@ which reinforcement learning can correct.
 
 import difflib
 import hashlib
+import itertools
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -42,7 +40,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from common import UserError
+from common import UserError, check
 
 COLOURS = {
     "red": (225, 50, 50),
@@ -54,7 +52,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 RELATIONS = ("left of", "right of", "above", "below")
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+MIRRORED = {"right of": "left of", "below": "above"}  # "a right of b" is "b left of a"
 NUMBERS = ("one", "two", "three", "four")
 COLOUR_DESCRIPTIONS = {
     "red": ("blood", "tomatoes"),
@@ -82,7 +80,8 @@ RARE_PAIRS = {  # (colour, shape): fraction of the corpus that has it, before ca
     ("blue", "diamond"): 0.002,
     ("white", "cross"): 0.002,
 }
-# In the other categories a rare pair can leave one canonical form only, wholly trained or held out.
+# In the others a rare pair leaves too few canonical forms to hold some out (of a red cross, shape
+# has 4, numeracy 3 and knowledge 1); texture is in `large` only.
 RARE_CATEGORIES = ("colour", "spatial", "complex")
 CAPTION_FAULTS = 0.25  # fraction of the corpus whose image and plan contradict the prompt
 PLAN_FAULTS = 0.20  # fraction of the rest whose plan contradicts prompt and image
@@ -106,7 +105,6 @@ def plural(shape, number):
 
 
 WORDS = _vocabulary()
-WORD_ID = {word: i for i, word in enumerate(WORDS)}
 PAD, PLAN, IMAGE, END = range(4)  # the first three are placed, never sampled
 GRAMMAR = (
     'grammar: "a red circle [left of|right of|above|below|and] a blue square [and a green '
@@ -116,31 +114,25 @@ GRAMMAR = (
 
 
 def encode_words(text, slots, end=False):
-    """Encode text as a list of `slots` word ids, padded with PAD.
-
-    end: append the end token. Raises UserError if the text is empty, too long, or has an unknown
-    word (the message names the nearest known ones).
-    """
+    """Encode text as a list of `slots` word ids, padded with PAD; end: after the end token. Raises
+    UserError if the text is empty, too long, or has an unknown word."""
     words = text.lower().split()
-    if not words:
-        raise UserError(f"the prompt is empty; {GRAMMAR}")
+    check(words, f"the prompt is empty; {GRAMMAR}")
+    known = WORDS[END + 1 :]
     for word in words:
-        if word not in WORD_ID or word.startswith("<"):
-            known = [w for w in WORDS if w[0] != "<"]
-            near = difflib.get_close_matches(word[:40], known, n=3, cutoff=0.4)
-            hint = f"nearest known: {', '.join(near)}" if near else "nothing like it is known"
-            raise UserError(f"unknown word {word[:40]!r} ({hint}); {GRAMMAR}")
-    ids = [WORD_ID[word] for word in words] + [END] * end
-    if len(ids) > slots:
-        raise UserError(f"{len(words)} words are too many: at most {slots - end} fit; {GRAMMAR}")
-    return ids + [PAD] * (slots - len(ids))
+        if word not in known:
+            near = ", ".join(difflib.get_close_matches(word[:40], known, cutoff=0))
+            raise UserError(f"unknown word {word[:40]!r} (nearest known: {near}); {GRAMMAR}")
+    ids = [WORDS.index(word) for word in words] + [END] * end
+    free = slots - len(ids)
+    check(free >= 0, f"{len(words)} words are too many: at most {slots - end} fit; {GRAMMAR}")
+    return ids + [PAD] * free
 
 
 def decode_words(ids):
     """Decode word ids to text, up to the end token and without padding."""
-    ids = [int(i) for i in ids]
-    ids = ids[: ids.index(END)] if END in ids else ids
-    return " ".join(WORDS[i] for i in ids if i != PAD)
+    kept = itertools.takewhile(lambda i: i != END, ids)
+    return " ".join(WORDS[i] for i in kept if i != PAD)
 
 
 # --- the world ------------------------------------------------------------------------------------
@@ -153,7 +145,7 @@ class World:
     image_size: int = 30
     patch: int = 5  # one token stands for patch x patch pixels
     grid: int = 3  # cells per side; a cell is a whole number of patches
-    object_size: int = 9  # an object never leaves its cell
+    object_size: int = 9  # less than a cell, whose right and bottom edges an object leaves free
     textures: tuple = ("solid",)
     max_objects: int = 3
     prompt_slots: int = 13  # longest prompt in words
@@ -166,11 +158,6 @@ class World:
     @property
     def cell(self):
         return self.image_size // self.grid
-
-    @property
-    def margin(self):
-        """Pixels between the top and left edges of a cell and its object."""
-        return (self.cell - self.object_size) // 2
 
     @property
     def side(self):
@@ -238,11 +225,8 @@ def _name(obj):
 
 
 def plan_text(objects):
-    """Write the plan of a scene: each object with its attributes and its cell, in raster order.
-
-    The order of the image tokens; in the order of the prompt the policy learned more slowly
-    (docs/notes.md).
-    """
+    """Write the plan of a scene: each object with its attributes and its cell, in raster order as
+    the image tokens (in the order of the prompt the policy learned more slowly, docs/notes.md)."""
     objects = sorted(objects, key=lambda o: (o.row, o.column))
     return " ; ".join(f"{_name(o)} at row {o.row + 1} column {o.column + 1}" for o in objects)
 
@@ -270,10 +254,8 @@ def relation_holds(relation, a, b):
 
 
 def _sample_kinds(world, category, rng, rare_pair=None):
-    """Sample (colour, shape, texture) for each object of a scene of this category.
-
-    rare_pair: (colour, shape) of one of the objects, in the categories of RARE_CATEGORIES.
-    """
+    """Sample (colour, shape, texture) for each object of a scene of this category. rare_pair:
+    (colour, shape) of one of them, in RARE_CATEGORIES."""
     colours = tuple(COLOURS)
     textures = world.textures
     pair = lambda: (_pick(rng, colours), _pick(rng, SHAPES))
@@ -325,11 +307,12 @@ def _prompt(category, objects, relation, rng):
 def canonical_form(objects, relation):
     """Return what a scene asks for as a string, equal for paraphrases and mirrored relations."""
     names = [_name(o) for o in objects]
-    if relation in ("right of", "below"):  # "a right of b" is "b left of a"
-        return f"{names[1]} {OPPOSITE[relation]} {names[0]} / {sorted(names[2:])}"
-    if relation:
-        return f"{names[0]} {relation} {names[1]} / {sorted(names[2:])}"
-    return str(sorted(names))
+    if not relation:
+        return str(sorted(names))
+    first, second, *others = names
+    if relation in MIRRORED:
+        return f"{second} {MIRRORED[relation]} {first} / {sorted(others)}"
+    return f"{first} {relation} {second} / {sorted(others)}"
 
 
 def rare_pairs(objects):
@@ -346,11 +329,8 @@ def split_of(objects, relation):
 
 
 def make_scene(world, split, seed, index, category=None, rare_pair=None):
-    """Make scene number `index` of a split.
-
-    Categories alternate unless one is given, and so do the rare pairs of the splits `rare-train`
-    and `rare`, whose scenes have one rare pair each.
-    """
+    """Make scene number `index` of a split. Categories alternate unless one is given, and so do the
+    rare pairs of the splits `rare-train` and `rare`, whose scenes have one rare pair each."""
     rng = _rng("scene", split, seed, index)
     if split in ("rare-train", "rare"):
         rare_pair = rare_pair or tuple(RARE_PAIRS)[index % len(RARE_PAIRS)]
@@ -400,11 +380,8 @@ def _contradict(world, scene, rng):
 
 
 def corpus_item(world, seed, index):
-    """Make one item of the noisy pretraining corpus, a Scene.
-
-    Each rare pair has its fraction of the items. In CAPTION_FAULTS of all, image and plan
-    contradict the prompt; in PLAN_FAULTS of the rest, the plan contradicts prompt and image.
-    """
+    """Make one item of the noisy pretraining corpus, a Scene. In CAPTION_FAULTS of all, image and
+    plan contradict the prompt; in PLAN_FAULTS of the rest, the plan contradicts both."""
     rng = _rng("corpus", seed, index)
     pairs, fractions = zip(*RARE_PAIRS.items())
     rank = np.searchsorted(np.cumsum(fractions), rng.rand(), side="right")
@@ -428,10 +405,6 @@ def shape_mask(shape, texture, size):
     n = 8 * size  # drawn eight times too large, then reduced
     image = Image.new("L", (n, n))
     draw = ImageDraw.Draw(image)
-    polygons = {
-        "triangle": [(n / 2, 0), (n - 1, n - 1), (0, n - 1)],
-        "diamond": [(n / 2, 0), (n - 1, n / 2), (n / 2, n - 1), (0, n / 2)],
-    }
     if shape == "circle":
         draw.ellipse((0, 0, n - 1, n - 1), fill=255)
     elif shape == "square":
@@ -439,8 +412,10 @@ def shape_mask(shape, texture, size):
     elif shape == "cross":
         draw.rectangle((0, 3 * n // 9, n - 1, 6 * n // 9 - 1), fill=255)
         draw.rectangle((3 * n // 9, 0, 6 * n // 9 - 1, n - 1), fill=255)
+    elif shape == "triangle":
+        draw.polygon([(n / 2, 0), (n - 1, n - 1), (0, n - 1)], fill=255)
     else:
-        draw.polygon(polygons[shape], fill=255)
+        draw.polygon([(n / 2, 0), (n - 1, n / 2), (n / 2, n - 1), (0, n / 2)], fill=255)
     if texture == "striped":
         for i in range(3):  # three stripes and three gaps
             draw.rectangle((0, (2 * i + 1) * n // 6, n, (2 * i + 2) * n // 6 - 1), fill=0)
@@ -455,10 +430,8 @@ def shape_mask(shape, texture, size):
 
 
 def _stars(world, rng):
-    """Draw the brightness of the stars of a sky, (h, w) in grey levels: at most one per patch.
-
-    The probability of a star in patch row r of n is star_probability * 2 (n - r) / (n + 1).
-    """
+    """Draw the brightness of the stars of a sky, (h, w) in grey levels: at most one per patch, with
+    probability star_probability * 2 (n - r) / (n + 1) in patch row r of n."""
     n, patch = world.side, world.patch
     probability = world.star_probability * 2 * (n - np.arange(n)) / (n + 1)
     stars = np.zeros((n, n, patch * patch))  # by patch and pixel within the patch
@@ -482,8 +455,8 @@ def render(world, scene):
     image = np.zeros((*brightness.shape, 3))
     image += np.array(BACKGROUND) + stars[..., None]
     for o in scene.objects:
-        top = o.row * world.cell + world.margin
-        left = o.column * world.cell + world.margin
+        top = o.row * world.cell
+        left = o.column * world.cell
         box = slice(top, top + world.object_size), slice(left, left + world.object_size)
         coverage = shape_mask(o.shape, o.texture, world.object_size)[..., None]
         paint = brightness[box][..., None] * np.subtract(COLOURS[o.colour], BACKGROUND)

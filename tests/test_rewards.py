@@ -396,8 +396,7 @@ def test_of_two_objects_of_a_kind_the_better_match_stands_in_the_relation(preset
     drawn = hand_made(world, (*red, 0, 0), (*blue, 1, 1), (*red, 0, 2))
     for cut, expected in ((2, 1.0), (0, 0.0)):
         image = pictures(world, [drawn])
-        left = cut * world.cell + world.margin
-        image[0, :, : world.cell, left] = torch.tensor(BACKGROUND)[:, None] / 255
+        image[0, :, : world.cell, cut * world.cell] = torch.tensor(BACKGROUND)[:, None] / 255
         _, parts, _ = score_of(world, wanted, image)
         assert parts["relation"] == expected
 

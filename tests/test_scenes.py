@@ -23,6 +23,7 @@ from scenes import (
     WORDS,
     WORLDS,
     Object,
+    _sample_kinds,
     canonical_form,
     corpus_item,
     decode_words,
@@ -93,6 +94,15 @@ def test_splits_share_no_meaning_and_rare_pairs_stay_in_theirs(preset):
             pair = tuple(RARE_PAIRS)[i % 6]
             assert [(o.colour, o.shape) in RARE_PAIRS for o in scene.objects].count(True) == 1
             assert rare_pairs(scene.objects) == {pair}
+
+
+def test_outside_of_rare_categories_a_rare_pair_leaves_few_forms(world):
+    for category, expected in dict(shape=4, numeracy=3, knowledge=1).items():
+        rng = np.random.RandomState(0)
+        drawn = [_sample_kinds(world, category, rng) for _ in range(3000)]
+        scenes = [[Object(*kind, 0, 0) for kind in kinds] for kinds in drawn]
+        red_cross = [s for s in scenes if ("red", "cross") in rare_pairs(s)]
+        assert len({canonical_form(scene, "") for scene in red_cross}) == expected
 
 
 def test_a_mirrored_relation_has_the_same_meaning():
@@ -208,7 +218,7 @@ def test_objects_stay_in_their_cells_so_none_can_overlap():
         for i in range(200):
             objects = random_scene(world, 0, i).objects
             assert len({(o.row, o.column) for o in objects}) == len(objects)
-        assert 2 * world.margin <= world.cell - world.object_size
+        assert world.object_size < world.cell
 
 
 def test_shape_masks_are_antialiased_and_all_different():
