@@ -47,18 +47,11 @@ def make(config, device):
     """Make a random policy and the environment of a preset."""
     world = WORLDS[config.preset]
     torch.manual_seed(config.seed)
-    of_tokenizer = tiny_vq.train.Config(**tiny_vq.train.PRESETS[config.preset])
-    tokenizer = VQVAE(
-        world.patch,
-        of_tokenizer.width,
-        of_tokenizer.blocks,
-        of_tokenizer.codebook_size,
-        of_tokenizer.dim,
-    )
-    of_policy = pretrain.Config(**pretrain.PRESETS[config.preset])
+    of = tiny_vq.train.Config(**tiny_vq.train.PRESETS[config.preset])
+    tokenizer = VQVAE(world.patch, of.width, of.blocks, of.codebook_size, of.dim)
     codebook = tokenizer.quantizer.codebook
-    sizes = of_policy.width, of_policy.layers, of_policy.heads
-    policy = Policy(world, *codebook.shape, *sizes)
+    of = pretrain.Config(**pretrain.PRESETS[config.preset])
+    policy = Policy(world, *codebook.shape, of.width, of.layers, of.heads)
     policy.set_codebook(codebook)
     tokenizer = tokenizer.to(device).requires_grad_(False)
     return policy.to(device), Env(tokenizer, world, device, {})

@@ -45,24 +45,18 @@ def record_rows(config, env, policy, scene, number, **options):
     moments = entropy_moments(rollout.entropy[:, image], rollout.valid[:, image])
     image_entropy, image_entropy_std = moments
     columns = dict(
-        reward=reward,
-        exact=exact,
-        distance=distance,
-        paint=paint,
-        plan_entropy=plan_entropy,
-        image_entropy=image_entropy,
-        image_entropy_std=image_entropy_std,
+        plan=map(decode_words, rollout.plan),
+        plan_index=[i // config.images for i in range(n)],
+        reward=reward.tolist(),
+        exact=exact.tolist(),
+        distance=distance.tolist(),
+        paint=paint.tolist(),
+        plan_entropy=plan_entropy.tolist(),
+        image_entropy=image_entropy.tolist(),
+        image_entropy_std=image_entropy_std.tolist(),
     )
-    columns = {name: values.tolist() for name, values in columns.items()}
+    of_prompt = dict(number=number, category=scene.category)
     rows = []
-    for i in range(n):
-        row = dict(
-            number=number,
-            category=scene.category,
-            plan=decode_words(rollout.plan[i]),
-            plan_index=i // config.images,
-        )
-        for name, values in columns.items():
-            row[name] = values[i]
-        rows.append(common.to_jsonable(row))
+    for values in zip(*columns.values()):
+        rows.append(common.to_jsonable(of_prompt | dict(zip(columns, values))))
     return rows

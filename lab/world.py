@@ -36,7 +36,7 @@ from lab.batch import step_config, token_advantages, training_batch
 from model import score
 from objective import entropy_masks, policy_loss
 from rewards import paint_coverage
-from scenes import encode_scenes, make_scene
+from scenes import WORLDS, encode_scenes, make_scene
 from tiny_vq.train import ceiling
 
 
@@ -51,11 +51,7 @@ class Config(common.BaseConfig):
     scored: int = 420  # true scenes that the ceiling is the mean of
 
 
-PRESETS = {
-    "smoke": dict(prompts=24, batches=1, scored=24),
-    "small": dict(),
-    "large": dict(),
-}
+PRESETS = {name: {} for name in WORLDS} | {"smoke": dict(prompts=24, batches=1, scored=24)}
 
 
 def object_tokens(images, world):
@@ -99,12 +95,6 @@ def entropy_figures(entropy, objects):
     return {name: value.item() for name, value in figures.items()}
 
 
-def exact(env, policy, config, **options):
-    """Return the fraction of held-out prompts that are drawn exactly right."""
-    scores = evaluate(env, policy, "eval", config.prompts, config.batch, config.seed, **options)
-    return scores.exact.mean().item()
-
-
 # --- gradients ------------------------------------------------------------------------------------
 
 
@@ -114,14 +104,12 @@ def gradient_parts(batch, config):
     low, high, shaped = token_advantages(batch, config)
     a = batch.advantage[:, None].expand_as(shaped)
     bonus = torch.where(high, shaped - a, 0.0)
-    middle = ~low & ~high
     is_plan = torch.zeros_like(low)
     is_plan[:, : batch.rollout.plan.shape[1]] = True
     parts = {"GRPO": a}
     for name, here in (("words", is_plan), ("image tokens", ~is_plan)):
-        parts[f"low {name}"] = torch.where(low & here, a, 0.0)
-        parts[f"middle {name}"] = torch.where(middle & here, a, 0.0)
-        parts[f"high {name}"] = torch.where(high & here, a, 0.0)
+        for kind, mask in (("low", low), ("middle", ~low & ~high), ("high", high)):
+            parts[f"{kind} {name}"] = torch.where(mask & here, a, 0.0)
         parts[f"bonus on {name}"] = torch.where(here, bonus, 0.0)
     parts["EG-GRPO"] = shaped
     return parts
@@ -167,8 +155,10 @@ def main(argv=None):
     restored = ceiling(env.tokenizer, env.world, device, config.scored)
     figures["ceiling"] = restored["ceiling"]
     figures["ceiling_exact"] = restored["ceiling_exact"]
-    figures["exact_plan"] = exact(env, policy, config)
-    figures["exact_no_plan"] = exact(env, policy, config, no_plan=True)
+    for name, no_plan in (("exact_plan", False), ("exact_no_plan", True)):
+        numbers = config.prompts, config.batch, config.seed
+        scores = evaluate(env, policy, "eval", *numbers, no_plan=no_plan)
+        figures[name] = scores.exact.mean().item()
     settings = step_config(config.preset, "eggrpo", config.seed)
     policy.requires_grad_(True)
     gradient = gradient_sizes(env, policy, settings, config.batches)
