@@ -1,0 +1,156 @@
+"""Numbers, table and figures of the runs of lab.one_sided, for lab.analyze and docs/guidance.md."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from evaluate import markdown_table, save_figure
+from lab.stats import mean_t_ci
+from lab.tables import show
+
+SERIES = ("kl_q_p", "exact", "entropy_codes", "entropy_q", "entropy_words", "kl_ref_codes")
+DECADE = 10  # steps that a point of a series is the mean of
+BROKEN = 0.1  # exact at the training guidance below which a run has failed
+CURVES = {  # of the first figure
+    "grpo": ("GRPO", "#0072b2", "-."),
+    "bonus": ("bonus", "#000000", "-"),
+    "pull-exact": ("the pull as a loss", "#d55e00", (0, (1, 1))),
+    "frozen-empty": ("frozen empty branch", "#cc79a7", (0, (5, 1))),
+    "frozen-teacher": ("frozen teacher", "#009e73", "--"),
+    "weights-bonus": ("weights p / q", "#e69f00", (0, (3, 1, 1, 1))),
+}
+
+
+def setting_scores(record):
+    """Find a run's scores at guidance 1, at its own sampler and at twice its guidance."""
+    config = record["config"]
+    own = f"guidance {config['guidance']:g}"
+    if config["temperature"] != 1.0:
+        own = f"temperature {config['temperature']:.3g}"
+    names = {"1": "guidance 1", "own": own, "twice": f"guidance {2 * config['guidance']:g}"}
+    return {name: record["scores"][key] for name, key in names.items()}
+
+
+def reduce_run(record):
+    """Reduce a run to numbers: scores, ends, growth of the gap, dose, series by tens of steps."""
+    config = record["config"]
+    numbers = {}
+    for name, scores in setting_scores(record).items():
+        numbers[f"exact at {name}"] = scores["eval"]["exact"]
+        numbers[f"rare at {name}"] = scores["rare"]["exact"]
+    log = record["log"]
+    if not log:
+        return dict(numbers=numbers, series={})
+    mean = lambda key, part: float(np.mean([line[key] for line in part]))
+    for key in (*SERIES, "gap", "grad_norm", "k3"):
+        if key in log[0] and key != "exact":
+            numbers[key] = mean(key, log[-10:])
+    numbers["kl_q_p on p"] = record["own"][-1]["kl_q_p"]
+    numbers["w on codes"] = mean("w_codes", log[:5])
+    numbers["w, largest"] = max(line["w_largest"] for line in log[:5])
+    half = len(log) // 2
+    middle = mean("kl_q_p", log[max(half - 5, 0) : half + 5])
+    rates = [config["lr"] * min((s + 1) / 10, 1 - s / len(log)) for s in range(len(log))]
+    if config["guidance"] > 1 and log[0]["kl_q_p"] > 0 and numbers["w on codes"] > 0:
+        numbers["growth"] = float(np.log(middle / log[0]["kl_q_p"]))
+        numbers["D0"] = sum(rates) * mean("pull", log[:5])
+        slope = config["guidance"] - 1
+        numbers["R0"] = sum(rates) * numbers["w on codes"] * slope * mean("sigma", log[:5])
+        numbers["dose"] = numbers["D0"] / slope  # separates runs that fail: docs/guidance.md
+    tens = range(0, len(log), DECADE)
+    series = {key: [mean(key, log[i : i + DECADE]) for i in tens] for key in SERIES}
+    return dict(numbers=numbers, series=series, kappa=config["kappa"], made=record["made"])
+
+
+def read_one_sided(folder, preset):
+    """Read the finished runs of a study: {name: {base: reduced run}}."""
+    runs = {}
+    for path in sorted(Path(folder).glob(f"*/{preset}/one-sided/*.json")):
+        base = path.parts[-4]
+        runs.setdefault(path.stem, {})[base] = reduce_run(json.loads(path.read_text()))
+    return runs
+
+
+def describe_one_sided(runs):
+    """Average runs over base policies, and subtract GRPO's of the same base policies. Returns
+    {name: {"numbers", "minus GRPO": {key: interval}, "runs": {base: reduced run}}}."""
+    found = {}
+    for name, of_bases in runs.items():
+        grpo = runs.get(rival(name), {})
+        numbers = {}
+        minus = {}
+        for key in next(iter(of_bases.values()))["numbers"]:
+            values = {base: run["numbers"].get(key) for base, run in of_bases.items()}
+            known = [value for value in values.values() if value is not None]
+            numbers[key] = mean_t_ci(known)
+            pairs = [base for base in values if base in grpo and key in grpo[base]["numbers"]]
+            if pairs and name != rival(name):
+                differences = [values[b] - grpo[b]["numbers"][key] for b in pairs]
+                minus[key] = mean_t_ci(differences)
+        found[name] = {"numbers": numbers, "minus GRPO": minus, "runs": of_bases}
+    return found
+
+
+def rival(name):
+    """Name the run of GRPO that a run is compared with: of its guidance, or of its cell."""
+    if name.startswith(("search-", "test-")):
+        return f"{name.removesuffix('-eggrpo').removesuffix('-exclude').removesuffix('-grpo')}-grpo"
+    guidance = next((part for part in name.split("-") if part in ("g1.5", "g4")), "")
+    return f"grpo-{guidance}" if guidance else "grpo"
+
+
+def one_sided_table(found):
+    """Lay the runs out as Markdown."""
+    rows = []
+    for name, run in found.items():
+        numbers = run["numbers"]
+        row = [f"`{name}`", len(run["runs"])]
+        row += [show(numbers.get(f"exact at {at}")) for at in ("1", "own", "twice")]
+        row += [show(run["minus GRPO"].get("exact at own"), signed=True)]
+        keys = ("rare at own", "kl_q_p", "kl_ref_codes", "entropy_codes", "entropy_words")
+        rows.append(row + [show(numbers.get(key)) for key in keys])
+    head = ["", "base policies", "exact at 1", "at its own", "at twice", "own, minus GRPO's"]
+    head += ["rare pairs", "KL(q, p)", "KL(p, base)", "image entropy", "plan entropy"]
+    return markdown_table(head, rows)
+
+
+def draw_gap(path, found):
+    """KL(q || p), exact and image entropy against the step: means over base policies."""
+    figure = Figure(figsize=(8.3, 3.6), layout="constrained")
+    panels = dict(kl_q_p="KL(q || p), nats", exact="exact, as sampled", entropy_codes="image entropy")
+    for axis, (key, title) in zip(figure.subplots(1, 3), panels.items()):
+        for name, (label, colour, dashes) in CURVES.items():
+            series = [run["series"][key] for run in found[name]["runs"].values()]
+            mean = np.mean(series, 0)
+            steps = DECADE * np.arange(len(mean)) + DECADE / 2
+            axis.plot(steps, mean, color=colour, linestyle=dashes, label=label)
+        axis.set(title=title, xlabel="step", yscale="log" if key == "kl_q_p" else "linear")
+    lines, names = axis.get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=3, frameon=False)
+    save_figure(figure, path)
+
+
+def draw_dose(path, found):
+    """Exact at the training guidance minus GRPO's, against the dose: a point per run."""
+    figure = Figure(figsize=(8.3, 4), layout="constrained")
+    axis = figure.subplots()
+    marks = {"bonus": "o", "every": "s", "random": "^", "low": "v", "eggrpo": "D"}
+    for kind, mark in marks.items():
+        points = []
+        for name, run in found.items():
+            if name.split("-")[0] != kind or name.endswith("300"):
+                continue
+            for base, own in run["runs"].items():
+                grpo = found[rival(name)]["runs"].get(base)
+                if grpo and "dose" in own["numbers"]:
+                    exact = [x["numbers"]["exact at own"] for x in (own, grpo)]
+                    points.append((own["numbers"]["dose"], exact[0] - exact[1]))
+        label = {"bonus": "on high tokens", "eggrpo": "EG-GRPO, both rules"}.get(kind, f"on {kind}")
+        axis.plot(*zip(*points), mark, fillstyle="none", linestyle="none", label=label)
+    axis.axhline(0, color="0.6", linewidth=0.8)
+    axis.set(xscale="log", xlabel="dose: (sum of lr) x mean of w |q - p|² / (g - 1), at the start")
+    axis.set_ylabel("exact minus GRPO's")
+    axis.legend(frameon=False, loc="lower left")
+    save_figure(figure, path)
