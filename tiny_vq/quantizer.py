@@ -53,21 +53,14 @@ class Quantizer(nn.Module):
         of z, drawn with probability proportional to the squared distance from their entry (as
         k-means++ does): frequent vectors, such as the background's, have one already.
 
-        z: (n, dim), codes: (n,). Returns the number of entries moved.
+        z: (n, dim), codes: (n,).
         """
         z = z.float()
         dead = (self.counts < min_count).nonzero()[:, 0]
         if len(dead) == 0:
-            return 0
+            return
         error = (z - self.codebook[codes]).square().sum(1).cpu() + 1e-12
         chosen = torch.multinomial(error, len(dead), True, generator=generator).to(z.device)
         self.codebook[dead] = z[chosen]
         self.sums[dead] = z[chosen]
         self.counts[dead] = 1.0
-        return len(dead)
-
-
-def perplexity(codes, codebook_size):
-    """exp of the entropy of code frequencies: from 1 to codebook_size. codes: any shape."""
-    p = torch.bincount(codes.flatten(), minlength=codebook_size).float() / codes.numel()
-    return torch.special.entr(p).sum().exp().item()

@@ -18,7 +18,6 @@ import common
 from rewards import compute_rewards, encode_targets, paint_coverage
 from scenes import WORLDS, make_scene, random_scene, render
 from tiny_vq import stack_images
-from tiny_vq.quantizer import perplexity
 from tiny_vq.vqvae import VQVAE
 
 
@@ -90,7 +89,6 @@ def ceiling(model, world, device, number, seed=0):
         ceiling=reward.mean().item(),
         ceiling_exact=exact.mean().item(),
         codes_in_use=len(codes.unique()),
-        perplexity=perplexity(codes, model.codebook_size),
     )
 
 
@@ -105,9 +103,8 @@ def update(model, optimizer, images, config, step, generator):
     optimizer.step()
     optimizer.zero_grad()
     model.quantizer.update(features, codes)
-    terms["restarted"] = 0
     if step % 20 == 0 and step < 0.7 * config.steps:  # after that the codebook settles
-        terms["restarted"] = model.quantizer.restart(features, codes, generator)
+        model.quantizer.restart(features, codes, generator)
     return terms, codes
 
 
@@ -152,7 +149,6 @@ def main(argv=None):
         last = step + 1 == config.steps
         if step % 20 == 0 or last:
             terms["codes_in_use"] = len(codes.unique())
-            terms["perplexity"] = perplexity(codes, config.codebook_size)
             run.log(step=step, **terms)
         if last:
             fit_residuals(model, (part.to(device) / 255 for part in images.split(256)))

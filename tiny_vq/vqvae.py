@@ -31,13 +31,13 @@ class VQVAE(nn.Module):
     """patch: pixels per side of a token; width: channels of the convolutions; blocks: residual
     blocks of the decoder; dim: width of a codebook vector."""
 
-    def __init__(self, patch=4, width=96, blocks=2, codebook_size=512, dim=16):
+    def __init__(self, patch, width, blocks, codebook_size, dim):
         super().__init__()
         self.config = dict(
             patch=patch, width=width, blocks=blocks, codebook_size=codebook_size, dim=dim
         )
         channels = 3 * patch * patch
-        self.patch, self.codebook_size = patch, codebook_size
+        self.patch = patch
         self.encoder = nn.Sequential(
             nn.Conv2d(channels, 4 * width, 1),
             nn.GELU(),
