@@ -295,7 +295,7 @@ def main(argv=None):
     if run.finished:
         print(f"{config.method}: finished earlier, {run.path}")
         return
-    policy = copy.deepcopy(reference).requires_grad_(True)
+    policy = copy.deepcopy(reference)
     optimizer = torch.optim.AdamW(
         policy.parameters(),
         lr=config.lr,

@@ -63,7 +63,7 @@ def load_env(config, device):
 
 
 def load_policy(path, kind, config, env, made_from, command):
-    """Read a finished policy, which must be made from the files at hand. Returns the frozen model,
+    """Read a finished policy, which must be made from the files at hand. Returns the model,
     and the settings that it was trained with."""
     record = common.load_finished(path, kind, config.preset, command)
     common.check_made_from(path, record, made_from, command)
@@ -71,15 +71,16 @@ def load_policy(path, kind, config, env, made_from, command):
 
 
 def policy_of(record, env):
-    """Make the frozen model of a checkpoint."""
+    """Make the model of a checkpoint. It is not frozen: autocast keeps its copies of weights that
+    need a gradient, and casts others again at every slot."""
     with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
         policy = Policy(env.world, **record["model_config"])
     policy.load_state_dict(record["model"])
-    return policy.to(env.device).requires_grad_(False)
+    return policy.to(env.device)
 
 
 def load_base(config, env):
-    """Read the base policy of a preset. Returns the frozen model, and {file: digest} of what runs
+    """Read the base policy of a preset. Returns the model, and {file: digest} of what runs
     of reinforcement learning are made from."""
     path = f"{config.out}/{config.preset}/base.pt"
     command = common.command_for("pretrain", config)
@@ -88,7 +89,7 @@ def load_base(config, env):
 
 
 def load_run(path, config, env, made_from):
-    """Read a finished run of eggrpo.py. Returns the frozen model, and its guidance."""
+    """Read a finished run of eggrpo.py. Returns the model, and its guidance."""
     command = common.command_for("eggrpo", config)
     policy, trained = load_policy(path, "policy", config, env, made_from, command)
     return policy, trained["guidance"]

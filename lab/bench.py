@@ -64,7 +64,7 @@ def make_calls(policy, env, settings):
     batch = batch._replace(advantage=torch.randn_like(batch.advantage))
     prompts, _ = encode_scenes(env.world, batch.scenes)
     noise = draw_noise(policy, len(batch.advantage), "bench")
-    reference = copy.deepcopy(policy).requires_grad_(False)
+    reference = copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), 0.0)  # so that the policy stays the same
     return {
         "decoding": lambda: sample_images(env, policy, prompts, noise),

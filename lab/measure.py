@@ -53,10 +53,7 @@ def diversity(env, policy, config, **options):
 def gradient(env, policy, config):
     """Return {part: norm of its gradient over that of GRPO's} of a policy, see lab.world."""
     settings = step_config(config.preset, "eggrpo", config.seed)
-    policy.requires_grad_(True)
-    sizes = gradient_sizes(env, policy, settings, config.gradient_batches)
-    policy.requires_grad_(False)
-    return sizes
+    return gradient_sizes(env, policy, settings, config.gradient_batches)
 
 
 def scores_by_setting(run):

@@ -169,7 +169,7 @@ class Run:
         self.device = common.pick_device(config.device)
         self.env = evaluate.load_env(config, self.device)
         self.reference, _ = evaluate.load_base(config, self.env)
-        self.policy = copy.deepcopy(self.reference).requires_grad_(True)
+        self.policy = copy.deepcopy(self.reference)
         self.empty_policy = self.reference if config.empty == "frozen" else self.policy
 
     def sample(self, policy, prompt, noise, guidance, temperature):
@@ -272,7 +272,7 @@ def update(run, optimizer, step):
     if config.pull != "sampled":
         teacher = batch.log_q
         if config.pull == "frozen":
-            u = run.empty_logits(run.reference, batch.rollout)
+            u = run.empty_logits(run.reference, batch.rollout).detach()
             teacher = sampler_logits(batch.reference[1], u, config.guidance, config.temperature)
             teacher = teacher.log_softmax(-1)
         loss = loss + (weight[:, c:] * pull_loss(batch.z, teacher, w[:, c:])).sum()

@@ -79,7 +79,7 @@ def describe_tokens(batch, low, high, shaped, objects, row):
 def measure_update(policy, reference, env, settings, batch, masks, rows):
     """Make the step. Returns, for each row, the change of log-prob in nats, summed over the tokens
     of each mask: {row: {mask: nats}}."""
-    learner = copy.deepcopy(policy).requires_grad_(True)
+    learner = copy.deepcopy(policy)
     rate = settings.lr / 10  # that of the first warm-up step
     optimizer = torch.optim.AdamW(learner.parameters(), rate, (0.9, 0.95), weight_decay=0.0)
     train_step(learner, reference, optimizer, env, settings, STEP)

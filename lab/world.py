@@ -160,7 +160,6 @@ def main(argv=None):
         scores = evaluate(env, policy, "eval", *numbers, no_plan=no_plan)
         figures[name] = scores.exact.mean().item()
     settings = step_config(config.preset, "eggrpo", config.seed)
-    policy.requires_grad_(True)
     gradient = gradient_sizes(env, policy, settings, config.batches)
     figures["low_gradient"] = gradient["low image tokens"]
     figures["gradient"] = gradient

@@ -7,8 +7,10 @@ mismatches. A CPU's bf16 is not a GPU's: other kernels add in another order.
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
+import evaluate
 import pretrain
 from eggrpo import LOGP_DIFF_BOUND, logp_difference
 from model import Block, Policy, generate, score
@@ -68,6 +70,28 @@ def test_bf16_rounds_to_less_than_a_third_of_the_bound(trained, bf16, monkeypatc
     assert 3 * found < BOUND * (guidance + abs(1 - guidance))
     monkeypatch.undo()
     assert difference(trained, rollout, guidance) > 1e-4  # scored in float32: it was bf16
+
+
+class CountCasts(TorchDispatchMode):
+    """Count conversions to bf16 of what has two dimensions: weights; activations have three."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        of_weight = args and isinstance(args[0], torch.nn.Parameter) and args[0].dim() == 2
+        self.number += function == torch.ops.aten._to_copy.default and of_weight
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_finished_policy_casts_each_weight_once_a_batch(trained, bf16):
+    """Frozen weights are cast again at every slot. Four of a block, and the aligner; heads are
+    float32."""
+    policy, prompt, noise = trained
+    record = dict(model_config=policy.config, model=policy.state_dict())
+    loaded = evaluate.policy_of(record, evaluate.Env(None, WORLD, torch.device("cpu"), {}))
+    with CountCasts() as casts:
+        generate(loaded, prompt, noise)
+    assert casts.number == 4 * len(loaded.blocks) + 1
 
 
 def forgetful_cache(policy, monkeypatch):
