@@ -1,7 +1,6 @@
 """Rewards tell truth from error: every component, every category, every relation, every known
 cheat."""
 
-import itertools
 from dataclasses import replace
 from functools import lru_cache
 
@@ -11,14 +10,7 @@ import torch
 
 import evaluate
 from common import UserError
-from rewards import (
-    END_THRESHOLD,
-    REWARDS,
-    compute_rewards,
-    detect,
-    encode_targets,
-    paint_coverage,
-)
+from rewards import REWARDS, compute_rewards, detect, encode_targets, paint_coverage
 from scenes import (
     BACKGROUND,
     COLOURS,
@@ -217,14 +209,6 @@ def rewarded(value):
     return lambda images, detections, targets: torch.full_like(images[:, 0, 0, 0], value)
 
 
-def test_ones_own_reward_is_a_function_in_a_dict(monkeypatch, world):
-    scenes = [make_scene(world, "train", 0, i) for i in range(6)]
-    monkeypatch.setitem(REWARDS, "nothing", rewarded(0.0))
-    images, targets = pictures(world, scenes), encode_targets(world, scenes)
-    reward, parts, exact = compute_rewards(images, targets, world)
-    assert (reward < 1).all() and (parts["nothing"] == 0).all() and (exact == 1).all()
-
-
 def test_a_reward_that_holds_weights_is_called_without_gradient(monkeypatch, world):
     """The learner's backward once went through it, and failed at the second micro-batch."""
     net = torch.nn.Conv2d(3, 1, 1)
@@ -234,12 +218,16 @@ def test_a_reward_that_holds_weights_is_called_without_gradient(monkeypatch, wor
     assert not reward.requires_grad and not parts["net"].requires_grad
 
 
-@pytest.mark.parametrize("value", [[True], np.ones(1), torch.ones(1).long(), torch.ones(1).half()])
-def test_a_reward_is_any_number_per_image(monkeypatch, world, value):
-    monkeypatch.setitem(REWARDS, "any", lambda *_: value)
+ANY = [[False], np.zeros(1), torch.zeros(1).long(), torch.zeros(1).half()]
+
+
+@pytest.mark.parametrize("value", ANY, ids=["list", "array", "integers", "half"])
+def test_ones_own_reward_is_any_number_per_image(monkeypatch, world, value):
+    monkeypatch.setitem(REWARDS, "mine", lambda *_: value)
     scene = make_scene(world, "eval", 0, 0)
-    reward, parts, _ = score_of(world, scene, scene)
-    assert parts["any"].tolist() == [1.0] and reward.dtype == torch.float32
+    reward, parts, exact = score_of(world, scene, scene)
+    assert parts["mine"].tolist() == [0.0] and reward < 1 and reward.dtype == torch.float32
+    assert exact == 1
 
 
 BAD_REWARDS = {
@@ -347,45 +335,6 @@ def test_one_bar_or_blob_is_not_several_squares(preset, name):
         assert exact == 0 and reward == 0
 
 
-def connected(painted):
-    """Number the 8-connected parts of (n, h, w) bool: equal numbers are one part, 0 is none."""
-    part = torch.arange(1.0, painted[0].numel() + 1).view(painted.shape[1:]) * painted
-    while True:
-        larger = torch.nn.functional.max_pool2d(part, 3, stride=1, padding=1) * painted
-        if torch.equal(larger, part):
-            return part
-        part = larger
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_connected_paint_is_at_most_one_object(preset):
-    """Crowded scenes under random strokes: what is found never shares a connected part."""
-    world = replace(WORLDS[preset], star_probability=0.0)
-    images = pictures(world, [random_scene(world, 0, i) for i in range(150)])
-    draw = np.random.RandomState(0)
-    for image in images:
-        for _ in range(3):
-            top, left = draw.randint(world.image_size, size=2)
-            height, width = draw.permutation([draw.randint(1, 4), draw.randint(1, 20)])
-            stroke = paint(list(COLOURS)[draw.randint(6)])
-            image[:, top : top + height, left : left + width] = stroke
-    detections = detect(images, world)
-    parts = connected(paint_coverage(images).amax(1) >= END_THRESHOLD)
-    shared = {True: 0, False: 0}  # pairs of matches with a common part: both found, or not
-    for i in range(len(images)):
-        matches = (detections.score[i].flatten() > 0.9).nonzero()[:, 0].tolist()
-        numbers = {}
-        for cell in matches:
-            y, x = (world.cell * k for k in divmod(cell, world.grid))
-            box = parts[i, y : y + world.object_size, x : x + world.object_size]
-            numbers[cell] = set(box.unique().tolist()) - {0}
-        for a, b in itertools.combinations(matches, 2):
-            if numbers[a] & numbers[b]:
-                both = detections.kind[i].flatten()[[a, b]].min() >= 0
-                shared[both.item()] += 1
-    assert shared[True] == 0 and shared[False] > 20
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_of_two_objects_of_a_kind_the_better_match_stands_in_the_relation(preset):
     """A red circle left of a blue square, drawn with a second red circle on the right that is cut
@@ -440,10 +389,6 @@ RIGHT = dict(objects=1, attributes=1, count=1, cleanliness=1)
 RIGHT_SHAPE_ONLY = dict(objects=0, attributes=1 / 2, count=1, cleanliness=1)
 DEFINITIONS = {  # image and the value of every component, where one red square is asked for
     "the whole square": (lambda: drawn(RED_SQUARE), RIGHT),
-    "two squares": (
-        lambda: drawn(RED_SQUARE, ("red", "square", "solid", 1, 1)),
-        dict(objects=1 / 2, attributes=1 / 2, count=1 / 2, cleanliness=1),
-    ),
     "halves of two colours": (
         lambda: halves(RED_SQUARE, ("blue", "square", "solid", 0, 0)),
         NOTHING_SEEN,  # 5 of 9 columns: Dice 2 * 5 / (5 + 9) = .71
@@ -466,12 +411,3 @@ def test_what_is_no_true_scene_has_the_value_that_the_definition_says(name):
     found = {key: value.item() for key, value in components.items() if not value.isnan()}
     assert found == pytest.approx(expected, abs=1e-5)
     assert exact == (expected == RIGHT)
-
-
-def test_one_square_where_two_are_asked_for_is_half_right():
-    targets = encode_targets(
-        STILL, [hand_made(STILL, RED_SQUARE, ("red", "square", "solid", 1, 1))]
-    )
-    _, components, exact = compute_rewards(drawn(RED_SQUARE), targets, STILL)
-    assert exact == 0
-    assert [components[key].item() for key in ("objects", "attributes", "count")] == [0.5] * 3
