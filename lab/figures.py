@@ -72,11 +72,12 @@ def draw_setting(top, joint, setting, points, x_grid):
     dashes = STYLES[setting]["linestyle"]
     y_grid = np.linspace(0, 1, 120)
     height = density(reflect(points), x_grid, y_grid)
+    levels = contour_levels(height)
     joint.contour(
         x_grid,
         y_grid,
         height,
-        contour_levels(height),
+        levels,
         colors=colour,
         linestyles=dashes,
         linewidths=(1, 2.2),
@@ -104,14 +105,8 @@ def draw_joint(path, records, key):
     left, right = np.quantile(entropies, (0.001, 0.999))
     x_grid = np.linspace(left, right + 1e-6, 120)
     figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
-    axes = figure.subplots(
-        2,
-        len(panels),
-        squeeze=False,
-        sharex=True,
-        sharey="row",
-        height_ratios=(1, 4),
-    )
+    share = dict(sharex=True, sharey="row", height_ratios=(1, 4))
+    axes = figure.subplots(2, len(panels), squeeze=False, **share)
     for panel, (top, joint) in zip(panels, axes.T):
         for setting in panel:
             draw_setting(top, joint, setting, pooled[setting], x_grid)
@@ -128,6 +123,15 @@ def draw_joint(path, records, key):
 # --- runs -----------------------------------------------------------------------------------------
 
 
+def draw_line(axis, x, intervals, name, runs=None):
+    """Draw means with their intervals. name: of a variant or setting; runs: their number."""
+    intervals = list(intervals)
+    mean = [interval["mean"] for interval in intervals]
+    half = [interval["half"] or 0.0 for interval in intervals]  # None if n = 1
+    label = f"{name} ({runs})" if runs else name
+    axis.errorbar(x, mean, half, label=label, markersize=3, **STYLES[name])
+
+
 def draw_curves(path, variants):
     """Held-out exact, on usual and rare pairs, against the training step: mean over runs and its
     interval."""
@@ -137,12 +141,9 @@ def draw_curves(path, variants):
     for axis, (key, title) in zip(axes, titles.items()):
         for i, (variant, numbers) in enumerate(variants.items()):
             steps = np.array([int(step) for step in numbers[key]])
-            mean = [x["mean"] for x in numbers[key].values()]
-            half = [x["half"] or 0.0 for x in numbers[key].values()]  # None if n = 1
             shift = (i - 1) * steps[-1] / 100  # so that intervals do not cover each other
-            name = f"{plain(variant)} ({numbers['runs']})"
-            style = STYLES[plain(variant)]
-            axis.errorbar(steps + shift, mean, half, label=name, markersize=3, **style)
+            curve = numbers[key].values()
+            draw_line(axis, steps + shift, curve, plain(variant), numbers["runs"])
         axis.set(title=title, xlabel="step", ylim=(0, 1))
     finish(path, figure, axes[0], f"bars: {INTERVALS}; in brackets: runs")
 
@@ -179,11 +180,8 @@ def draw_discovery(path, variants):
         found = numbers["discovery"]
         frequency = np.array([float(name.rstrip("%")) for name in found])
         shift = 1.03 ** (i - 2)  # so that intervals do not cover each other
-        mean = [x["exact"]["mean"] for x in found.values()]
-        half = [x["exact"]["half"] or 0.0 for x in found.values()]  # None if n = 1
-        name = f"{plain(variant)} ({numbers['runs']})"
-        style = STYLES[plain(variant)]
-        axis.errorbar(frequency * shift, mean, half, label=name, markersize=3, **style)
+        exact = [of_frequency["exact"] for of_frequency in found.values()]
+        draw_line(axis, frequency * shift, exact, plain(variant), numbers["runs"])
     axis.set(xscale="log", ylim=(0, 1), ylabel="exact", xlabel="frequency in the corpus, %")
     axis.set_xticks(frequency, [f"{x:g}" for x in frequency])
     axis.set_xticks([], minor=True)
@@ -213,17 +211,13 @@ def draw_passes(path, passes):
     axes = figure.subplots(1, 2, sharey=True)
     titles = dict(eval="usual pairs", rare="rare pairs")
     for axis, (split, title) in zip(axes, titles.items()):
-        for setting, found in passes.get(split, {}).items():
-            if setting not in STYLES:
-                continue  # a difference of two settings
+        settings = [name for name in passes.get(split, {}) if name in STYLES]  # no differences
+        for i, setting in enumerate(settings):
+            found = passes[split][setting]
             k = np.array([int(number) for number in found])
-            mean = np.array([x["mean"] for x in found.values()])
-            half = np.array([x["half"] or 0.0 for x in found.values()])  # None if n = 1
-            style = STYLES[setting]
-            axis.plot(k, mean, label=setting, markersize=3, **style)
-            axis.fill_between(k, mean - half, mean + half, color=style["color"], alpha=0.15)
+            draw_line(axis, k * 1.03 ** (i - 1), found.values(), setting)
         axis.set(title=title, xlabel="k", xscale="log", ylim=(0, 1))
         axis.set_xticks(PASS_AT, PASS_AT, fontsize=9)
         axis.set_xticks([], minor=True)
     axes[0].set_ylabel("pass@k")
-    finish(path, figure, axes[0], f"bands: {INTERVALS}")
+    finish(path, figure, axes[0], f"bars: {INTERVALS}")

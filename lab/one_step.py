@@ -1,7 +1,6 @@
 """Show one training step on one prompt: rewards, advantages, entropies, masks, token advantages.
 
-    bash train.sh lab.one_step                     of the base policy: the first step
-    bash train.sh lab.one_step --run eggrpo-0      of the policy of a finished run
+    bash train.sh lab.one_step         the first step of a run, after bash train.sh; seconds
 
     -> out/small/one-step.png (figure), one-step.json (its numbers), one-step.md (docs/one-step.md)
 
@@ -18,10 +17,10 @@ import torch
 
 import common
 from eggrpo import train_step
-from evaluate import load_base, load_env, load_run, markdown_table
+from evaluate import markdown_table
 from lab.batch import step_config, token_advantages, training_batch
 from lab.one_step_figure import draw
-from lab.study import read_lines
+from lab.study import load, read_lines
 from lab.world import object_tokens
 from model import score
 from objective import bonus_coefficient
@@ -33,7 +32,6 @@ STEP = 0
 @dataclass(frozen=True)
 class Config(common.BaseConfig):
     seed: int = 0  # of the training run whose step is shown
-    run: str = ""  # name of a run's folder; default: the base policy
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -61,7 +59,6 @@ def describe_tokens(batch, low, high, shaped, objects, row):
         probability=rollout.logp[row].exp(),  # of the sampled token
         low=low[row],
         high=high[row],
-        grpo=batch.advantage[row].expand_as(shaped[row]),
         eggrpo=shaped[row],
     )
     valid = rollout.valid[row]
@@ -76,13 +73,13 @@ def describe_tokens(batch, low, high, shaped, objects, row):
     return found
 
 
-def measure_update(policy, reference, env, settings, batch, masks, rows):
+def measure_update(policy, env, settings, batch, masks, rows):
     """Make the step. Returns, for each row, the change of log-prob in nats, summed over the tokens
     of each mask: {row: {mask: nats}}."""
     learner = copy.deepcopy(policy)
     rate = settings.lr / 10  # that of the first warm-up step
     optimizer = torch.optim.AdamW(learner.parameters(), rate, (0.9, 0.95), weight_decay=0.0)
-    train_step(learner, reference, optimizer, env, settings, STEP)
+    train_step(learner, policy, optimizer, env, settings, STEP)
     rollout = batch.rollout
     with torch.no_grad():
         logp = score(learner, rollout.prompt, rollout.plan, rollout.codes, settings.guidance)
@@ -95,17 +92,10 @@ def measure_update(policy, reference, env, settings, batch, masks, rows):
     return found
 
 
-def measure(config, device):
+def measure(config):
     """Compute a step. Returns the numbers, JSON-able, and the images of the prompt's G rollouts."""
-    env = load_env(config, device)
-    reference, made_from = load_base(config, env)
-    policy = reference
-    folder = Path(config.out) / config.preset
-    log = folder / "base.jsonl"
-    if config.run:
-        log = folder / config.run / "log.jsonl"
-        policy, _ = load_run(folder / config.run / "policy.pt", config, env, made_from)
-
+    env, policy, _ = load(config, "base")
+    log = read_lines(Path(config.out) / config.preset / "base.jsonl")
     settings = {m: step_config(config.preset, m, config.seed) for m in ("grpo", "eggrpo")}
     batch = training_batch(env, policy, settings["eggrpo"], STEP)
     low, high, shaped = token_advantages(batch, settings["eggrpo"])
@@ -129,11 +119,10 @@ def measure(config, device):
                 components[name][key] = values[i, k].item()
     update = {}
     for method, own in settings.items():
-        update[method] = measure_update(policy, reference, env, own, batch, masks, rows)
+        update[method] = measure_update(policy, env, own, batch, masks, rows)
     data = {
         "preset": config.preset,
-        "policy": config.run or "base policy",
-        "commit": read_lines(log)[0]["commit"],
+        "commit": log[0]["commit"],
         "seed": config.seed,
         "step": STEP,
         "index": i,
@@ -143,7 +132,6 @@ def measure(config, device):
         "components": components,
         "mean": rewards.mean().item(),
         "std": rewards.std().item(),
-        "exact": batch.exact[i].tolist(),
         "advantages": batch.advantage[sequences].tolist(),
         "lambda": coefficient.item(),
         "sequences": len(valid),
@@ -167,7 +155,6 @@ def page(data):
     fields["rare"] = "no rare pair"
     if data["rare"]:
         fields["rare"] = "a rare pair, " + " and ".join(data["rare"])
-    fields["run"] = "" if data["policy"] == "base policy" else f" --run {data['policy']}"
     for name, k in data["chosen"].items():
         image = data["tokens"][name]["image"]
         most_uncertain = image["entropy"].index(max(image["entropy"]))
@@ -223,7 +210,7 @@ def page(data):
 
 def main(argv=None):
     config = common.parse(Config, {name: {} for name in WORLDS}, __doc__, argv)
-    data, images = measure(config, common.pick_device(config.device))
+    data, images = measure(config)
     folder = Path(config.out) / config.preset
     draw(folder / "one-step.png", data, images)
     common.write(folder / "one-step.json", (json.dumps(data) + "\n").encode())

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 import common
 from eggrpo import method_masks
-from evaluate import draw_noise, run_title, sample_images, save_figure
+from evaluate import draw_noise, gallery, run_title, sample_images, save_figure
 from lab.batch import step_config, token_advantages, training_batch
 from lab.figures import WIDTH
 from lab.one_step import choose_prompt
@@ -175,15 +175,14 @@ def draw_categories(path, config):
     scenes = [make_scene(env.world, "eval", 0, 0, category) for category in categories]
     images = stack_images([render(env.world, scene) for scene in scenes]).to(env.device) / 255
     restored = env.tokenizer.decode(env.tokenizer.encode(images))
-    figure = Figure(figsize=(WIDTH, 3.6), layout="compressed")
-    axes = figure.subplots(2, len(categories))
-    for column, scene in enumerate(scenes):
-        for axis, pixels in zip(axes[:, column], (to_pixels(images), to_pixels(restored))):
-            draw_image(axis, pixels[column], env.world.image_tokens)
-        head = textwrap.fill(scene.prompt, 18)
-        axes[0, column].set_title(f"{scene.category}:\n{head}", fontsize=9)
-    for axis, name in zip(axes[:, 0], ("scene", "its codes,\ndecoded")):
-        axis.set_ylabel(name, fontsize=9)
+    heads = [f"{scene.category}: {scene.prompt}" for scene in scenes]
+    figure = gallery([images, restored], heads, ["scene", "its codes, decoded"])
+    borders = np.arange(env.world.side) * env.world.patch - 0.5  # of image tokens, in pixels
+    for axis in figure.axes:
+        axis.set_xticks(borders, labels=[])
+        axis.set_yticks(borders, labels=[])
+        axis.tick_params(length=0)
+        axis.grid(color="white", linewidth=0.5)
     save_figure(figure, path)
 
 

@@ -377,7 +377,7 @@ def test_a_study_that_is_not_there_is_named():
 
 def test_the_page_about_one_step_is_that_of_its_numbers(small):
     """Figure, numbers and page of the smoke preset."""
-    one_step.main(["--preset", "smoke", "--out", str(small / "base-0"), "--run", "eggrpo-0"])
+    one_step.main(["--preset", "smoke", "--out", str(small / "base-0")])
     folder = small / "base-0/smoke"
     numbers = json.loads((folder / "one-step.json").read_text())
     assert (folder / "one-step.md").read_text() == one_step.page(numbers)
