@@ -97,7 +97,7 @@ def rival(name):
     """Name the run of GRPO that a run is compared with: of its guidance, or of its cell."""
     if name.startswith(("search-", "test-")):
         return f"{name.removesuffix('-eggrpo').removesuffix('-exclude').removesuffix('-grpo')}-grpo"
-    guidance = next((part for part in name.split("-") if part in ("g1.5", "g4")), "")
+    guidance = next((part for part in name.split("-") if part in ("g1.5", "g3", "g4")), "")
     return f"grpo-{guidance}" if guidance else "grpo"
 
 

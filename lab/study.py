@@ -69,16 +69,28 @@ def one_sided_runs():
         "exact-kl-.3": dict(kl="exact", beta=0.3),
     }
     runs |= {method: dict(method=method) for method in FIVE}
-    for guidance in (1.5, 2.0, 4.0):
-        for kappa in (0.2, 0.5, 1.0, 2.0):
-            if (guidance, kappa) != (2.0, 1.0):  # that is `bonus`
-                name = f"bonus-g{guidance:g}-kappa{kappa:g}"
-                runs[name] = dict(guidance=guidance, kappa=kappa)
+    doses = {
+        1.5: (0.2, 0.5, 1.0, 2.0),
+        2.0: (0.2, 0.5, 0.7, 2.0),  # 1.0 is `bonus`
+        3.0: (0.2, 0.35, 0.5, 0.8),
+        4.0: (0.2, 0.5, 1.0, 2.0),
+    }
+    for guidance, kappas in doses.items():
+        for kappa in kappas:
+            name = f"bonus-g{guidance:g}-kappa{kappa:g}"
+            runs[name] = dict(guidance=guidance, kappa=kappa)
         if guidance != 2.0:
             runs[f"grpo-g{guidance:g}"] = dict(method="grpo", guidance=guidance)
     for equal, match in (("mean", "none"), ("pull", "pull")):
         for where in ("low", "random", "every"):
             runs[f"{where}-equal-{equal}"] = dict(where=where, match=match)
+    runs["every-g3-kappa1"] = dict(where="every", guidance=3.0)
+    runs["every-g1.5-kappa2"] = dict(where="every", guidance=1.5, kappa=2.0)
+    runs["random-g1.5-kappa1"] = dict(where="random", guidance=1.5)
+    runs["low-g2-kappa4"] = dict(where="low", kappa=4.0)
+    for guidance in (1, 2, 4, 8, 16, 32):  # what guidance alone does: no update
+        still = dict(method="grpo", lr=0.0, steps=10, guidance=float(guidance))
+        runs[f"base-g{guidance}"] = still
     runs["eggrpo-released-300"] = dict(method="eggrpo-released", steps=300)
     cells = {  # on-policy: a setting in which EG-GRPO is better than GRPO?
         "group-2": dict(group_size=2, prompts=32),
@@ -88,6 +100,7 @@ def one_sided_runs():
         "lr-x3": dict(lr=1.5e-3),
         "two-prompts": dict(prompts=2),
         "low-half": dict(low_frac=0.5, kappa=0.2),
+        "default": {},
     }
     for cell, values in cells.items():
         for method in ("grpo", "eggrpo", "exclude"):
@@ -204,7 +217,7 @@ def plan(config):
     jobs += run_jobs(config, HALVES, 1, "short-", short)
     for name in [*ONE_SIDED][: config.one_sided]:
         bases = 5 if name in FIVE else 3
-        for base in range(min(config.bases, bases)):
+        for base in range(config.bases if config.only else min(config.bases, bases)):
             jobs.append(Job(f"base-{base}/one-sided/{name}", "one-sided", (f"base-{base}",)))
     return jobs
 

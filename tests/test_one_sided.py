@@ -164,7 +164,7 @@ def test_each_kind_of_run_trains_and_is_scored(run, monkeypatch, settings):
 def test_every_planned_run_is_a_config():
     for name, values in study.ONE_SIDED.items():
         one_sided.Config(**values)
-    assert len(study.ONE_SIDED) == 60
+    assert len(study.ONE_SIDED) == 79
 
 
 def test_settings_that_are_scored(run):
