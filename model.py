@@ -13,6 +13,7 @@ slots, L image tokens, T = C + L sampled slots, N = S + C + L + 1 inputs, V voca
 modality, D width.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -48,26 +49,33 @@ class Block(nn.Module):
         N, D/heads): those of the n slots from `slot` on are written to it, those before are read.
         """
         b, n, d = x.shape
-        qkv = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(self.norm1(x))  # (B, n, 3 D)
+        qkv = qkv.view(b, n, 3, self.heads, -1)
+        qkv = qkv.permute(2, 0, 3, 1, 4)
         q = qkv[0]  # (B, heads, n, D/heads)
         kv = qkv[1:]  # (2, B, heads, n, D/heads)
         if cache is not None:
             cache[:, :, :, slot : slot + n] = kv
             kv = cache[:, :, :, : slot + n]
         attended = F.scaled_dot_product_attention(q, *kv, mask)
-        x = x + self.proj(attended.transpose(1, 2).reshape(b, n, d))
+        attended = attended.transpose(1, 2)  # (B, n, heads, D/heads)
+        x = x + self.proj(attended.reshape(b, n, d))
         hidden = self.up(self.norm2(x))
         return x + self.down(F.gelu(hidden))
 
 
 class Policy(nn.Module):
-    """A GPT-2 style transformer with two embeddings and two heads, for words and for image codes.
+    """A GPT-2 style transformer with two embeddings and two heads, for words and for image codes."""
 
-    world: gives S, C and L; codebook_size: V of codes; code_dim: width of the tokenizer's codebook
-    vectors, which set_codebook copies; width: D.
-    """
-
-    def __init__(self, world, codebook_size, code_dim, width=128, layers=4, heads=4):
+    def __init__(
+        self,
+        world,  # gives S, C and L
+        codebook_size,  # V of codes
+        code_dim,  # width of the tokenizer's codebook vectors, see set_codebook
+        width=128,  # D
+        layers=4,
+        heads=4,
+    ):
         super().__init__()
         self.config = dict(  # to make it again
             codebook_size=codebook_size,
@@ -106,8 +114,10 @@ class Policy(nn.Module):
         phrase, and image tokens can attend to it in one layer. Without the convolution, after the
         same pretraining, the right attributes were drawn in the wrong pairing.
         """
-        embedded = self.word_embedding(words) * (words != PAD)[..., None]
-        windows = F.pad(embedded, (0, 0, KERNEL_SIZE - 1, 0)).unfold(1, KERNEL_SIZE, 1)
+        is_word = words != PAD
+        embedded = self.word_embedding(words) * is_word[..., None]
+        padded = F.pad(embedded, (0, 0, KERNEL_SIZE - 1, 0))
+        windows = padded.unfold(1, KERNEL_SIZE, 1)  # (B, n, D, KERNEL_SIZE)
         return (windows * self.token_conv).sum(-1)
 
     @torch.no_grad()
@@ -117,7 +127,8 @@ class Policy(nn.Module):
         Codes of similar patches then have similar embeddings and logits. Janus uses the codebook in
         the embedding too, but not in the head. Without it, rare pairs were learned a third as fast.
         """
-        self.codebook.copy_((codebook - codebook.mean(0)) / codebook.std(0))
+        centred = codebook - codebook.mean(0)
+        self.codebook.copy_(centred / codebook.std(0))
 
     def embed_codes(self, codes):
         """Embed codes, (...) -> (..., D): own vectors plus projected codebook vectors."""
@@ -135,11 +146,14 @@ class Policy(nn.Module):
         """Logits of codes, (..., D) -> (..., V), float32: own weights plus codebook queries."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            return self.code_head(x) + self.code_query(x) @ self.codebook.t()
+            query = self.code_query(x)  # (..., code_dim)
+            return self.code_head(x) + query @ self.codebook.t()
 
     def position_embeddings(self):
         """Embed the slots, (N, D): words by index, codes by row and column of the token grid."""
-        image = (self.row_embedding.weight[:, None] + self.column_embedding.weight).flatten(0, 1)
+        rows = self.row_embedding.weight[:, None]
+        columns = self.column_embedding.weight
+        image = (rows + columns).flatten(0, 1)  # (L, D)
         return torch.cat([self.word_position_embedding.weight, image[:-1]])
 
     def concat_words(self, prompt, plan):
@@ -170,9 +184,10 @@ def causal_mask(keep):
     """Causal attention mask, (B, 1, n, n) bool. keep: (B, n) bool, False at padding, to which only
     the padded slot itself attends: an empty row of the softmax would be NaN."""
     n = keep.shape[1]
-    order = torch.ones(n, n, dtype=torch.bool, device=keep.device).tril()
     itself = torch.eye(n, dtype=torch.bool, device=keep.device)
-    return ((order & keep[:, None]) | itself)[:, None]
+    order = torch.ones_like(itself).tril()
+    allowed = order & keep[:, None]
+    return (allowed | itself)[:, None]
 
 
 def precision(device):
@@ -247,8 +262,9 @@ def sample_token(logits, noise):
     """
     logp = logits.log_softmax(-1)
     cumulative = logp.exp().cumsum(-1)
+    total = cumulative[:, -1:]
     # the last millionth is left out, or rounding could land beyond the last possible token
-    threshold = noise[:, None] * cumulative[:, -1:] * (1 - 1e-6)
+    threshold = noise[:, None] * total * (1 - 1e-6)
     token = torch.searchsorted(cumulative, threshold, right=True)  # (B, 1)
     token = token.clamp(max=logits.shape[-1] - 1)  # of NaN logits, if a run has diverged
     token_logp = logp.gather(-1, token)
@@ -270,22 +286,25 @@ class Decoder:
         x = policy.embed_words(words) + self.positions[:n]
         mask = causal_mask(words != PAD)
         dtype = common.network_dtype(x.device)
+        width = x.shape[2]
         self.cache = []
         for block in policy.blocks:
-            size = (2, prompts, block.heads, policy.slots, x.shape[2] // block.heads)
+            size = (2, prompts, block.heads, policy.slots, width // block.heads)
             cache = x.new_empty(size, dtype=dtype)
             x = block(x, mask, cache)
             self.cache.append(cache.repeat_interleave(repeats, 1))
-        self.hidden = policy.norm(x[:, -1]).repeat_interleave(repeats, 0)
+        hidden = policy.norm(x[:, -1])
+        self.hidden = hidden.repeat_interleave(repeats, 0)
         self.words = words.repeat_interleave(repeats, 0)
         self.slot = n
         # Added to the scores, -inf at padding; in the network's type: else each layer converts it.
         self.bias = x.new_zeros(len(self.words), policy.slots, dtype=dtype)
-        self.bias[:, :n].masked_fill_(self.words == PAD, float("-inf"))
+        self.bias[:, :n].masked_fill_(self.words == PAD, -math.inf)
 
     def feed(self, x):
         """Feed the embedding of the next slot, (B, D)."""
-        x = (x + self.positions[self.slot])[:, None]  # (B, 1, D)
+        x = x + self.positions[self.slot]
+        x = x[:, None]  # (B, 1, D)
         mask = self.bias[:, None, None, : self.slot + 1]
         for block, cache in zip(self.policy.blocks, self.cache):
             x = block(x, mask, cache, self.slot)
@@ -294,10 +313,11 @@ class Decoder:
 
     def feed_word(self, word):
         """word: (B,); no slot attends to PAD."""
-        self.bias[:, self.slot].masked_fill_(word == PAD, float("-inf"))
+        self.bias[:, self.slot].masked_fill_(word == PAD, -math.inf)
         self.words = torch.cat([self.words, word[:, None]], 1)
         recent = self.words[:, -KERNEL_SIZE:]  # what the convolution sees
-        self.feed(self.policy.embed_words(recent)[:, -1])
+        embedded = self.policy.embed_words(recent)
+        self.feed(embedded[:, -1])
 
     def feed_code(self, code):
         """code: (B,), of all rows or of each half."""
@@ -336,7 +356,8 @@ def generate(policy, prompt, noise, guidance=1.0, no_plan=False):
         if guidance != 1.0:  # start again with twice the rows
             words = decoder.words  # (B, S + C + 2)
             is_marker = (words == PLAN) | (words == IMAGE)
-            decoder = Decoder(policy, torch.cat([words, torch.where(is_marker, words, PAD)]))
+            nothing = torch.where(is_marker, words, PAD)
+            decoder = Decoder(policy, torch.cat([words, nothing]))
         for j in range(policy.C, policy.C + policy.L):
             logits = policy_logits(policy.code_logits(decoder.hidden), guidance)
             code, logp, entropy = sample_token(logits, noise[:, j])
@@ -345,6 +366,7 @@ def generate(policy, prompt, noise, guidance=1.0, no_plan=False):
                 decoder.feed_code(code)
     tokens, logp, entropy = (torch.stack(column, 1) for column in zip(*slots))  # (B, T) each
     plan, codes = tokens.split([policy.C, policy.L], 1)
-    valid = torch.cat([plan != PAD, torch.ones_like(codes, dtype=torch.bool)], 1)
+    every_code = torch.ones_like(codes, dtype=torch.bool)
+    valid = torch.cat([plan != PAD, every_code], 1)
     prompt = prompt.repeat_interleave(repeats, 0)  # (B, S)
     return Rollout(prompt, plan, codes, logp * valid, entropy * valid, valid)
