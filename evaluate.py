@@ -162,12 +162,6 @@ def evaluate(env, policy, split, prompts, batch=128, seed=0, title=None, **optio
     return Scores(scenes, reward, components, exact)
 
 
-def mean_and_half_width(values):
-    """Mean and half-width of its normal 95 % interval. values: (n,)."""
-    half = 1.96 * values.std().item() / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return values.mean().item(), half
-
-
 def rare_pair_name(scene):
     """Return for instance "red cross", or None for a scene without a rare pair."""
     return next((" ".join(pair) for pair in rare_pairs(scene.objects)), None)
@@ -185,19 +179,21 @@ def summarize_groups(scores, names):
 
 
 def summarize(scores):
-    """Reduce Scores to numbers: reward and exact with intervals, components, and both by category
-    and by rare pair."""
-    reward, reward_half = mean_and_half_width(scores.rewards)
-    exact, exact_half = mean_and_half_width(scores.exact)
-    return dict(
-        n=len(scores.rewards),
-        reward=reward,
-        reward_half=reward_half,
-        exact=exact,
-        exact_half=exact_half,
-        components={name: value.nanmean().item() for name, value in scores.components.items()},
-        categories=summarize_groups(scores, [s.category for s in scores.scenes]),
-        rare_pairs=summarize_groups(scores, [rare_pair_name(s) for s in scores.scenes]),
+    """Reduce Scores to numbers: the means of reward and exact with half-widths of normal 95 %
+    intervals, components, and both by category and by rare pair."""
+    n = len(scores.rewards)
+    found = dict(n=n)
+    for name, values in (("reward", scores.rewards), ("exact", scores.exact)):
+        spread = values.std().item() if n > 1 else math.nan
+        found[name] = values.mean().item()
+        found[f"{name}_half"] = 1.96 * spread / n**0.5
+    components = {name: values.nanmean().item() for name, values in scores.components.items()}
+    categories = [scene.category for scene in scores.scenes]
+    pairs = [rare_pair_name(scene) for scene in scores.scenes]
+    return found | dict(
+        components=components,
+        categories=summarize_groups(scores, categories),
+        rare_pairs=summarize_groups(scores, pairs),
     )
 
 
@@ -206,6 +202,7 @@ def summarize(scores):
 
 NAMES = {"grpo": "GRPO", "eggrpo": "EG-GRPO"}
 MARKS = (("✗", "#c8321e", "--"), ("✓", "#1e8c32", "-"))  # of wrong and of exact images
+
 
 def markdown_table(head, rows):
     """Format rows of cells as a Markdown table."""
@@ -282,12 +279,12 @@ def draw_gallery(env, policies):
     """Draw the gallery: usual pairs, then as many rare ones, always of the same prompts and noise.
     policies: {title: (policy, sampling options)}. Returns a matplotlib figure."""
     scenes = []
-    for split in ("eval", "rare"):
-        scenes += [make_scene(env.world, split, 777, i) for i in range(4)]
     prompts = []
-    for scene in scenes:
-        kind = "rare: " if rare_pairs(scene.objects) else ""
-        prompts.append(kind + scene.prompt)
+    for split, kind in (("eval", ""), ("rare", "rare: ")):
+        for i in range(4):
+            scene = make_scene(env.world, split, 777, i)
+            scenes.append(scene)
+            prompts.append(kind + scene.prompt)
     rows = []
     exact = []
     for policy, options in policies.values():
