@@ -129,16 +129,14 @@ def method_masks(rollout, config):
     """Find the low and high tokens that a method shapes, plan and image each by itself. Returns
     low, high: (B, T) bool."""
     c = rollout.plan.shape[1]
-    lows = []
-    highs = []
+    masks = []
     for modality, slots in (("plan", slice(None, c)), ("image", slice(c, None))):
         is_shaped = modality in METHODS[config.method].modalities
         candidates = rollout.valid[:, slots] & is_shaped  # none of a modality that is not shaped
         entropy = rollout.entropy[:, slots]
-        low, high = entropy_masks(entropy, candidates, config.low_frac, config.high_frac)
-        lows.append(low)
-        highs.append(high)
-    return torch.cat(lows, 1), torch.cat(highs, 1)
+        masks.append(entropy_masks(entropy, candidates, config.low_frac, config.high_frac))
+    low, high = (torch.cat(pair, 1) for pair in zip(*masks))
+    return low, high
 
 
 def method_advantages(advantage, rollout, low, high, config):
@@ -264,13 +262,9 @@ LOGP_DIFF_BOUND = {torch.float32: 5e-6, torch.bfloat16: 5e-3}
 
 
 def check_one_policy(difference, config, device):
-    """Raise UserError if sampler and learner are not one policy: their log-probs differ.
-
-    Log-probs when sampled equal the re-scored ones up to rounding. In bf16 a whole sequence is
-    rounded differently from a single slot, and guidance g multiplies differences by up to |g| + |1
-    - g|. No bound on the largest difference holds, which grows with the logits. NaN passes: a run
-    that has diverged is stopped in main.
-    """
+    """Raise UserError if sampler and learner are not one policy: their log-probs differ by more
+    than rounding does, which guidance g multiplies by up to |g| + |1 - g|. NaN passes: a run that
+    has diverged is stopped in main."""
     bound = LOGP_DIFF_BOUND[common.network_dtype(device)]
     bound *= abs(config.guidance) + abs(1 - config.guidance)
     excess = f"logp_diff_mean is {difference:.1e}, more than {bound:.0e}"
