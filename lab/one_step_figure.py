@@ -90,32 +90,35 @@ def draw_image(axis, image, tokens):
     axis.tick_params(length=0)
 
 
+def draw_bars(axis, values, chosen, form="%.1f"):
+    """Draw a number for each rollout of a prompt, with an outline around the chosen ones."""
+    colours = [BLUE if value > 0 else ORANGE for value in values]
+    bars = axis.bar(range(len(values)), values, color=colours)
+    for k in chosen:
+        bars[k].set(edgecolor="black", linewidth=2.5)
+    axis.bar_label(bars, fmt=form, fontsize=8, padding=2)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.margins(y=0.25)
+
+
 def draw_group(figure, data, images):
     """Draw the G rollouts of the prompt: plan, image, reward and advantage."""
-    axes = figure.subplots(2, len(images), height_ratios=(5, 3))
-    largest = 2.2 * max(map(abs, data["advantages"])) or 1.0
-    for k, (top, bar) in enumerate(axes.T):
-        top.imshow(images[k], interpolation="nearest")
+    chosen = data["chosen"].values()
+    top, bottom = figure.subfigures(2, 1, height_ratios=(2, 1))
+    for k, axis in enumerate(top.subplots(1, len(images))):
         plan = " ".join(data["plans"][k]).replace(" <end>", "")
-        lines = []
-        for phrase in plan.replace(" at ", " ; ").split(" ; "):
-            lines += textwrap.wrap(phrase, 14)
-        top.set_title("\n".join(lines[:6]), fontsize=8)
-        top.set(xticks=[], yticks=[])
-        top.set_xlabel(f"{data['rewards'][k]:.2f}")
-        shown = k in data["chosen"].values()
-        top.spines[:].set_linewidth(4 if shown else 0.8)
-
-        advantage = data["advantages"][k]
-        positive = advantage > 0
-        bar.bar([0], [advantage], color=BLUE if positive else ORANGE)
-        bar.axhline(0, color="black", linewidth=0.8)
-        bar.set(xlim=(-1, 1), ylim=(-largest, largest), xticks=[], yticks=[])
-        bar.spines[:].set_visible(False)
-        side = "bottom" if positive else "top"
-        bar.text(0, advantage, f"{advantage:+.2f}", ha="center", va=side)
-    axes[0, 0].set_ylabel("plan, image,\nreward", fontsize=9)
-    axes[1, 0].set_ylabel("advantage", fontsize=9)
+        phrases = plan.replace(" at ", " ; ").split(" ; ")
+        lines = [line for phrase in phrases for line in textwrap.wrap(phrase, 14)]
+        axis.imshow(images[k], interpolation="nearest")
+        axis.set_title("\n".join(lines[:6]), fontsize=8)
+        axis.set(xticks=[], yticks=[])
+        axis.set_xlabel(f"reward {data['rewards'][k]:.2f}", fontsize=9)
+        axis.spines[:].set_linewidth(4 if k in chosen else 0.8)
+    axis = bottom.subplots()
+    draw_bars(axis, data["advantages"], chosen, "%+.2f")
+    axis.set(xlim=(-0.5, len(images) - 0.5), xticks=[], yticks=[])
+    axis.set_title("advantage", fontsize=9)
+    axis.spines[:].set_visible(False)
 
 
 def draw_rollout(figure, tokens, image, advantage):
@@ -157,8 +160,8 @@ def draw(path, data, images):
     images = images.permute(0, 2, 3, 1).clamp(0, 1).cpu().numpy()
     longest = max(len(tokens["words"]) for tokens in data["tokens"].values())
     of_rollout = 3.3 + 0.6 * math.ceil(longest / WORDS)  # inches
-    figure = Figure(figsize=(WIDTH, 2.8 + 2 * of_rollout), layout="constrained")
-    parts = figure.subfigures(3, 1, height_ratios=(2.8, of_rollout, of_rollout))
+    figure = Figure(figsize=(WIDTH, 3.2 + 2 * of_rollout), layout="constrained")
+    parts = figure.subfigures(3, 1, height_ratios=(3.2, of_rollout, of_rollout))
     titles = [f'1. {len(images)} rollouts of "{data["prompt"]}"']
     draw_group(parts[0], data, images)
     for number, name in ((2, "good"), (3, "bad")):

@@ -21,7 +21,7 @@ from evaluate import draw_noise, gallery, run_title, sample_images, save_figure
 from lab.batch import step_config, token_advantages, training_batch
 from lab.figures import WIDTH
 from lab.one_step import choose_prompt
-from lab.one_step_figure import BLUE, ORANGE, draw_advantages, draw_entropies, draw_image
+from lab.one_step_figure import draw_advantages, draw_bars, draw_entropies, draw_image
 from lab.study import load
 from model import generate
 from objective import entropy_masks, group_advantages, shape_advantages
@@ -99,16 +99,6 @@ def draw_words(axis, words):
     axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=9)
 
 
-def draw_bars(axis, values, chosen):
-    """Draw a number for each rollout of a prompt, with an outline around the chosen one."""
-    colours = [BLUE if value > 0 else ORANGE for value in values]
-    bars = axis.bar(range(len(values)), values, color=colours)
-    bars[chosen].set(edgecolor="black", linewidth=2.5)
-    axis.bar_label(bars, fmt="%.1f", fontsize=8)
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.margins(y=0.12)
-
-
 def draw_codes(axis, codes):
     rows, columns = codes.shape
     axis.set(xlim=(0, columns), ylim=(rows, 0))
@@ -156,8 +146,8 @@ def draw_data(path, config):
     draw_words(axes[1], rollout.plan[row])
     draw_codes(axes[2], to_square(rollout.codes[row]))
     draw_image(axes[3], to_pixels(batch.images)[row], env.world.image_tokens)
-    draw_bars(axes[4], batch.rewards[i].tolist(), k)
-    draw_bars(axes[5], A[i].tolist(), k)
+    draw_bars(axes[4], batch.rewards[i].tolist(), [k])
+    draw_bars(axes[5], A[i].tolist(), [k])
     image = slice(policy.C, None)
     entropy, low, high = (to_square(x[row, image]) for x in (rollout.entropy, low, high))
     draw_entropies(axes[6], entropy, low, high)
