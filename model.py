@@ -65,7 +65,7 @@ class Block(nn.Module):
 
 
 class Policy(nn.Module):
-    """A GPT-2 style transformer with two embeddings and two heads, for words and for image codes."""
+    """A GPT-2 style transformer with two embeddings and two heads, for words and for codes."""
 
     def __init__(
         self,

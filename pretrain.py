@@ -109,7 +109,8 @@ def training_batch(corpus, config, step, device):
     """Return prompts (B, S), plans (B, C), codes (B, L), some prompts and plans dropped."""
     epoch_size = max(config.items // config.batch, 1) * config.batch
     epoch, offset = divmod(step * config.batch, epoch_size)
-    rows = shuffled(config.items, config.seed, epoch)[offset : offset + config.batch]
+    order = shuffled(config.items, config.seed, epoch)
+    rows = order[offset : offset + config.batch]
     prompt, plan, codes = (column[rows].long().to(device) for column in corpus)
     generator = common.generator(config.seed, "drop", step)
     drop = torch.rand(len(rows), 1, generator=generator).to(device)
@@ -125,7 +126,8 @@ def update(policy, optimizer, prompt, plan, codes, micro_batch):
     """Make one step of maximum likelihood. Returns plan_nll and image_nll, nats per token, and
     grad_norm."""
     plan_tokens = (plan != PAD).sum().clamp(min=1)  # of all micro-batches
-    plan_nlls, image_nlls = [], []
+    plan_nlls = []
+    image_nlls = []
     for rows in torch.arange(len(plan), device=plan.device).split(micro_batch):
         logp = score(policy, prompt[rows], plan[rows], codes[rows])  # (micro_batch, T)
         plan_nll = -logp[:, : policy.C].sum() / plan_tokens
@@ -135,8 +137,13 @@ def update(policy, optimizer, prompt, plan, codes, micro_batch):
         plan_nlls.append(plan_nll.detach())
         image_nlls.append(image_nll.detach())
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-    values = torch.stack([torch.stack(plan_nlls).sum(), torch.stack(image_nlls).sum(), norm])
-    terms = dict(zip(("plan_nll", "image_nll", "grad_norm"), values.tolist()))
+    terms = dict(
+        plan_nll=torch.stack(plan_nlls).sum(),
+        image_nll=torch.stack(image_nlls).sum(),
+        grad_norm=norm,
+    )
+    values = torch.stack([*terms.values()]).tolist()  # one transfer
+    terms = dict(zip(terms, values))
     optimizer.step()
     optimizer.zero_grad()
     return terms
@@ -159,7 +166,13 @@ def main(argv=None):
     with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
         torch.manual_seed(config.seed)
         codebook = tokenizer.quantizer.codebook.cpu()  # (V, code_dim)
-        policy = Policy(world, *codebook.shape, config.width, config.layers, config.heads)
+        policy = Policy(
+            world,
+            *codebook.shape,
+            width=config.width,
+            layers=config.layers,
+            heads=config.heads,
+        )
     policy.set_codebook(codebook)
     policy = policy.to(device)
     parameters = sum(p.numel() for p in policy.parameters())

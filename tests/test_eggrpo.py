@@ -1,5 +1,5 @@
-"""The step, the methods, the log: equivalences and laws. The guards name the bugs of other GRPO codes
-that they catch."""
+"""The step, the methods, the log: equivalences and laws. The guards name the bugs of other GRPO
+codes that they catch."""
 
 import math
 from dataclasses import replace

@@ -1,5 +1,5 @@
-"""The mathematics: hand-worked pins, laws, equivalences, gradients. The guards name the bugs of other
-GRPO codes that they catch."""
+"""The mathematics: hand-worked pins, laws, equivalences, gradients. The guards name the bugs of
+other GRPO codes that they catch."""
 
 import doctest
 import math
