@@ -1,9 +1,12 @@
 """Shared by the tests: a tiny random policy and tokenizer, and the smoke preset's pipeline, run
 once. No trained weights and no network."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,29 +38,47 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs CUDA, and bash train.sh test -m gpu"))
 
 
-def run(*command, status=0, cwd=ROOT):
-    """Run a command; return what it printed (both streams)."""
-    done = subprocess.run(
+def run(*command, status=0, cwd=ROOT, interrupt_at=None):
+    """Run a command; return what it printed (both streams). interrupt_at: a file; as soon as
+    something is in it, Ctrl-C is sent, as a terminal sends it."""
+    process = subprocess.Popen(
         [*map(str, command)],
         cwd=cwd,
-        capture_output=True,
+        start_new_session=interrupt_at is not None,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's & ignores it
         text=True,
-        env={**os.environ, "PYTHON": sys.executable},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1"},
     )
-    printed = done.stdout + done.stderr
-    assert done.returncode == status and "Traceback" not in printed, printed
+    if interrupt_at:
+        while process.poll() is None and not (interrupt_at.exists() and interrupt_at.read_text()):
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == status and "Traceback" not in printed, printed
     return printed
 
 
-def one_line(capsys, status, main, *arguments):
+def one_line(capsys, status, main, *arguments, runner=common.run):
     """Run a command's main() that must exit with this status; return the one line it prints."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        common.run(lambda: main(*arguments))
+        runner(lambda: main(*arguments))
     printed = capsys.readouterr().err
     lines = [line for line in printed.splitlines() if line.startswith(("error", "interrupted"))]
     assert stop.value.code == status and len(lines) == 1 and "Traceback" not in printed, printed
     return lines[0]
+
+
+def read_log(path):
+    """Return the header of a log and its records."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def vary(images, *_):
+    """A reward that differs from image to image: an untrained policy's others are all equal."""
+    return images.flatten(1).mean(1) * 1e4 % 1
 
 
 @pytest.fixture(scope="session")

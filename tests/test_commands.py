@@ -1,13 +1,8 @@
 """Every command in the smoke preset: what it writes, going on after a failure, what it refuses."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -297,22 +292,8 @@ def test_evaluation_and_sampling_leave_the_random_state_alone(out):
 
 
 def test_ctrl_c_ends_train_sh_with_one_line_that_says_how_to_go_on(tmp_path):
-    process = subprocess.Popen(
-        ["bash", "train.sh", "--preset", "smoke", "--out", tmp_path],
-        cwd=ROOT,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's & ignores it
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHON": sys.executable},
-    )
-    log = tmp_path / "smoke" / "tokenizer.jsonl"
-    while not log.exists() and process.poll() is None:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in printed, printed
+    command = "bash", "train.sh", "--preset", "smoke", "--out", tmp_path
+    printed = run(*command, status=130, interrupt_at=tmp_path / "smoke" / "tokenizer.jsonl")
     assert printed.count("interrupted: the same command goes on from the last checkpoint") == 1
     assert "stage 2" not in printed
 

@@ -1,19 +1,41 @@
-"""examples/trl_eggrpo.py on a tiny random Llama. Skipped where TRL is not installed.
+"""examples/trl_eggrpo.py on a tiny random Llama, and our loss beside TRL's. Skipped where TRL is
+not installed.
 
 Every trainer has a process of its own (this file, run as a script): several TRL trainers in one
 process sometimes abort at exit.
 """
 
+import copy
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+trl = pytest.importorskip("trl")
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "examples"))
+
+import datasets  # noqa: E402
+import tiny_janus  # noqa: E402
+from trl_eggrpo import EGGRPOTrainer, objective  # noqa: E402
+
+PROMPTS = [
+    "a red ball",
+    "a small blue dog on a green box",
+    "cat",
+    "dog and ball",
+    "green cat under a box",
+    "a ball left of a dog",
+    "red",
+    "a big cat",
+]
 COMMON = dict(
     loss_type="grpo",
     num_generations=4,
@@ -28,7 +50,6 @@ COMMON = dict(
     save_strategy="no",
     disable_tqdm=True,
 )
-OFF = dict(low_frac=0.0)
 CASES = {
     "accumulation": dict(gradient_accumulation_steps=2, per_device_train_batch_size=4, lora=0.0),
     "iterations": dict(num_iterations=2, gradient_checkpointing=True),
@@ -51,58 +72,29 @@ REFUSED = dict(  # fields of GRPOConfig
 SHIPPED = dict(typical_p=0.5, no_repeat_ngram_size=2, suppress_tokens=[5])  # with a model
 
 
-def make_model(tokenizer):
-    """Make a random language model of two layers."""
-    import transformers
-
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+def make_model():
+    """Make a random language model of two layers and its tokenizer."""
+    tokenizer = tiny_janus.make_tokenizer()
+    return transformers.LlamaForCausalLM(tiny_janus.language_config(tokenizer)), tokenizer
 
 
 def make_trainer(kind, folder, config, shaping):
     """Make EGGRPOTrainer, or TRL's own for kind "stock", on a tiny random model."""
-    import tiny_janus
-    import trl
-    from datasets import Dataset
-    from peft import LoraConfig
-    from trl_eggrpo import EGGRPOTrainer
-
-    tokenizer = tiny_janus.make_tokenizer()
     torch.manual_seed(0)
-    model = make_model(tokenizer)
+    model, tokenizer = make_model()
     model.lm_head.weight.data *= 20  # entropies far from 1
     shipped = dict(top_k=1, min_p=0.9, temperature=0.1)  # TRL overrides these
     for name, value in (shipped | config.pop("shipped", {})).items():
         setattr(model.generation_config, name, value)
-    prompts = [
-        "a red ball",
-        "a small blue dog on a green box",
-        "cat",
-        "dog and ball",
-        "green cat under a box",
-        "a ball left of a dog",
-        "red",
-        "a big cat",
-    ]
     if "lora" in config:
-        lora = LoraConfig(task_type="CAUSAL_LM", lora_dropout=config.pop("lora"))
+        lora = peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=config.pop("lora"))
         shaping = shaping | dict(peft_config=lora)
     cls = trl.GRPOTrainer if kind == "stock" else EGGRPOTrainer
     return cls(
         model=model,
         processing_class=tokenizer,
         reward_funcs=reward_words,
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        train_dataset=datasets.Dataset.from_dict({"prompt": PROMPTS}),
         args=trl.GRPOConfig(output_dir=str(folder), **COMMON | config),
         **shaping,
     )
@@ -114,42 +106,33 @@ def reward_words(completions, **_):
 
 def worker(kind, case, folder):
     """Train, and write what the test compares to folder/kind-case.pt."""
-    sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
     rank, seen = int(os.environ.get("RANK", 0)), []
+    path = Path(folder) / f"{kind}-{case}-{rank}.pt"
     if case == "refusals":
-        bad = [{name: value} for name, value in REFUSED.items()]
+        bad = [{name: value} for name, value in REFUSED.items()] + [dict(lora=0.1)]
         bad += [dict(shipped={name: value}) for name, value in SHIPPED.items()]
-        bad += [dict(lora=0.1)]
-        print(";".join(refusal(config, folder) for config in bad), flush=True)
+        torch.save([refusal(config, folder) for config in bad], path)
         os._exit(0)
     config = dict(CASES[case])
     if "WORLD_SIZE" in os.environ:
         config.update(ddp_backend="gloo", per_device_train_batch_size=4)
-    trainer = make_trainer(kind, folder, config, OFF if kind == "off" else {})
+    trainer = make_trainer(kind, folder, config, dict(low_frac=0.0) if kind == "off" else {})
     if case == "sgd":
         fix_completions(trainer)
     inner = trainer._generate_and_score_completions
 
     def record(inputs):
         batch = inner(inputs)
-        seen.append(
-            {"rewards": list(trainer._logs["rewards"]["reward_words"])}
-            | {k: v.clone() for k, v in batch.items() if isinstance(v, torch.Tensor)}
-        )
+        tensors = {k: v.clone() for k, v in batch.items() if isinstance(v, torch.Tensor)}
+        seen.append(tensors | dict(rewards=list(trainer._logs["rewards"]["reward_words"])))
         return batch
 
     trainer._generate_and_score_completions = record
-    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    before = copy.deepcopy(trainer.model.state_dict())
     trainer.train()
-    weights = {
-        k: v.clone()
-        for k, v in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()
-    }
+    weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
     log = [row for row in trainer.state.log_history if "loss" in row]
-    torch.save(
-        dict(weights=weights, before=before, batches=seen, log=log),
-        Path(folder) / f"{kind}-{case}-{rank}.pt",
-    )
+    torch.save(dict(weights=weights, before=before, batches=seen, log=log), path)
     trainer.accelerator.wait_for_everyone()
     sys.stdout.flush()
     os._exit(0)  # TRL processes, stock ones too, sometimes abort at exit
@@ -180,27 +163,14 @@ def fix_completions(trainer):
 
 def start(kind, case, folder, processes=1):
     """Run a worker; return what each of its processes wrote."""
+    from conftest import run  # which has the repository on the path: not for the worker
+
     command = [sys.executable]
     if processes > 1:
         command += "-m torch.distributed.run --rdzv_backend c10d --rdzv_endpoint".split()
-        command += ["localhost:0", "--master_port", "0", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [*command, __file__, kind, case, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | dict(HF_HUB_OFFLINE="1"),
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    if case == "refusals":
-        return done.stdout
+        command += ["localhost:0", "--master_port", "0", "--nproc_per_node", processes]
+    run(*command, __file__, kind, case, folder)
     return [torch.load(folder / f"{kind}-{case}-{rank}.pt") for rank in range(processes)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def packages():
-    for name in ("transformers", "peft", "trl"):
-        pytest.importorskip(name)
 
 
 @pytest.fixture(scope="module")
@@ -226,10 +196,7 @@ def test_without_masks_it_is_the_stock_trainer(case, tmp_path):
 
 def test_advantages_are_those_of_a_hand_computation(one):
     """Rewards, one forward pass of the model as it was, then plain loops over each completion."""
-    import tiny_janus
-
-    tokenizer = tiny_janus.make_tokenizer()
-    model = make_model(tokenizer)
+    model, tokenizer = make_model()
     model.load_state_dict(one["before"])
     batch = one["batches"][0]
     size = batch["completion_ids"].shape[1]
@@ -261,24 +228,19 @@ def test_advantages_are_those_of_a_hand_computation(one):
 def test_what_changes_the_sampler_or_the_weight_of_a_token_is_refused(tmp_path):
     """The entropies must be those of the sampler, and lambda is calibrated for one weight per
     token: top_entropy_quantile drops most tokens for which it was. No trainer is run."""
-    refused = start("eg", "refusals", tmp_path).strip().split(";")
-    assert refused == [*REFUSED, *SHIPPED, "dropout"]
+    assert start("eg", "refusals", tmp_path)[0] == [*REFUSED, "dropout", *SHIPPED]
 
 
-def test_packages_of_the_names_of_our_files_stay_reachable(tmp_path):
+def test_packages_of_the_names_of_our_files_stay_reachable(tmp_path, monkeypatch):
     """Guard: with the repository first on the path, evaluate.py hid Hugging Face's evaluate."""
-    (tmp_path / "site").mkdir()
+    from conftest import run
+
     for path in ROOT.glob("*.py"):
-        (tmp_path / "site" / path.name).write_text("theirs = True\n")
+        (tmp_path / path.name).write_text("theirs = True\n")
     names = ", ".join(path.stem for path in ROOT.glob("*.py"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "examples"))
     code = f"import trl_eggrpo, {names}; assert evaluate.theirs and model.theirs"
-    paths = os.pathsep.join([str(ROOT / "examples"), str(tmp_path / "site")])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=os.environ | dict(PYTHONPATH=paths, HF_HUB_OFFLINE="1"),
-    )
-    assert done.returncode == 0
+    run(sys.executable, "-c", code, cwd=tmp_path)
 
 
 def test_two_processes_agree_with_one(one, tmp_path):
@@ -296,6 +258,63 @@ def test_two_processes_agree_with_one(one, tmp_path):
     whole = one["batches"][0]["advantages"]
     for part, rows in zip((rank["batches"][0]["advantages"] for rank in two), whole.split(4)):
         assert part.shape[0] == 4 and (part - rows[:, : part.shape[1]]).abs().max() < 1e-5
+
+
+def trl_loss(logp, old, ref, advantage, valid, beta):
+    """Call TRL's own _compute_loss with its network's output replaced by our tensors."""
+    stub = MagicMock()
+    stub._get_per_token_logps_and_entropies.return_value = (logp, torch.zeros_like(logp), None)
+    stub.configure_mock(
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level="token",
+        beta=beta,
+        loss_type="grpo",
+        epsilon_low=0.2,
+        epsilon_high=0.2,
+        use_vllm=False,
+        aux_loss_enabled=False,
+        _entropy_bonus_enabled=False,
+        max_completion_length=logp.shape[1],
+        current_gradient_accumulation_steps=1,
+        use_adaptive_entropy=False,
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
+    )
+    stub.accelerator.gather.side_effect = stub.accelerator.reduce.side_effect = lambda x, **_: x
+    words = torch.zeros_like(logp, dtype=torch.long)
+    inputs = dict(
+        prompt_ids=words,
+        prompt_mask=words,
+        completion_ids=words,
+        completion_mask=valid.int(),
+        advantages=advantage,
+        old_per_token_logps=old,
+        ref_per_token_logps=ref,
+    )
+    return trl.GRPOTrainer._compute_loss(stub, None, inputs)
+
+
+@pytest.mark.parametrize("method", ["grpo", "eggrpo"])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_policy_loss_is_trls(method, beta):
+    """A mean over sequences of means over tokens is what TRL calls grpo; with one update its
+    clipping is idle."""
+    g = torch.Generator().manual_seed(0)
+    logp = (-3 * torch.rand(8, 30, generator=g)).requires_grad_(True)
+    ref = logp.detach() + 0.2 * torch.randn(8, 30, generator=g)
+    valid = torch.arange(30) < torch.randint(5, 31, (8, 1), generator=g)
+    advantage = torch.randn(8, generator=g)
+    shaped = advantage[:, None].expand(8, 30)
+    if method == "eggrpo":
+        entropy = torch.rand(8, 30, generator=g)
+        shaped = objective.shape_advantages(
+            advantage, entropy, *objective.entropy_masks(entropy, valid), valid
+        )
+    ours, _ = objective.policy_loss(logp, ref if beta else None, shaped, valid, beta)
+    theirs = trl_loss(logp, logp.detach(), ref, shaped, valid, beta)
+    assert abs(ours.item() - theirs.item()) < 1e-6
+    (ours_grad,), (theirs_grad,) = (torch.autograd.grad(x, logp) for x in (ours, theirs))
+    assert (ours_grad - theirs_grad).abs().max() < 1e-6 and ours_grad.abs().max() > 1e-3
 
 
 if __name__ == "__main__":

@@ -4,14 +4,8 @@ figures from files alone, and the page about one step."""
 import copy
 import io
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
-import time
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,30 +15,11 @@ from matplotlib.text import Text
 import eggrpo
 import rewards
 from common import UserError
-from conftest import tiny_policy
-from evaluate import Env
-from lab import (
-    analyze,
-    batch,
-    bench,
-    figures,
-    findings,
-    measure,
-    one_step,
-    one_step_figure,
-    pictures,
-    records,
-    stats,
-    study,
-    tables,
-    world,
-)
-from model import Policy
+from conftest import ROOT, run, tiny_policy, vary
+from lab import analyze, batch, bench, figures, findings, measure, one_step
+from lab import one_step_figure, pictures, records, stats, study, tables, world
 from objective import bonus_coefficient
 from scenes import RARE_PAIRS, WORLDS, make_scene
-from tiny_vq.vqvae import VQVAE
-
-ROOT = Path(__file__).parent.parent
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -113,19 +88,8 @@ def test_every_job_has_a_name_of_its_own_and_comes_after_what_it_needs():
 
 
 @pytest.fixture
-def tiny(monkeypatch):
-    """An environment and a random policy whose distributions are far from uniform; a reward that
-    differs from image to image, because an untrained policy's others are all equal."""
-    vary = lambda images, *_: images.flatten(1).mean(1) * 1e4 % 1
+def tiny(env, policy, monkeypatch):
     monkeypatch.setitem(rewards.REWARDS, "vary", vary)
-    small = WORLDS["small"]
-    torch.manual_seed(0)
-    tokenizer = VQVAE(small.patch, width=16, blocks=1, codebook_size=32, dim=4)
-    policy = Policy(small, 32, 4, width=32, layers=2, heads=2)
-    for parameter in policy.parameters():
-        if parameter.dim() > 1:
-            parameter.data *= 8
-    env = Env(tokenizer.requires_grad_(False), small, torch.device("cpu"), {})
     return env, policy
 
 
@@ -228,16 +192,8 @@ def small(tmp_path_factory):
 
 def test_a_study_that_was_stopped_early_leaves_tables_and_figures(small):
     drawn = {path.name: path.stat().st_size for path in (small / "smoke/figures").iterdir()}
-    assert set(drawn) == {
-        "entropy-mean.png",
-        "entropy-std.png",
-        "entropy-mean-guided.png",
-        "pass-at-k.png",
-        "discovery.png",
-        "diversity.png",
-        "curves.png",
-        "differences.png",
-    }
+    names = "entropy-mean entropy-std entropy-mean-guided pass-at-k discovery diversity curves"
+    assert set(drawn) == {f"{name}.png" for name in (*names.split(), "differences")}
     assert max(drawn.values()) < 50_000
     numbers = json.loads((small / "smoke/study.json").read_text())
     assert list(numbers["variants"]) == ["base-no-plan", "base", "grpo", "eggrpo"]
@@ -259,54 +215,41 @@ def test_no_density_lies_above_the_largest_reward():
     assert share == pytest.approx(0.5, abs=0.02)
 
 
-def test_the_committed_tables_are_those_of_the_committed_numbers():
-    numbers = json.loads((ROOT / "assets/study.json").read_text())
-    assert (ROOT / "docs/study.md").read_text() == tables.report(numbers)
-    assert tables.main_table(numbers["variants"]) in (ROOT / "docs/results.md").read_text()
+@pytest.mark.parametrize("name, page", [("study", tables.report), ("one-step", one_step.page)])
+def test_the_committed_page_is_that_of_the_committed_numbers(name, page):
+    numbers = json.loads((ROOT / f"assets/{name}.json").read_text())
+    assert (ROOT / f"docs/{name}.md").read_text() == page(numbers)
+    if name == "study":
+        assert tables.main_table(numbers["variants"]) in (ROOT / "docs/results.md").read_text()
 
 
 def synthetic_runs():
     """Runs of two base policies and two numbers, EG-GRPO .01 below GRPO; one run of exclusion."""
     effects = {"base": 0.0, "grpo": 0.0, "eggrpo": -0.01, "exclude": 0.02}
-    effects |= {"guided-grpo": 0.0, "guided-eggrpo": -0.04}
-    effects |= {
-        "short-grpo": 0.0,
-        "short-exclude": -0.03,
-        "short-bonus": -0.02,
-        "short-eggrpo": 0.01,
-    }
+    effects |= {"guided-grpo": 0.0, "guided-eggrpo": -0.04, "short-grpo": 0.0}
+    effects |= {"short-exclude": -0.03, "short-bonus": -0.02, "short-eggrpo": 0.01}
+    end = dict(plan_entropy=0.1, image_entropy=0.05, kl=0.2, turned_signs=0.0)
     runs = {}
     pairs = lambda red: {" ".join(pair): red * (pair[0] == "red") for pair in RARE_PAIRS}
     for variant, effect in effects.items():
         numbers = [(0, 0), (0, 1), (1, 0), (1, 1)]
         for base, number in numbers[: 1 if variant == "exclude" else 4]:
             reward = 0.8 + 0.1 * base + 0.02 * number + effect
-            run = dict(
-                scores=dict(
-                    eval=dict(
-                        reward=reward,
-                        exact=reward - 0.2,
-                        categories=dict(colour=dict(exact=reward)),
-                    ),
-                    rare=dict(
-                        exact=0.1,
-                        rare_pairs={
-                            " ".join(pair): dict(exact=0.2 * base if pair[0] == "red" else 0.0)
-                            for pair in RARE_PAIRS
-                        },
-                    ),
-                    diversity=dict(vendi=2.0 + effect, reward_std=0.1),
-                )
+            categories = dict(colour=dict(exact=reward))
+            found = {pair: dict(exact=share) for pair, share in pairs(0.2 * base).items()}
+            scores = dict(
+                eval=dict(reward=reward, exact=reward - 0.2, categories=categories),
+                rare=dict(exact=0.1, rare_pairs=found),
+                diversity=dict(vendi=2.0 + effect, reward_std=0.1),
             )
+            run = dict(scores=scores)
             if variant != "base":
-                run["made"] = "abc on cpu"
+                run |= dict(made="abc on cpu", end=end | {"lambda": 1.0})
                 run["curve"] = [
                     dict(step=0, eval_exact=0.4, rare_exact=0.0, rare_exact_by_pair=pairs(0.0)),
                     dict(step=30, eval_exact=0.7, rare_exact=0.1, rare_exact_by_pair=pairs(0.4)),
                     dict(step=60, eval_exact=0.6, rare_exact=0.4, rare_exact_by_pair=pairs(0.5)),
                 ]
-                end = dict(plan_entropy=0.1, image_entropy=0.05, kl=0.2, turned_signs=0.0)
-                run["end"] = end | {"lambda": 1.0}
             runs.setdefault(variant, {})[base, number] = run
     return runs
 
@@ -411,11 +354,6 @@ def test_a_number_that_only_rounds_to_0_is_not_drawn_as_0():
     assert {x: one_step_figure.format_number(x, signed=True) for x in signed} == signed
 
 
-def test_the_committed_page_about_one_step_is_that_of_its_numbers():
-    numbers = json.loads((ROOT / "assets/one-step.json").read_text())
-    assert (ROOT / "docs/one-step.md").read_text() == one_step.page(numbers)
-
-
 def test_the_world_is_measured_in_one_line_of_json(small, capsys):
     world.main(["--preset", "smoke", "--out", str(small / "base-0")])
     found = json.loads(capsys.readouterr().out)
@@ -449,35 +387,15 @@ def test_the_floors_count_products_operations_and_bytes_by_hand():
 
 
 def test_ctrl_c_ends_the_runs_in_hand_and_starts_no_others(tmp_path):
-    command = [sys.executable, "-m", "lab.study", "--preset", "smoke", "--jobs", "1"]
-    process = subprocess.Popen(
-        [*command, "--out", tmp_path],
-        cwd=ROOT,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's & ignores it
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    logs = tmp_path / "smoke" / "logs"
-    while not (logs.exists() and list(logs.iterdir())) and process.poll() is None:
-        time.sleep(0.02)
-    time.sleep(1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on" in printed, printed
-    assert [log.name for log in logs.iterdir()] == ["base-0.txt"]
+    flags = ["--preset", "smoke", "--jobs", "1", "--out", tmp_path]
+    first = tmp_path / "smoke/logs/base-0.txt"
+    printed = run(sys.executable, "-m", "lab.study", *flags, status=130, interrupt_at=first)
+    assert "the same command goes on" in printed and [*first.parent.iterdir()] == [first]
 
 
 @pytest.mark.slow
 def test_train_sh_makes_the_whole_study_and_goes_on_where_it_was(tmp_path):
-    def run(module):
-        command = ["bash", "train.sh", module, "--preset", "smoke", "--out", tmp_path]
-        environment = {**os.environ, "PYTHON": sys.executable}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    assert re.search(r"study: (\d+) jobs, \1 to do", run("lab.study"))
-    assert re.search(r"study: \d+ jobs, 0 to do", run("lab.study"))
-    assert "| `exclude`, fewer steps |" in run("lab.analyze")
+    make = lambda module: run("bash", "train.sh", module, "--preset", "smoke", "--out", tmp_path)
+    assert re.search(r"study: (\d+) jobs, \1 to do", make("lab.study"))
+    assert re.search(r"study: \d+ jobs, 0 to do", make("lab.study"))
+    assert "| `exclude`, fewer steps |" in make("lab.analyze")

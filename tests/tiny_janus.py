@@ -1,5 +1,7 @@
 """Tiny random Janus and CLIP models with a word tokenizer, for tests without network or weights."""
 
+import re
+
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -10,22 +12,37 @@ WORDS = (
 ).split()
 
 
+SPECIAL = ["pad", "bos", "eos"]
+
+
 def make_tokenizer():
     """Return a tokenizer that splits at spaces and punctuation, one id per word."""
-    special = ["<pad>", "<bos>", "<eos>", "<unk>", "<begin_of_image>"]
-    vocabulary = {
-        word: i
-        for i, word in enumerate(special + ["<", ">", "|", ":", ".", "|>:", "<|", "|>"] + WORDS)
-    }
+    special = "<pad> <bos> <eos> <unk> <begin_of_image> < > | : . |>: <| |>".split()
+    vocabulary = {word: i for i, word in enumerate(special + WORDS)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=words,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
         unk_token="<unk>",
         extra_special_tokens={"boi_token": "<begin_of_image>"},
+        **{f"{name}_token": f"<{name}>" for name in SPECIAL},
+    )
+
+
+def special_ids(tokenizer):
+    return {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<{name}>") for name in SPECIAL}
+
+
+def language_config(tokenizer, **more):
+    """The settings of a Llama of two layers."""
+    return transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        **special_ids(tokenizer),
+        **more,
     )
 
 
@@ -34,19 +51,6 @@ def make_janus(seed=0, codes=24, side=3, scale=8.0):
     policy are scaled up, so that distributions are far from uniform and mistakes show."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    text = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
-    )
     vision = transformers.JanusVisionConfig(
         hidden_size=16,
         num_hidden_layers=1,
@@ -70,27 +74,20 @@ def make_janus(seed=0, codes=24, side=3, scale=8.0):
     )
     model = transformers.JanusForConditionalGeneration(
         transformers.JanusConfig(
-            text_config=text,
+            text_config=language_config(
+                tokenizer, num_key_value_heads=2, max_position_embeddings=256
+            ),
             vision_config=vision,
             vq_config=vq,
             tie_word_embeddings=False,
             image_token_id=tokenizer.unk_token_id,
         )
     ).eval()
-    for part in (
-        model.model.language_model,
-        model.lm_head,
-        model.model.generation_head,
-        model.model.generation_embeddings,
-        model.model.generation_aligner,
-    ):
-        for weight in part.parameters():
-            if weight.dim() > 1:
-                weight.data *= scale
+    for name, weight in model.named_parameters():
+        if re.search("language_model|lm_head|generation", name) and weight.dim() > 1:
+            weight.data *= scale
     model.lm_head.weight.data[tokenizer.eos_token_id] *= 3  # plans of all lengths
-    settings = model.generation_config
-    settings.bos_token_id, settings.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    settings.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.update(**special_ids(tokenizer))
     return model, tokenizer
 
 
@@ -125,9 +122,7 @@ def make_clip(seed=0):
                 layers,
                 vocab_size=len(tokenizer),
                 max_position_embeddings=16,
-                eos_token_id=tokenizer.eos_token_id,
-                bos_token_id=tokenizer.bos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
+                **special_ids(tokenizer),
             ),
             vision_config=dict(layers, image_size=8, patch_size=4),
             projection_dim=8,
