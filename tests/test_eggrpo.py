@@ -11,19 +11,9 @@ import torch
 import eggrpo
 from common import UserError
 from conftest import tiny_policy
-from eggrpo import (
-    LOGP_DIFF_BOUND,
-    METHODS,
-    Config,
-    check_one_policy,
-    entropy_moments,
-    logp_difference,
-    method_advantages,
-    method_masks,
-    step_stats,
-    train_step,
-    training_scenes,
-)
+from eggrpo import LOGP_DIFF_BOUND, METHODS, Config, check_one_policy, entropy_moments
+from eggrpo import logp_difference, method_advantages, method_masks, step_stats
+from eggrpo import train_step, training_scenes
 from model import Rollout, forward_logits, generate, score
 from objective import bonus_coefficient, entropy_masks, token_entropy
 from scenes import encode_scenes, make_scene, rare_pairs

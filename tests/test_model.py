@@ -4,14 +4,7 @@ import pytest
 import torch
 
 from conftest import tiny_policy
-from model import (
-    forward_logits,
-    generate,
-    policy_logits,
-    precision,
-    sample_token,
-    score,
-)
+from model import forward_logits, generate, policy_logits, precision, sample_token, score
 from scenes import END, IMAGE, PAD, PLAN, encode_words
 
 PROMPTS = [

@@ -12,15 +12,8 @@ import torch
 
 import objective
 from conftest import ROOT, run
-from objective import (
-    bonus_coefficient,
-    entropy_masks,
-    group_advantages,
-    policy_loss,
-    shape_advantages,
-    shape_advantages_released,
-    token_entropy,
-)
+from objective import bonus_coefficient, entropy_masks, group_advantages, policy_loss
+from objective import shape_advantages, shape_advantages_released, token_entropy
 
 
 def random_batch(b=6, t=20, seed=0):
@@ -229,34 +222,22 @@ def test_the_loss_equals_the_loop():
     assert math.isclose(kl, kl_total, rel_tol=1e-4)
 
 
-def loss_weights(valid):
-    """The weight of each token in the loss, 1 / (B T_i)."""
-    return valid / (len(valid) * valid.sum(1, keepdim=True))
-
-
-def test_the_gradient_is_reinforce():
+def test_the_gradient_is_that_of_reinforce_and_of_the_kl_term():
     """With ratio 1 the gradient with respect to log-probs is -A / (B T_i), though the loss itself
-    is -mean(A): why "loss is 0" is right."""
-    logp, _ = random_logps()
-    a, _, valid = random_batch()
-    leaf = logp.clone().requires_grad_(True)
-    loss, _ = policy_loss(leaf, None, a[:, None].expand(6, 20), valid, beta=0.0)
-    loss.backward()
-    assert torch.allclose(leaf.grad, -a[:, None] * loss_weights(valid))
-    assert math.isclose(loss.item(), -a.mean(), rel_tol=1e-5)
-
-
-def test_low_tokens_get_the_gradient_of_the_kl_term_alone():
-    """Guard: masked tokens that still get reward gradient. KL holds on all valid tokens, low ones
-    too."""
+    is -mean(A): why "loss is 0" is right. Guard: masked tokens that still get reward gradient; KL
+    holds on all valid tokens, low ones too."""
     logp, ref = random_logps()
     a, h, valid = random_batch()
     low, _ = entropy_masks(h, valid)
-    leaf = logp.clone().requires_grad_(True)
-    policy_loss(leaf, ref, shape(a, h, valid), valid, beta=0.05)[0].backward()
-    kl_only = 0.05 * (1 - (ref - logp).exp()) * loss_weights(valid)
-    assert torch.allclose(leaf.grad[low], kl_only[low], atol=1e-7)
-    assert (leaf.grad[valid & ~low] - kl_only[valid & ~low]).abs().min() > 1e-5
+    for beta, advantage in ((0.0, a[:, None].expand(6, 20)), (0.05, shape(a, h, valid))):
+        leaf = logp.clone().requires_grad_(True)
+        loss, _ = policy_loss(leaf, ref if beta else None, advantage, valid, beta)
+        loss.backward()
+        kl = beta * (1 - (ref - logp).exp())
+        expected = (kl - advantage) / (6 * valid.sum(1, keepdim=True))
+        assert torch.allclose(leaf.grad, expected.where(valid, 0.0), atol=1e-7)
+        assert beta or math.isclose(loss.item(), -a.mean(), rel_tol=1e-5)
+    assert (advantage[low] == 0).all() and (leaf.grad[low] != 0).all()
 
 
 def test_a_reference_that_is_far_away_is_no_matter_if_beta_is_zero():

@@ -9,34 +9,11 @@ import pytest
 import torch
 
 from rewards import paint_coverage
-from scenes import (
-    BACKGROUND,
-    CAPTION_FAULTS,
-    CATEGORIES,
-    END,
-    PAD,
-    PLAN_FAULTS,
-    RARE_CATEGORIES,
-    RARE_PAIRS,
-    RELATIONS,
-    SHAPES,
-    WORDS,
-    WORLDS,
-    Object,
-    _sample_kinds,
-    canonical_form,
-    corpus_item,
-    decode_words,
-    encode_words,
-    make_scene,
-    plan_text,
-    random_scene,
-    rare_pairs,
-    relation_holds,
-    render,
-    shape_mask,
-    split_of,
-)
+from scenes import BACKGROUND, CAPTION_FAULTS, CATEGORIES, END, PAD, PLAN_FAULTS
+from scenes import RARE_CATEGORIES, RARE_PAIRS, RELATIONS, SHAPES, WORDS, WORLDS, Object
+from scenes import _sample_kinds, canonical_form, corpus_item, decode_words, encode_words
+from scenes import make_scene, plan_text, random_scene, rare_pairs, relation_holds, render
+from scenes import shape_mask, split_of
 
 PRESETS = ["small", "large"]
 SPLITS = ("train", "eval", "rare-train", "rare")
