@@ -1,18 +1,14 @@
 """What the study measures of a finished policy beside its scores."""
 
-from functools import partial
-from unittest import mock
-
 import numpy as np
 import torch
 
-import evaluate
-from evaluate import draw_noise, sample_and_score
+from evaluate import draw_noise, evaluate, sample_and_score, summarize
 from lab.batch import step_config
 from lab.world import gradient_sizes
 from objective import token_entropy
 from rewards import detect
-from scenes import make_scene
+from scenes import RARE_PAIRS, make_scene
 
 DIVERSITY_SEED = 6000  # of the prompts
 
@@ -56,20 +52,92 @@ def gradient(env, policy, config):
     return gradient_sizes(env, policy, settings, config.gradient_batches)
 
 
+def score(env, policy, prompts, **options):
+    """Summarize a policy on held-out prompts, half as many of rare pairs. options: of evaluate."""
+    numbers = {"eval": prompts, "rare": max(prompts // 2, len(RARE_PAIRS))}
+    scores = {}
+    for split, number in numbers.items():
+        scored = evaluate(env, policy, split, number, **options)
+        scores[split] = summarize(scored)
+    return scores
+
+
+# --- of lab.one_sided -----------------------------------------------------------------------------
+
+
 def scores_by_setting(run):
     """Score the policy of a lab.one_sided.Run at guidance 1, at its own and at twice its own, and at
     its temperature if that is not 1. Returns {setting: {split: summary}}."""
     config = run.config
-    settings = {f"guidance {g:g}": (g, 1.0) for g in (1.0, config.guidance, 2 * config.guidance)}
+    settings = {}
+    for guidance in (1.0, config.guidance, 2 * config.guidance):
+        settings[f"guidance {guidance:g}"] = guidance, 1.0
     if config.temperature != 1.0:
         settings[f"temperature {config.temperature:.3g}"] = 1.0, config.temperature
-    numbers = {"eval": config.prompts_scored, "rare": max(config.prompts_scored // 2, 6)}
     scores = {}
     for name, (guidance, temperature) in settings.items():
-        sampler = partial(run.sample, guidance=guidance, temperature=temperature)
-        scores[name] = {}
-        with mock.patch.object(evaluate, "generate", sampler):
-            for split, number in numbers.items():
-                scored = evaluate.evaluate(run.env, run.policy, split, number, config.batch)
-                scores[name][split] = evaluate.summarize(scored)
+        with run.sampler(temperature):
+            scores[name] = score(run.env, run.policy, config.prompts_scored, guidance=guidance)
     return scores
+
+
+def divergence(logits, other):
+    """KL(softmax(logits) || softmax(other)), (..., V) each -> (...)."""
+    logp = logits.log_softmax(-1)
+    difference = logp - other.log_softmax(-1)
+    return (logp.exp() * difference).sum(-1)
+
+
+def sigma(z, log_q):
+    """Rate at which the gap grows under a pull, per unit of lr w (g - 1), to first order: d'S^2 d /
+    d'S d with d = log q - log p and S = diag(p) - p p'. (..., V) each -> numerator, denominator."""
+    logp = z.log_softmax(-1)
+    p = logp.exp()
+    d = log_q - logp
+    mean = (p * d).sum(-1, keepdim=True)
+    moved = p * (d - mean)  # S d
+    over = moved.square().sum(-1)
+    under = (d * moved).sum(-1)
+    return over, under
+
+
+def token_mean(x, weight):
+    """Mean over some tokens of sequences, weighted: two scalars from (B, n) each."""
+    total = weight.sum().clamp(min=1e-9)  # there may be no words
+    return (x * weight).sum() / total
+
+
+@torch.no_grad()
+def describe(batch, w):
+    """Log the policies on the contexts of a batch of lab.one_sided: token means, weighted as in the
+    loss. w: (B, T) bonus."""
+    c = batch.words.shape[1]
+    valid = batch.rollout.valid
+    weight = valid / valid.sum(1, keepdim=True)
+    stats = dict(
+        reward=batch.rewards.mean(),
+        exact=batch.exact.mean(),
+        k3=token_mean(batch.k3, weight),
+        w_largest=w.abs().max(),
+    )
+    difference = batch.log_q.exp() - batch.z.softmax(-1)
+    squared = difference.square().sum(-1)
+    over, under = sigma(batch.z, batch.log_q)
+    of_codes = dict(
+        kl_q_p=divergence(batch.log_q, batch.z),
+        kl_p_empty=divergence(batch.z, batch.u),
+        entropy_q=token_entropy(batch.log_q),
+        entropy_empty=token_entropy(batch.u),
+        pull=w[:, c:] * squared,
+        over=over,
+        under=under,
+    )
+    of_both = dict(kl_ref=batch.kl, entropy=batch.entropy, w=w)
+    for name, x in of_both.items():
+        stats[f"{name}_words"] = token_mean(x[:, :c], weight[:, :c])
+        of_codes[f"{name}_codes"] = x[:, c:]
+    for name, x in of_codes.items():
+        stats[name] = token_mean(x, weight[:, c:])
+    stats["sigma"] = stats.pop("over") / stats.pop("under")
+    values = torch.stack([*stats.values()])
+    return dict(zip(stats, values.tolist()))

@@ -15,10 +15,10 @@ Dimension letters as in eggrpo.py. Divergences are in nats, entropies fractions 
 """
 
 import copy
-import json
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ from tqdm import tqdm
 import common
 import eggrpo
 import evaluate
-from lab.measure import scores_by_setting
+from lab.batch import training_batch
+from lab.measure import describe, divergence, scores_by_setting
 from model import Decoder, Rollout, forward_logits, generate, precision, sample_token
 from objective import (
     bonus_coefficient,
@@ -37,8 +38,7 @@ from objective import (
     shape_advantages_released,
     token_entropy,
 )
-from rewards import compute_rewards, encode_targets
-from scenes import END, PAD, encode_scenes
+from scenes import END, PAD
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,10 @@ class Config(eggrpo.Config):
     weights: str = "none"  # p / q, at most 2, as a factor: none, of the bonus, or of all advantages
     pull: str = "sampled"  # the bonus: sampled, exact (the pull as a loss), frozen (that of the base)
     empty: str = "moving"  # empty branch of the sampler: moving, or frozen (that of the base)
-    kl: str = "k3"  # KL term: k3, exact or none
+    kl: str = "k3"  # KL term: k3 or exact
     match: str = "none"  # at the start: hot, cold (KL(q||p) as at guidance 2), pull (as on high)
     reward: str = "mean"  # mean, exact (alone) or noisy (noise of the reward's own std)
     prompts_scored: int = 1200  # held-out prompts; half as many of rare pairs
-    batch: int = 150  # prompts per forward pass of an evaluation
 
 
 # --- mechanisms -----------------------------------------------------------------------------------
@@ -79,31 +78,18 @@ def pull_loss(z, log_q, w):
     return -w * (difference * z).sum(-1)
 
 
-def divergence(logits, other):
-    """KL(softmax(logits) || softmax(other)), (..., V) each -> (...)."""
-    logp = logits.log_softmax(-1)
-    return (logp.exp() * (logp - other.log_softmax(-1))).sum(-1)
-
-
-def sigma(z, log_q):
-    """Rate at which the gap grows under a pull, per unit of lr w (g - 1), to first order: d'S^2 d /
-    d'S d with d = log q - log p and S = diag(p) - p p'. (..., V) each -> numerator, denominator."""
-    logp = z.log_softmax(-1)
-    p = logp.exp()
-    d = log_q - logp
-    moved = p * (d - (p * d).sum(-1, keepdim=True))  # S d
-    return moved.square().sum(-1), (d * moved).sum(-1)
-
-
-def place_bonus(advantage, entropy, valid, words, config, generator=None):
+def place_bonus(batch, config, step):
     """Place a bonus by the paper's budget: the mean of w is kappa times that of the |A| which
-    exclusion would take away. words: number of word slots. Returns w, low, high: (B, T)."""
-    is_word = torch.arange(valid.shape[1], device=valid.device) < words
+    exclusion would take away. Returns w, low, high: (B, T)."""
+    entropy = batch.entropy
+    valid = batch.rollout.valid
+    is_word = torch.arange(valid.shape[1], device=valid.device) < batch.words.shape[1]
     low = torch.zeros_like(valid)
     chosen = torch.zeros_like(valid)
     order = entropy
     if config.where == "random":
-        order = torch.rand(entropy.shape, generator=generator).to(entropy.device)
+        draw = common.generator(config.seed, "where", step)
+        order = torch.rand(entropy.shape, generator=draw).to(entropy.device)
     for name, part in (("words", is_word), ("codes", ~is_word)):  # thresholds of their own
         if config.on not in ("both", name):
             continue
@@ -112,7 +98,7 @@ def place_bonus(advantage, entropy, valid, words, config, generator=None):
         lower, upper = entropy_masks(order, here, config.high_frac, config.high_frac)
         chosen |= {"low": lower, "every": here}.get(config.where, upper)
     size = torch.ones_like(entropy) if config.where == "every" else entropy
-    coefficient = bonus_coefficient(advantage, size, low, chosen, valid, config.kappa)
+    coefficient = bonus_coefficient(batch.advantage, size, low, chosen, valid, config.kappa)
     return torch.where(chosen, coefficient * size, 0.0), low, chosen
 
 
@@ -120,26 +106,25 @@ def place_bonus(advantage, entropy, valid, words, config, generator=None):
 def sample(policy, prompt, noise, guidance, temperature=1.0, empty_policy=None):
     """Sample codes from q, which may be guided against the empty branch of another policy; plans as
     model.generate does. Arguments and result as there; logp and entropy are of q."""
-    drawn = generate(policy, prompt, noise)  # its codes are replaced
-    codes, logp, entropy = (x.clone() for x in (drawn.codes, drawn.logp, drawn.entropy))
-    words = policy.concat_words(drawn.prompt, drawn.plan)
+    rollout = generate(policy, prompt, noise)  # its codes are replaced
+    words = policy.concat_words(rollout.prompt, rollout.plan)
     no_words = policy.concat_words(
-        torch.full_like(prompt[:1], PAD), torch.full_like(drawn.plan[:1], PAD)
+        torch.full_like(prompt[:1], PAD), torch.full_like(rollout.plan[:1], PAD)
     )
     empty_policy = empty_policy or policy
     with precision(prompt.device):
         decoder = Decoder(policy, words)
         empty_decoder = Decoder(empty_policy, no_words, len(noise))
-        for j in range(policy.L):
+        for j, t in enumerate(range(policy.C, policy.C + policy.L)):
             z = policy.code_logits(decoder.hidden)
             u = empty_policy.code_logits(empty_decoder.hidden)
-            t = policy.C + j
             logits = sampler_logits(z, u, guidance, temperature)
-            codes[:, j], logp[:, t], entropy[:, t] = sample_token(logits, noise[:, t])
-            if j + 1 < policy.L:
-                decoder.feed_code(codes[:, j])
-                empty_decoder.feed_code(codes[:, j])
-    return drawn._replace(codes=codes, logp=logp, entropy=entropy)
+            code, rollout.logp[:, t], rollout.entropy[:, t] = sample_token(logits, noise[:, t])
+            rollout.codes[:, j] = code
+            if decoder.slot < policy.slots:
+                decoder.feed_code(code)
+                empty_decoder.feed_code(code)
+    return rollout
 
 
 # --- a batch --------------------------------------------------------------------------------------
@@ -149,15 +134,18 @@ class Batch(NamedTuple):
     """A training batch: what was sampled, its rewards, and logits on its contexts."""
 
     rollout: Rollout
+    rewards: Tensor  # (P, G)
+    exact: Tensor  # (P, G)
     advantage: Tensor  # (B,)
-    reward: Tensor  # (B,)
-    exact: Tensor  # (B,)
-    logp: Tensor  # (B, T) of the scored policy, with gradient
     words: Tensor  # (B, C, V) logits of the scored policy, with gradient
     z: Tensor  # (B, L, V) of its codes, with gradient
+    logp: Tensor  # (B, T) of the scored policy, with gradient
+    entropy: Tensor  # (B, T) of the scored policy; 0 at padding
     u: Tensor  # (B, L, V) of the empty branch
     log_q: Tensor  # (B, L, V) log-probs of the sampler
-    reference: tuple  # (B, C, V), (B, L, V) logits of the base policy
+    z_ref: Tensor  # (B, L, V) logits of codes of the base policy
+    kl: Tensor  # (B, T) KL(p || base policy) from all logits, with gradient
+    k3: Tensor  # (B, T) its estimate from the sampled token, with gradient
 
 
 class Run:
@@ -172,50 +160,43 @@ class Run:
         self.policy = copy.deepcopy(self.reference)
         self.empty_policy = self.reference if config.empty == "frozen" else self.policy
 
-    def sample(self, policy, prompt, noise, guidance, temperature):
-        return sample(policy, prompt, noise, guidance, temperature, self.empty_policy)
+    def sampler(self, temperature):
+        """Let evaluate.sample_images sample from q, as a context."""
+        own = partial(sample, temperature=temperature, empty_policy=self.empty_policy)
+        return mock.patch.object(evaluate, "generate", own)
 
     def batch(self, step, guidance, temperature):
         """Sample and score the batch of a step of eggrpo.train_step. Returns a Batch."""
         config = self.config
-        scenes = eggrpo.training_scenes(self.env.world, config, step)
-        prompts = encode_scenes(self.env.world, scenes)[0].to(self.device)
-        key = config.seed, "rollout", step
-        noise = evaluate.draw_noise(self.policy, config.prompts * config.group_size, *key)
-        rollout = self.sample(self.policy, prompts, noise.to(self.device), guidance, temperature)
-
-        repeated = [scene for scene in scenes for _ in range(config.group_size)]
-        targets = encode_targets(self.env.world, repeated, self.device)
-        images = self.env.tokenizer.decode(rollout.codes)
-        reward, _, exact = compute_rewards(images, targets, self.env.world)
-        if config.reward == "exact":
-            reward = exact
+        with self.sampler(temperature):
+            drawn = training_batch(self.env, self.policy, replace(config, guidance=guidance), step)
+        rewards = drawn.exact if config.reward == "exact" else drawn.rewards
         if config.reward == "noisy":
-            noise = torch.randn(len(reward), generator=common.generator(config.seed, "noisy", step))
-            reward = reward + reward.std() * noise.to(self.device)
-        advantage = group_advantages(reward.view(config.prompts, config.group_size)).flatten()
+            draw = common.generator(config.seed, "noisy", step)
+            noise = torch.randn(rewards.shape, generator=draw)
+            rewards = rewards + rewards.std() * noise.to(self.device)
+        rollout = drawn.rollout
+        seen = rollout, rewards, drawn.exact, group_advantages(rewards).flatten()
 
         tokens = rollout.prompt, rollout.plan, rollout.codes
         words, z = forward_logits(self.policy, *tokens)
-        with torch.no_grad():
-            u = self.empty_logits(self.empty_policy, rollout)
-            log_q = sampler_logits(z, u, config.guidance, config.temperature).log_softmax(-1)
-            reference = forward_logits(self.reference, *tokens)
         logp = token_logp(words, z, rollout)
-        return Batch(rollout, advantage, reward, exact, logp, words, z, u, log_q, reference)
+        entropy = torch.cat([token_entropy(words), token_entropy(z)], 1) * rollout.valid
+        with torch.no_grad():
+            u = empty_logits(self.empty_policy, rollout)
+            log_q = sampler_logits(z, u, config.guidance, config.temperature).log_softmax(-1)
+            words_ref, z_ref = forward_logits(self.reference, *tokens)
+            logp_ref = token_logp(words_ref, z_ref, rollout)
+        log_ratio = logp_ref - logp
+        k3 = log_ratio.exp() - log_ratio - 1  # 0 at padding
+        kl = torch.cat([divergence(words, words_ref), divergence(z, z_ref)], 1)
+        return Batch(*seen, words, z, logp, entropy, u, log_q, z_ref, kl, k3)
 
-    def empty_logits(self, policy, rollout):
-        """Logits of a rollout's codes without prompt and plan, (B, L, V)."""
-        nothing = torch.full_like(rollout.prompt, PAD), torch.full_like(rollout.plan, PAD)
-        return forward_logits(policy, *nothing, rollout.codes)[1]
 
-    def bonus(self, batch, step):
-        """Place the bonus of a batch by the entropy of the scored policy, see place_bonus."""
-        entropy = torch.cat([token_entropy(batch.words), token_entropy(batch.z)], 1)
-        draw = common.generator(self.config.seed, "where", step)
-        valid = batch.rollout.valid
-        parts = batch.advantage, entropy * valid, valid, batch.words.shape[1], self.config, draw
-        return place_bonus(*parts)
+def empty_logits(policy, rollout):
+    """Logits of a rollout's codes without prompt and plan, (B, L, V)."""
+    nothing = torch.full_like(rollout.prompt, PAD), torch.full_like(rollout.plan, PAD)
+    return forward_logits(policy, *nothing, rollout.codes)[1]
 
 
 def token_logp(words, codes, rollout):
@@ -229,28 +210,17 @@ def token_logp(words, codes, rollout):
 # --- training -------------------------------------------------------------------------------------
 
 
-def token_advantages(batch, w, low, high, config):
-    """Turn A into advantages of tokens without the bonus, and the bonus, by the method: (B, T)
-    each."""
+def token_advantages(batch, config, step):
+    """Return advantages without the bonus, and the bonus, by the method: (B, T) each."""
+    w, low, high = place_bonus(batch, config, step)
     a = batch.advantage[:, None].expand_as(w)
-    kept = a.masked_fill(low, 0.0) if config.method not in ("grpo", "bonus") else a
+    if config.method not in ("grpo", "bonus"):
+        a = a.masked_fill(low, 0.0)
     if config.method == "eggrpo-released":
-        entropy = torch.cat([token_entropy(batch.words), token_entropy(batch.z)], 1)
-        w = shape_advantages_released(batch.advantage, entropy, low, high) - kept
+        w = shape_advantages_released(batch.advantage, batch.entropy, low, high) - a
     if config.method in ("grpo", "exclude"):
         w = torch.zeros_like(w)
-    return kept, w
-
-
-def kl_penalty(batch, kind):
-    """KL term to the base policy at each token, (B, T): k3, exact (from all logits) or none."""
-    logp_ref = token_logp(*batch.reference, batch.rollout)
-    log_ratio = logp_ref - batch.logp
-    k3 = log_ratio.exp() - log_ratio - 1  # 0 at padding
-    if kind == "exact":
-        of_words = divergence(batch.words, batch.reference[0])
-        return torch.cat([of_words, divergence(batch.z, batch.reference[1])], 1)
-    return k3 if kind == "k3" else 0.0 * k3
+    return a, w
 
 
 def update(run, optimizer, step):
@@ -259,24 +229,27 @@ def update(run, optimizer, step):
     config = run.config
     batch = run.batch(step, config.guidance, config.temperature)
     c = batch.words.shape[1]
-    a, w = token_advantages(batch, *run.bonus(batch, step), config)
-    ratio = torch.ones_like(w)  # words are sampled from p
-    of_codes = batch.log_q.gather(-1, batch.rollout.codes[..., None])[..., 0]
-    ratio[:, c:] = token_weights(batch.logp[:, c:], of_codes)
+    valid = batch.rollout.valid
+    a, w = token_advantages(batch, config, step)
+    ratio = torch.ones_like(w)
+    if config.weights != "none":  # words are sampled from p
+        of_codes = batch.log_q.gather(-1, batch.rollout.codes[..., None])[..., 0]
+        ratio[:, c:] = token_weights(batch.logp[:, c:], of_codes)
     shaped = a * ratio if config.weights == "all" else a
     if config.pull == "sampled":
-        shaped = shaped + (w if config.weights == "none" else w * ratio)
-    valid = batch.rollout.valid
+        shaped = shaped + w * ratio
     loss, _ = policy_loss(batch.logp, None, shaped, valid, beta=0.0)
     weight = valid / valid.sum(1, keepdim=True) / len(valid)
     if config.pull != "sampled":
         teacher = batch.log_q
         if config.pull == "frozen":
-            u = run.empty_logits(run.reference, batch.rollout).detach()
-            teacher = sampler_logits(batch.reference[1], u, config.guidance, config.temperature)
+            u = empty_logits(run.reference, batch.rollout).detach()
+            teacher = sampler_logits(batch.z_ref, u, config.guidance, config.temperature)
             teacher = teacher.log_softmax(-1)
-        loss = loss + (weight[:, c:] * pull_loss(batch.z, teacher, w[:, c:])).sum()
-    loss = loss + config.beta * (weight * kl_penalty(batch, config.kl)).sum()
+        pull = pull_loss(batch.z, teacher, w[:, c:])
+        loss = loss + (weight[:, c:] * pull).sum()
+    kl = batch.kl if config.kl == "exact" else batch.k3
+    loss = loss + config.beta * (weight * kl).sum()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), 1.0)
     optimizer.step()
@@ -285,67 +258,37 @@ def update(run, optimizer, step):
 
 
 @torch.no_grad()
-def describe(batch, w):
-    """Log the policies on the contexts of a batch: token means, weighted as in the loss. w: (B, T)
-    bonus."""
-    c = batch.words.shape[1]
-    valid = batch.rollout.valid
-    weight = valid / valid.sum(1, keepdim=True)
-    mean_words = lambda x: (x * weight[:, :c]).sum() / weight[:, :c].sum().clamp(min=1e-9)
-    mean = lambda x: (x * weight[:, c:]).sum() / weight[:, c:].sum()
-    z, log_q = batch.z, batch.log_q
-    squared = (log_q.exp() - z.softmax(-1)).square().sum(-1)
-    over, under = sigma(z, log_q)
-    stats = dict(
-        reward=batch.reward.mean(),
-        exact=batch.exact.mean(),
-        kl_q_p=mean(divergence(log_q, z)),
-        kl_p_empty=mean(divergence(z, batch.u)),
-        kl_ref_words=mean_words(divergence(batch.words, batch.reference[0])),
-        kl_ref_codes=mean(divergence(z, batch.reference[1])),
-        k3=(weight * kl_penalty(batch, "k3")).sum() / weight.sum(),
-        entropy_words=mean_words(token_entropy(batch.words)),
-        entropy_codes=mean(token_entropy(z)),
-        entropy_q=mean(token_entropy(log_q)),
-        entropy_empty=mean(token_entropy(batch.u)),
-        sigma=mean(over) / mean(under),
-        w_words=mean_words(w[:, :c]),
-        w_codes=mean(w[:, c:]),
-        w_largest=w.abs().max(),
-        pull=mean(w[:, c:] * squared),
-    )
-    return dict(zip(stats, torch.stack([*stats.values()]).tolist()))
-
-
-@torch.no_grad()
 def calibrate(run, batches=4):
     """Match a run's config to the base policy's numbers: the temperature at which KL(q||p) is that
     of guidance 2 (hot: above 1, cold: below), or the kappa at which the mean of w |q - p|^2 is that
     of a bonus on high tokens (pull)."""
     config = run.config
+    if config.match == "none":
+        return
+    guidance = config.guidance if config.match == "pull" else 1.0
+    drawn = [run.batch(step, guidance, 1.0) for step in range(batches)]
+
     if config.match == "pull":
         pulls = []
         for where in ("high", config.where):
-            run.config = replace(config, where=where)
-            drawn = [run.batch(step, config.guidance, 1.0) for step in range(batches)]
-            bonuses = [run.bonus(batch, step)[0] for step, batch in enumerate(drawn)]
-            pulls.append(sum(describe(b, w)["pull"] for b, w in zip(drawn, bonuses)))
+            own = replace(config, where=where)
+            placed = [place_bonus(batch, own, step)[0] for step, batch in enumerate(drawn)]
+            pulls.append(sum(describe(batch, w)["pull"] for batch, w in zip(drawn, placed)))
         run.config = replace(config, kappa=config.kappa * pulls[0] / pulls[1])
-    if config.match in ("hot", "cold"):
-        drawn = [run.batch(step, 1.0, 1.0) for step in range(batches)]
+        return
 
-        def distance(guidance, temperature):
-            logits = [sampler_logits(b.z, b.u, guidance, temperature) for b in drawn]
-            return sum(divergence(q, b.z).mean().item() for q, b in zip(logits, drawn))
+    def gap(guidance, temperature):
+        logits = [sampler_logits(b.z, b.u, guidance, temperature) for b in drawn]
+        return sum(divergence(q, b.z).mean().item() for q, b in zip(logits, drawn))
 
-        near, far = 1.0, 3.0 if config.match == "hot" else 0.2
-        for _ in range(30):  # bisection
-            middle = (near + far) / 2
-            if distance(1.0, middle) < distance(2.0, 1.0):
-                near = middle
-            else:
-                far = middle
-        run.config = replace(config, guidance=1.0, temperature=near)
+    near, far = 1.0, 3.0 if config.match == "hot" else 0.2
+    for _ in range(30):  # bisection
+        middle = (near + far) / 2
+        if gap(1.0, middle) < gap(2.0, 1.0):
+            near = middle
+        else:
+            far = middle
+    run.config = replace(config, guidance=1.0, temperature=near)
 
 
 def train(config):
@@ -357,17 +300,14 @@ def train(config):
     optimizer = torch.optim.AdamW(run.policy.parameters(), config.lr, (0.9, 0.95), weight_decay=0.0)
     log = []
     own = []
-
-    def look(step):
-        batch = run.batch(step, 1.0, 1.0)
-        own.append(dict(step=step, **describe(batch, torch.zeros_like(batch.logp))))
-
-    for step in tqdm(range(config.steps), "one-sided"):
-        if step % 20 == 0:
-            look(step)
-        optimizer.param_groups[0]["lr"] = config.lr * min((step + 1) / 10, 1 - step / config.steps)
-        log.append(dict(step=step, **update(run, optimizer, step)))
-    look(config.steps)
+    for step in tqdm(range(config.steps + 1), "one-sided"):
+        if step % 20 == 0 or step == config.steps:
+            batch = run.batch(step, 1.0, 1.0)
+            own.append(dict(step=step, **describe(batch, torch.zeros_like(batch.logp))))
+        if step < config.steps:
+            rate = min((step + 1) / 10, 1 - step / config.steps)
+            optimizer.param_groups[0]["lr"] = config.lr * rate
+            log.append(dict(step=step, **update(run, optimizer, step)))
     settings = asdict(config) | dict(out=None, device=str(run.device))
     made = f"{common.commit()} on {run.device}, torch {torch.__version__}"
     return dict(made=made, config=settings, log=log, own=own, scores=scores_by_setting(run))

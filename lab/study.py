@@ -33,11 +33,11 @@ import common
 import eggrpo
 import pretrain
 import tiny_vq.train
-from evaluate import evaluate, load_base, load_env, load_run, summarize
+from evaluate import load_base, load_env, load_run
 from lab import one_sided
-from lab.measure import diversity, gradient
+from lab.measure import diversity, gradient, score
 from lab.records import draw_exact, record_rows
-from scenes import RARE_PAIRS, make_scene
+from scenes import make_scene
 
 ROOT = Path(__file__).parent.parent
 MAIN = ("grpo", "eggrpo", "eggrpo-released")  # the default number of steps, several seeds
@@ -64,7 +64,7 @@ def one_sided_runs():
         "negative": dict(kappa=-1.0),
         "hot": dict(match="hot"),
         "cold": dict(match="cold"),
-        "no-kl": dict(kl="none"),
+        "no-kl": dict(beta=0.0),
         "exact-kl-.01": dict(kl="exact"),
         "exact-kl-.3": dict(kl="exact", beta=0.3),
     }
@@ -237,16 +237,6 @@ def result_path(config, job):
     return folder / job.kind / f"{job.last}.jsonl"
 
 
-def score(config, env, policy, **options):
-    """Summarize a policy on usual and rare held-out prompts."""
-    numbers = {"eval": config.prompts, "rare": max(config.prompts // 2, len(RARE_PAIRS))}
-    scored = {}
-    for split, number in numbers.items():
-        scores = evaluate(env, policy, split, number, seed=config.seed, **options)
-        scored[split] = summarize(scores)
-    return scored
-
-
 def load(config, name):
     """Load a policy of a base policy's folder, config.out. Returns env, policy, and options to
     sample it."""
@@ -267,7 +257,7 @@ def do_base(config, job, flags):
     scored = {}
     for name in BASES:
         env, policy, options = load(config, name)
-        scored[name] = score(config, env, policy, **options)
+        scored[name] = score(env, policy, config.prompts, seed=config.seed, **options)
         scored[name]["diversity"] = diversity(env, policy, config, **options)
     return json.dumps(common.to_jsonable(scored), indent=1)
 
@@ -276,7 +266,7 @@ def do_run(config, job, flags):
     """Train a policy, score it and measure it."""
     eggrpo.main([*flags, *job.flags, "--name", job.last])
     env, policy, options = load(config, job.last)
-    scored = score(config, env, policy, **options)
+    scored = score(env, policy, config.prompts, seed=config.seed, **options)
     scored["diversity"] = diversity(env, policy, config, **options)
     if job.last in RECORDED:
         scored["gradient"] = gradient(env, policy, config)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from conftest import tiny_env, tiny_policy
+from lab import batch as lab_batch
 from lab import measure, one_sided, study
 from lab.one_sided import pull_loss, sampler_logits, token_weights
 
@@ -84,7 +85,7 @@ def test_sigma_is_the_rate_of_the_gap_to_first_order():
     z, u = (x.detach() for x in table(0))
     guidance = 1 + 1e-4
     log_q = sampler_logits(z, u, guidance).log_softmax(-1)
-    over, under = one_sided.sigma(z, log_q)
+    over, under = measure.sigma(z, log_q)
     p = z.softmax(-1)
     S = torch.diag(p) - torch.outer(p, p)
     d = z - u
@@ -100,7 +101,7 @@ def run(world, monkeypatch):
     env = tiny_env(world, torch.device("cpu"))
     monkeypatch.setattr(one_sided.evaluate, "load_env", lambda config, device: env)
     brightness = lambda images, *_: (images.mean((1, 2, 3)), {}, torch.zeros(len(images)))
-    monkeypatch.setattr(one_sided, "compute_rewards", brightness)  # differs from image to image
+    monkeypatch.setattr(lab_batch, "compute_rewards", brightness)  # differs from image to image
     base = tiny_policy(world), ""
     monkeypatch.setattr(one_sided.evaluate, "load_base", lambda config, env: base)
 
@@ -113,7 +114,7 @@ def run(world, monkeypatch):
 
 def batch_and_bonus(run):
     batch = run.batch(0, run.config.guidance, run.config.temperature)
-    return batch, *run.bonus(batch, 0)
+    return batch, *one_sided.place_bonus(batch, run.config, 0)
 
 
 def test_at_guidance_one_the_sampler_is_the_scored_policy(run):
