@@ -23,8 +23,7 @@ import copy
 import re
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 
@@ -40,20 +39,21 @@ from objective import (
     shape_advantages_released,
 )
 from rewards import REWARDS, compute_rewards, encode_targets
+from runs import Run, check_finite
 from scenes import encode_scenes, make_scene
 
 
 @dataclass(frozen=True)
 class Config(common.BaseConfig):
-    method: str = "eggrpo"  # a key of METHODS
+    method: str = "eggrpo"  # what shapes the advantages
     name: str = ""  # of the run's folder; default: <method>-<seed>
     steps: int = 250  # batches of rollouts (released code: 1600)
     prompts: int = 8  # P (released code: 16)
-    group_size: int = 8  # G (released code: 8)
+    group_size: Annotated[int, 2, 4096] = 8  # G, which are compared (released code: 8)
     lr: float = 5e-4  # after 10 warm-up steps, linearly to 0 (released code: 1e-6, 7 B parameters)
     beta: float = 0.01  # weight of the KL term (released code: .01)
-    low_frac: float = 0.2  # fraction of tokens without reward gradient (paper: .2)
-    high_frac: float = 0.5  # fraction of tokens with a bonus (paper: .5)
+    low_frac: Annotated[float, 0, 1] = 0.2  # fraction of tokens without reward gradient (paper: .2)
+    high_frac: Annotated[float, 0, 1] = 0.5  # fraction of tokens with a bonus (paper: .5)
     kappa: float = 1.0  # bonus as a fraction of what exclusion takes away (paper: in (0, 1])
     guidance: float = 1.0  # classifier-free, of image tokens; 1: none (released: 5, sampling only)
     micro_batch: int = 16  # sequences per forward pass: changes memory, not results
@@ -61,14 +61,12 @@ class Config(common.BaseConfig):
     eval_prompts: int = 192  # per split: usual and rare pairs
     save_every: float = 2  # minutes between checkpoints
 
-    def validate(self):
-        super().validate()
-        self.check_range("group_size", 2)  # rollouts are compared
+    def __post_init__(self):
         fractions = f"--low-frac {self.low_frac}, --high-frac {self.high_frac}"
         check(self.low_frac + self.high_frac <= 1, f"{fractions}: must add up to at most 1")
-        if self.name:
-            well_formed = re.fullmatch(r"[\w.-]*\w", self.name)
-            check(well_formed, f"--name {self.name!r}: letters, digits, '_', '-' and '.' only")
+        # no dot, as in the names of files, nor space, as in the names of the table's other rows
+        well_formed = re.fullmatch(r"[\w-]*", self.name)
+        check(well_formed, f"--name {self.name!r}: letters, digits, '_' and '-' only")
 
 
 PRESETS = {
@@ -274,19 +272,24 @@ def check_one_policy(difference, config, device):
 # --- the run --------------------------------------------------------------------------------------
 
 
-@common.explain_memory("eggrpo", "--micro-batch, then --prompts")
+@common.stage("--micro-batch of eggrpo, then --prompts")
 def main(argv=None):
     config = common.parse(Config, PRESETS, __doc__, argv, METHODS)
-    folder = Path(config.out) / config.preset / (config.name or f"{config.method}-{config.seed}")
+    name = config.name or f"{config.method}-{config.seed}"
+    folder = config.out / config.preset / name
     device = common.pick_device(config.device)
     env = evaluate.load_env(config, device)
-    reference, made_from = evaluate.load_base(config, env)
-    made_from["rewards.REWARDS"] = ", ".join(REWARDS)
-    command = common.command_for(f"eggrpo --method {config.method} --seed {config.seed}", config)
-    run = common.Run(
-        "policy", folder / "policy.pt", folder / "log.jsonl", config, command, made_from
+    reference = evaluate.load_base(config, env)
+    run = Run(
+        folder / "policy.pt",
+        folder / "log.jsonl",
+        config,
+        device,
+        reference.origin,
+        common.command_for(f"eggrpo --method {config.method} --name {name}", config),
+        rewards=", ".join(REWARDS),
     )
-    if run.finished:
+    if not run.steps:
         print(f"{config.method}: finished earlier, {run.path}")
         return
     policy = copy.deepcopy(reference)
@@ -297,19 +300,18 @@ def main(argv=None):
         weight_decay=0.0,
         fused=device.type == "cuda",
     )
-    run.start(device, policy, optimizer)
-    if run.first_step == 0:
+    if run.steps.start == 0:
         # steps count from 0 in the log; -1 is before training
         run.log(step=-1, **evaluate.evaluate_in_training(env, policy, config, folder, 0))
     begun = time.time()
-    bar = run.progress(config.method)
+    bar = run.progress(config.method, policy, optimizer)
     for step in bar:
         started = time.time()
         rate = config.lr * min((step + 1) / 10, 1 - step / config.steps)
         optimizer.param_groups[0]["lr"] = rate
         stats = train_step(policy, reference, optimizer, env, config, step)
         # a component of the reward that no prompt of the batch asks for is NaN
-        run.check_finite(step, {k: v for k, v in stats.items() if not k.startswith("reward/")})
+        check_finite(step, {k: v for k, v in stats.items() if not k.startswith("reward/")})
         stats["seconds"] = time.time() - started
         bar.set_postfix({name: f"{stats[name]:.2f}" for name in ("reward", "exact", "kl")})
         done = step + 1

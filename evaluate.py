@@ -10,12 +10,14 @@ third of the prompts have a rare pair too, in other scenes. All policies answer 
 with the same noise.
 """
 
+import contextlib
 import io
 import json
 import math
 import textwrap
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +29,7 @@ from tqdm import tqdm
 import common
 from model import Policy, generate
 from rewards import REWARDS, compute_rewards, encode_targets
+from runs import Unfinished, load_model
 from scenes import RARE_PAIRS, WORLDS, World, encode_scenes, make_scene, rare_pairs
 from tiny_vq import load_tokenizer
 
@@ -53,61 +56,39 @@ class Env(NamedTuple):
     tokenizer: torch.nn.Module
     world: World
     device: torch.device
-    made_from: dict  # {file: digest} of world and tokenizer
 
 
 def load_env(config, device):
     """Read the finished tokenizer of a preset. Returns an Env."""
-    tokenizer, made_from = load_tokenizer(config, device)
-    return Env(tokenizer, WORLDS[config.preset], device, made_from)
-
-
-def load_policy(path, kind, config, env, made_from, command):
-    """Read a finished policy, which must be made from the files at hand. Returns the model,
-    and the settings that it was trained with."""
-    record = common.load_finished(path, kind, config.preset, command)
-    common.check_made_from(path, record, made_from, command)
-    return policy_of(record, env), record["config"]
-
-
-def policy_of(record, env):
-    """Make the model of a checkpoint. It is not frozen: autocast keeps its copies of weights that
-    need a gradient, and casts others again at every slot."""
-    with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
-        policy = Policy(env.world, **record["model_config"])
-    policy.load_state_dict(record["model"])
-    return policy.to(env.device)
+    return Env(load_tokenizer(config, device), WORLDS[config.preset], device)
 
 
 def load_base(config, env):
-    """Read the base policy of a preset. Returns the model, and {file: digest} of what runs
-    of reinforcement learning are made from."""
-    path = f"{config.out}/{config.preset}/base.pt"
+    """Read the base policy of a preset."""
+    path = config.out / config.preset / "base.pt"
     command = common.command_for("pretrain", config)
-    policy, _ = load_policy(path, "base", config, env, env.made_from, command)
-    return policy, env.made_from | {"base.pt": common.digest(policy.state_dict())}
+    policy, _ = load_model(partial(Policy, env.world), path, env.tokenizer.origin, command)
+    return policy.to(env.device)
 
 
-def load_run(path, config, env, made_from):
-    """Read a finished run of eggrpo.py. Returns the model, and its guidance."""
+def load_run(path, config, env, base):
+    """Read a finished run of eggrpo.py, made from a base policy. Returns the policy, and the options
+    of model.generate with which it was trained."""
     command = common.command_for("eggrpo", config)
-    policy, trained = load_policy(path, "policy", config, env, made_from, command)
-    return policy, trained["guidance"]
+    policy, trained = load_model(partial(Policy, env.world), path, base.origin, command)
+    return policy.to(env.device), dict(guidance=trained["guidance"])
 
 
 def load_policies(config, env):
     """Load the base policy and all finished runs. Returns {name: (policy, sampling options)}."""
-    base, made_from = load_base(config, env)
-    policies = {"base": (base, dict(no_plan=True)), "base + plan": (base, {})}
-    folder = Path(config.out) / config.preset
-    command = common.command_for("eggrpo", config)
+    base = load_base(config, env)
+    policies = {"base, no plan": (base, dict(no_plan=True)), "base + plan": (base, {})}
+    folder = config.out / config.preset
     for path in sorted(folder.glob("*/policy.pt")):
-        record = common.load_checkpoint(path, command)
-        common.check_made_from(path, record, made_from, command)
-        if record["step"] == record["config"]["steps"]:
-            options = dict(guidance=record["config"]["guidance"])
-            policies[path.parent.name] = policy_of(record, env), options
+        with contextlib.suppress(Unfinished):
+            policies[path.parent.name] = load_run(path, config, env, base)
     if len(policies) == 2:
+        command = common.command_for("eggrpo", config)
         print(f"no finished run in {folder}: only the base policy is scored; make one: `{command}`")
     return policies
 
@@ -336,8 +317,8 @@ def evaluate_in_training(env, policy, config, folder, step):
     return numbers | dict(rare_exact_by_pair=by_pair)
 
 
-def plot_curves(folder, names):
-    """Draw the learning curves of runs, from their logs, to curves.png."""
+def plot_curves(path, logs):
+    """Draw learning curves. logs: {name of a run: list of the lines of its log}."""
     panels = dict(
         eval_reward="reward, held-out prompts",
         eval_exact="exact, held-out prompts",
@@ -346,25 +327,23 @@ def plot_curves(folder, names):
     )
     figure = Figure(figsize=(8.3, 6), layout="constrained")
     axes = figure.subplots(2, 2).flatten()
-    for name in names:
-        log = common.read_log(folder / name / "log.jsonl", math.inf)[1:]
-        records = [json.loads(line) for line in log]
+    for name, log in logs.items():
         for axis, (key, title) in zip(axes, panels.items()):
-            points = [(record["step"] + 1, record[key]) for record in records if key in record]
+            points = [(record["step"] + 1, record[key]) for record in log if key in record]
             axis.plot(*zip(*points), label=run_title(name))
             axis.set(title=title, xlabel="step")
     lines, titles = axes[0].get_legend_handles_labels()
     figure.legend(lines, titles, loc="outside lower center", ncols=4)
-    save_figure(figure, folder / "curves.png")
+    save_figure(figure, path)
 
 
 # --- the command ----------------------------------------------------------------------------------
 
 
-@common.explain_memory("evaluate")
+@common.stage("--batch of evaluate")
 def main(argv=None):
     config = common.parse(Config, PRESETS, __doc__, argv)
-    folder = Path(config.out) / config.preset
+    folder = config.out / config.preset
     started = time.time()
     device = common.pick_device(config.device)
     env = load_env(config, device)
@@ -386,9 +365,9 @@ def main(argv=None):
     table = results_table(results)
     common.write(folder / "results.json", json.dumps(results, indent=1).encode())
     common.write(folder / "results.md", (table + "\n").encode())
-    runs = list(policies)[2:]
-    if runs:
-        plot_curves(folder, runs)
+    logs = {name: policy.log for name, (policy, _) in list(policies.items())[2:]}
+    if logs:
+        plot_curves(folder / "curves.png", logs)
     print(table)
     print("A single pair of runs decides nothing between two methods: see docs/results.md.")
     print(f"evaluated in {time.time() - started:.0f} s; pictures: {folder / 'before-after.png'}")

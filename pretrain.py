@@ -7,11 +7,10 @@ some have neither prompt nor plan, so that guidance has something to compare wit
 """
 
 import math
-import os
 import time
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
+from typing import Annotated
 
 import numpy
 import torch
@@ -20,32 +19,29 @@ from tqdm import tqdm
 
 import common
 from model import Policy, score
+from runs import Run, check_finite
 from scenes import PAD, WORLDS, corpus_item, encode_scenes, render
 from tiny_vq import load_tokenizer, stack_images
 
-CHUNK = 500  # items of the corpus that are drawn and encoded at a time
-PROCESSES = min(os.cpu_count() or 1, 16)  # that draw the corpus
+CHUNK = 100  # items of the corpus that are drawn and encoded at a time
+FEW = 5000  # items that one process draws as soon as many
 
 
 @dataclass(frozen=True)
 class Config(common.BaseConfig):
     items: int = 30000  # scenes in the corpus
-    steps: int = 1200
-    batch: int = 32
-    micro_batch: int = 64  # sequences per forward pass, at most: changes memory, not results
+    steps: int = 1200  # batches
+    batch: int = 32  # sequences
     lr: float = 3e-3  # after the warm-up, by a cosine to a tenth
     warm_up: int = 50  # steps
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
-    drop_both: float = 0.10  # fraction of sequences without prompt and plan
-    drop_plan: float = 0.15  # fraction of sequences without plan, but with a prompt
-    save_every: float = 2  # minutes
+    width: int = 128  # of the policy
+    layers: int = 4  # of the policy
+    heads: int = 4  # of each layer's attention
+    drop_both: Annotated[float, 0, 1] = 0.10  # fraction of sequences without prompt and plan
+    drop_plan: Annotated[float, 0, 1] = 0.15  # fraction of sequences without plan, but with a prompt
+    save_every: float = 2  # minutes between checkpoints
 
-    def validate(self):
-        super().validate()
-        self.check_range("drop_both", 0, 1)
-        self.check_range("drop_plan", 0, 1)
+    def __post_init__(self):
         multiple = f"--width {self.width}: must be a multiple of --heads {self.heads}"
         common.check(self.width % self.heads == 0, multiple)
 
@@ -71,7 +67,7 @@ PRESETS = {
 
 
 def corpus_chunk(world, seed, items):
-    """Draw a range of items of the corpus. Returns prompts (n, S), plans (n, C), images (n, h, w,
+    """Draw items of the corpus. Returns prompts (n, S), plans (n, C), images (n, h, w,
     3), all arrays: tensors would be sent through shared memory, of which containers have little."""
     scenes = [corpus_item(world, seed, i) for i in items]
     prompts, plans = encode_scenes(world, scenes)
@@ -81,14 +77,11 @@ def corpus_chunk(world, seed, items):
 
 def make_corpus(config, world, tokenizer, device):
     """Draw and encode the corpus. Returns prompts (n, S), plans (n, C), codes (n, L), int16."""
-    chunks = []
-    for start in range(0, config.items, CHUNK):
-        chunks.append(range(start, min(start + CHUNK, config.items)))
     loader = DataLoader(
-        chunks,
-        batch_size=None,
+        range(config.items),
+        batch_size=CHUNK,
         collate_fn=partial(corpus_chunk, world, config.seed),
-        num_workers=PROCESSES if len(chunks) > 10 else 0,  # a small corpus is soon drawn here
+        num_workers=min(common.cores(), 16) if config.items > FEW else 0,
         generator=torch.Generator(),  # or it would move the caller's random state
     )
     encoded = []
@@ -122,43 +115,37 @@ def training_batch(corpus, config, step, device):
 # --- training -------------------------------------------------------------------------------------
 
 
-def update(policy, optimizer, prompt, plan, codes, micro_batch):
+def update(policy, optimizer, prompt, plan, codes):
     """Make one step of maximum likelihood. Returns plan_nll and image_nll, nats per token, and
     grad_norm."""
-    plan_tokens = (plan != PAD).sum().clamp(min=1)  # of all micro-batches
-    plan_nlls = []
-    image_nlls = []
-    for rows in torch.arange(len(plan), device=plan.device).split(micro_batch):
-        logp = score(policy, prompt[rows], plan[rows], codes[rows])  # (micro_batch, T)
-        plan_nll = -logp[:, : policy.C].sum() / plan_tokens
-        image_nll = -logp[:, policy.C :].sum() / codes.numel()
-        # each modality's mean: plans are short and would have little weight in a common mean
-        (plan_nll + image_nll).backward()
-        plan_nlls.append(plan_nll.detach())
-        image_nlls.append(image_nll.detach())
+    logp = score(policy, prompt, plan, codes)  # (B, T)
+    plan_nll = -logp[:, : policy.C].sum() / (plan != PAD).sum().clamp(min=1)
+    image_nll = -logp[:, policy.C :].sum() / codes.numel()
+    # each modality's mean: plans are short and would have little weight in a common mean
+    (plan_nll + image_nll).backward()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-    terms = dict(
-        plan_nll=torch.stack(plan_nlls).sum(),
-        image_nll=torch.stack(image_nlls).sum(),
-        grad_norm=norm,
-    )
-    values = torch.stack([*terms.values()]).tolist()  # one transfer
-    terms = dict(zip(terms, values))
+    values = torch.stack([plan_nll.detach(), image_nll.detach(), norm]).tolist()
     optimizer.step()
     optimizer.zero_grad()
-    return terms
+    return dict(zip(("plan_nll", "image_nll", "grad_norm"), values))
 
 
-@common.explain_memory("pretrain", "--micro-batch")
+@common.stage("--batch of pretrain")
 def main(argv=None):
     config = common.parse(Config, PRESETS, __doc__, argv)
-    folder = Path(config.out) / config.preset
+    folder = config.out / config.preset
     world = WORLDS[config.preset]
     device = common.pick_device(config.device)
-    tokenizer, made_from = load_tokenizer(config, device)
-    command = common.command_for("pretrain", config)
-    run = common.Run("base", folder / "base.pt", folder / "base.jsonl", config, command, made_from)
-    if run.finished:
+    tokenizer = load_tokenizer(config, device)
+    run = Run(
+        folder / "base.pt",
+        folder / "base.jsonl",
+        config,
+        device,
+        tokenizer.origin,
+        common.command_for("pretrain", config),
+    )
+    if not run.steps:
         print(f"base policy: finished earlier, {run.path}")
         return
     started = time.time()
@@ -184,15 +171,14 @@ def main(argv=None):
         weight_decay=0.05,
         fused=device.type == "cuda",
     )
-    run.start(device, policy, optimizer)
-    bar = run.progress("base policy")
+    bar = run.progress("base policy", policy, optimizer)
     for step in bar:
         cosine = math.cos(math.pi * step / config.steps)
         warm_up = min(1, (step + 1) / config.warm_up)
         optimizer.param_groups[0]["lr"] = config.lr * warm_up * (0.55 + 0.45 * cosine)
         batch = training_batch(corpus, config, step, device)
-        terms = update(policy, optimizer, *batch, config.micro_batch)
-        run.check_finite(step, terms)
+        terms = update(policy, optimizer, *batch)
+        check_finite(step, terms)
         if step % 20 == 0 or step + 1 == config.steps:
             run.log(step=step, **terms)
             bar.set_postfix({name: f"{value:.2f}" for name, value in terms.items()})

@@ -8,7 +8,7 @@
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Annotated
 
 import torch
 
@@ -19,15 +19,11 @@ from scenes import WORLDS, decode_words, encode_words
 
 @dataclass(frozen=True)
 class Config(common.BaseConfig):
-    prompt: str = ""
-    policy: str = ""  # a policy.pt, or "base"; default: <out>/<preset>/eggrpo-0/policy.pt
-    number: int = 4  # plans and images
-    guidance: float = -1.0  # classifier-free guidance weight; -1: as the policy was trained
+    prompt: str = ""  # for instance "three green crosses"
+    policy: str = ""  # a policy.pt, or "base"; none: <out>/<preset>/eggrpo-0/policy.pt
+    number: Annotated[int, 1, 64] = 4  # plans and images
+    guidance: float = -1.0  # classifier-free guidance weight; below 0: as the policy was trained
     plan: bool = True  # write a plan first
-
-    def validate(self):
-        super().validate()
-        self.check_range("number", 1, 64)
 
 
 def file_name(prompt, seed):
@@ -36,30 +32,34 @@ def file_name(prompt, seed):
     return f"{name}-{seed}.png" if seed else f"{name}.png"
 
 
-@common.explain_memory("sample", "--number")
+@common.stage("--number of sample")
 def main(argv=None):
     config = common.parse(Config, {name: {} for name in WORLDS}, __doc__, argv)
     world = WORLDS[config.preset]
     prompts = torch.tensor([encode_words(config.prompt, world.prompt_slots)])
     device = common.pick_device(config.device)
     env = load_env(config, device)
-    policy, made_from = load_base(config, env)
-    guidance = 1.0
+    policy = load_base(config, env)
+    options = {}
     if config.policy != "base":
-        path = config.policy or f"{config.out}/{config.preset}/eggrpo-0/policy.pt"
-        policy, guidance = load_run(path, config, env, made_from)
+        path = config.out / config.preset / "eggrpo-0" / "policy.pt"
+        if config.policy:
+            path = common.user_path(config.policy)
+        policy, options = load_run(path, config, env, policy)
+    if config.guidance >= 0:
+        options["guidance"] = config.guidance
     rollout, images = sample_images(
         env,
         policy,
         prompts,
         draw_noise(policy, config.number, config.seed, "sample"),
-        guidance=guidance if config.guidance < 0 else config.guidance,
         no_plan=not config.plan,
+        **options,
     )
     plans = [decode_words(plan) or "(no plan)" for plan in rollout.plan]
     print("\n".join(plans))
-    folder = Path(config.out) / config.preset / "samples"
-    path = folder / file_name(config.prompt, config.seed)
+    name = file_name(config.prompt, config.seed)
+    path = config.out / config.preset / "samples" / name
     save_figure(gallery([images], plans), path)
     print(f"image: {path}")
 

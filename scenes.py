@@ -29,7 +29,6 @@ which reinforcement learning can correct.
 """
 
 import difflib
-import hashlib
 import itertools
 import zlib
 from dataclasses import dataclass
@@ -168,10 +167,9 @@ class World:
     def image_tokens(self):
         return self.side**2
 
-    def made_from(self):
-        """Return {file: digest} of this world, for the files that are made from it."""
-        constants = (self, BACKGROUND, COLOURS, RARE_PAIRS, CAPTION_FAULTS, PLAN_FAULTS)
-        return {"scenes.py": hashlib.sha256(repr(constants).encode()).hexdigest()[:16]}
+    def origin(self):
+        """Describe this world, for the files that are made from it."""
+        return repr((self, BACKGROUND, COLOURS, RARE_PAIRS, CAPTION_FAULTS, PLAN_FAULTS))
 
     @property
     def categories(self):

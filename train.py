@@ -16,48 +16,38 @@ import pretrain
 import tiny_vq.train
 from scenes import WORLDS
 
+METHODS = {"both": eggrpo.Method("eggrpo and grpo")}
+METHODS |= {name: method._replace(values={}) for name, method in eggrpo.METHODS.items()}
+
 
 @dataclass(frozen=True)
 class Config(common.BaseConfig):
-    method: str = "both"  # EG-GRPO and GRPO, or one method of eggrpo.py
-
-    def validate(self):
-        super().validate()
-        known = ["both", *eggrpo.METHODS]
-        message = f"--method {self.method}: must be one of {', '.join(known)}"
-        common.check(self.method in known, message)
-
-
-# Where the times were measured, or extrapolated from shorter runs (docs/gpu.md).
-MACHINES = {"small": "two CPU cores", "large": "an H200"}
+    method: str = "both"  # of reinforcement learning, whose seed --seed is
 
 
 def stages(config):
-    """Return the stages as tuples: title, main(), its flags, {preset: time}."""
-    of_method = dict(small="4 minutes", large="5 minutes")
+    """Return the stages as tuples: title, main(), its flags."""
     reinforce = []
     for method in ("eggrpo", "grpo") if config.method == "both" else (config.method,):
         title = f"reinforcement learning, {method}"
-        flags = ["--method", method, "--seed", str(config.seed)]
-        reinforce.append((title, eggrpo.main, flags, of_method))
+        reinforce.append((title, eggrpo.main, ["--method", method, "--seed", str(config.seed)]))
     return [
-        ("tokenizer", tiny_vq.train.main, [], dict(small="a minute", large="15 seconds")),
-        ("base policy", pretrain.main, [], dict(small="4 minutes", large="4 minutes")),
+        ("tokenizer", tiny_vq.train.main, []),
+        ("base policy", pretrain.main, []),
         *reinforce,
-        ("evaluation", evaluate.main, [], dict(small="a minute", large="half a minute")),
+        ("evaluation", evaluate.main, []),
     ]
 
 
 def main(argv=None):
-    config = common.parse(Config, {name: {} for name in WORLDS}, __doc__, argv)
+    config = common.parse(Config, {name: {} for name in WORLDS}, __doc__, argv, METHODS)
     common.pick_device(config.device)  # what cannot be used is refused before the first stage
-    shared = ["--preset", config.preset, "--device", config.device, "--out", config.out]
+    shared = ["--preset", config.preset, "--device", config.device]
+    if config.out != Config.out:
+        shared += ["--out", str(config.out)]
     todo = stages(config)
-    for number, (title, stage, flags, times) in enumerate(todo, 1):
-        duration = "seconds"
-        if config.preset in times:
-            duration = f"about {times[config.preset]} on {MACHINES[config.preset]}"
-        print(f"stage {number} of {len(todo)}: {title} ({duration})", flush=True)
+    for number, (title, stage, flags) in enumerate(todo, 1):
+        print(f"stage {number} of {len(todo)}: {title}", flush=True)
         stage([*shared, *flags])
 
 

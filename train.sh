@@ -12,7 +12,13 @@
 # Uses the current Python if it has the packages, else makes .venv and installs requirements.txt
 # into it. A finished stage is skipped, an interrupted one goes on.
 set -euo pipefail
-cd "$(dirname "$(readlink -f "$0")")"
+export CALLED_FROM=$PWD  # where relative paths among the flags start
+script=$0
+while [ -L "$script" ]; do  # readlink -f is missing on macOS before 12.3
+  cd "$(dirname "$script")"
+  script=$(readlink "$(basename "$script")")
+done
+cd "$(dirname "$script")"
 # Or idle threads take the cores of busy ones: on two cores with two other processes a step took
 # twice as long without it. On an idle machine it costs a tenth.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
@@ -34,11 +40,10 @@ END
 }
 python=${PYTHON:-python3}
 if ! has_packages "$python"; then
-  if ! cmp -s requirements.txt .venv/requirements.txt; then  # none, or not installed to its end
+  if ! has_packages .venv/bin/python; then  # none, not installed to its end, or its Python is gone
     echo "installing requirements.txt into .venv ..."
     "$python" -m venv --clear .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-    cp requirements.txt .venv/requirements.txt
   fi
   python=.venv/bin/python
 fi

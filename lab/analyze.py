@@ -34,7 +34,7 @@ from scenes import RARE_PAIRS, WORLDS
 
 @dataclass(frozen=True)
 class Config(common.BaseConfig):
-    out: str = "out/study"
+    out: Path = Path("out/study")  # folder of the study
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -297,6 +297,7 @@ def draw_figures(folder, numbers, records, guided):
         figures.draw_passes(folder / "pass-at-k.png", numbers["passes"])
 
 
+@common.stage()
 def main(argv=None):
     config = common.parse(Config, {name: {} for name in WORLDS}, __doc__, argv)
     folder = Path(config.out) / config.preset

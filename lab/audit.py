@@ -306,6 +306,7 @@ def training_table(instances, settings):
     return table("rule", transposed(columns))
 
 
+@common.stage()
 def main(argv=None):
     style = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(description=__doc__, formatter_class=style).parse_args(argv)

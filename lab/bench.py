@@ -134,6 +134,7 @@ def measure_rates(device, seconds):
     return rate, bandwidth, operation
 
 
+@common.stage()
 def main(argv=None):
     config = common.parse(Config, {name: {} for name in WORLDS}, __doc__, argv)
     device = common.pick_device(config.device)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 import common
 import eggrpo
 import evaluate
+import runs
 from lab.batch import training_batch
 from lab.measure import describe, divergence, scores_by_setting
 from model import Decoder, Rollout, forward_logits, generate, precision, sample_token
@@ -156,7 +157,7 @@ class Run:
         self.config = config
         self.device = common.pick_device(config.device)
         self.env = evaluate.load_env(config, self.device)
-        self.reference, _ = evaluate.load_base(config, self.env)
+        self.reference = evaluate.load_base(config, self.env)
         self.policy = copy.deepcopy(self.reference)
         self.empty_policy = self.reference if config.empty == "frozen" else self.policy
 
@@ -309,5 +310,5 @@ def train(config):
             optimizer.param_groups[0]["lr"] = config.lr * rate
             log.append(dict(step=step, **update(run, optimizer, step)))
     settings = asdict(config) | dict(out=None, device=str(run.device))
-    made = f"{common.commit()} on {run.device}, torch {torch.__version__}"
+    made = f"{runs.commit()} on {run.device}, torch {torch.__version__}"
     return dict(made=made, config=settings, log=log, own=own, scores=scores_by_setting(run))

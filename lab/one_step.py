@@ -208,6 +208,7 @@ def page(data):
     return template.format(**fields)
 
 
+@common.stage()
 def main(argv=None):
     config = common.parse(Config, {name: {} for name in WORLDS}, __doc__, argv)
     data, images = measure(config)

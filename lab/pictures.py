@@ -177,6 +177,7 @@ def draw_categories(path, config):
 
 
 @torch.no_grad()
+@common.stage()
 def main(argv=None):
     config = common.parse(common.BaseConfig, {name: {} for name in WORLDS}, __doc__, argv)
     folder = Path(config.out) / config.preset

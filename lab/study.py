@@ -16,6 +16,7 @@ are cores run at a time, one thread each, which is faster than all threads on on
 at a time unless --jobs says otherwise (docs/gpu.md).
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -37,6 +38,7 @@ from evaluate import load_base, load_env, load_run
 from lab import one_sided
 from lab.measure import diversity, gradient, score
 from lab.records import draw_exact, record_rows
+from runs import check_settings
 from scenes import make_scene
 
 ROOT = Path(__file__).parent.parent
@@ -114,7 +116,7 @@ ONE_SIDED = one_sided_runs()
 
 @dataclass(frozen=True)
 class Config(common.BaseConfig):
-    out: str = "out/study"
+    out: Path = Path("out/study")  # folder of the study
     bases: int = 5  # base policies
     seeds: int = 3  # runs of the main methods per base policy
     short_steps: int = 100  # of the runs that compare the halves of the method
@@ -241,12 +243,11 @@ def load(config, name):
     """Load a policy of a base policy's folder, config.out. Returns env, policy, and options to
     sample it."""
     env = load_env(config, common.pick_device(config.device))
-    policy, made_from = load_base(config, env)
+    base = load_base(config, env)
     if name in BASES:
-        return env, policy, BASES[name]
-    path = Path(config.out) / config.preset / name / "policy.pt"
-    policy, guidance = load_run(path, config, env, made_from)
-    return env, policy, dict(guidance=guidance)
+        return env, base, BASES[name]
+    path = config.out / config.preset / name / "policy.pt"
+    return env, *load_run(path, config, env, base)
 
 
 def do_base(config, job, flags):
@@ -322,8 +323,8 @@ WORK = {
 
 def do(config, job):
     """Do one job in this process."""
-    folder = str(Path(config.out) / f"base-{job.base}")
-    flags = ["--preset", config.preset, "--out", folder, "--device", config.device]
+    folder = config.out / f"base-{job.base}"
+    flags = ["--preset", config.preset, "--out", str(folder), "--device", config.device]
     content = WORK[job.kind](replace(config, out=folder), job, flags)
     common.write(result_path(config, job), content.encode())
 
@@ -341,26 +342,39 @@ def read_lines(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
+def keep_settings(config):
+    """Write the settings of a study's jobs to settings.json. Raises UserError if the study was
+    begun with others: what is finished stays as it is."""
+    path = config.out / config.preset / "settings.json"
+    free = ("out", "device", "jobs", "only", "bases", "seeds", "one_sided")  # more are more jobs
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
+    if path.exists():
+        check_settings(path, json.loads(path.read_text()), settings)
+    common.write(path, json.dumps(settings, indent=1).encode())
+
+
 def launch(config, job, argv, running):
     """Do one job in a process of its own after those it needs. Returns the exit status."""
     for name in job.needs:
         if name in running and running[name].result():
             return 1  # what it needs has failed
-    logs = Path(config.out) / config.preset / "logs"
+    logs = config.out / config.preset / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{job.name.replace('/', '-')}.txt"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lab.study", *argv, "--out", config.out, "--only", job.name]
+    command = [sys.executable, "-m", "lab.study", *argv, "--out", str(config.out), "--only", job.name]
     with open(log, "w") as file:
         options = dict(cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
         return subprocess.run(command, **options).returncode
 
 
+@common.stage()
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     config = common.parse(Config, PRESETS, __doc__, argv)
     # the processes of the jobs run in the project's root, this one perhaps elsewhere
-    config = replace(config, out=str(Path(config.out).resolve()))
+    config = replace(config, out=config.out.absolute())
+    keep_settings(config)
     jobs = plan(config)
     if config.only:
         chosen = [job for job in jobs if job.name == config.only]
@@ -369,7 +383,7 @@ def main(argv=None):
     started = time.time()
     left = [job for job in jobs if not result_path(config, job).exists()]
     on_cuda = torch.cuda.is_available() and config.device.startswith(("auto", "cuda"))
-    number = config.jobs or (1 if on_cuda else os.cpu_count())
+    number = config.jobs or (1 if on_cuda else common.cores())
     print(f"study: {len(jobs)} jobs, {len(left)} to do, {number} at a time")
     pool = ThreadPoolExecutor(number)
     running = {}

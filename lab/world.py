@@ -144,13 +144,13 @@ def gradient_sizes(env, policy, config, batches):
     return dict(zip(parts, torch.stack(sizes).mean(0).tolist()))
 
 
-@common.explain_memory("lab.world")
+@common.stage("--batch of lab.world")
 def main(argv=None):
     config = common.parse(Config, PRESETS, __doc__, argv)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is the line of JSON
         device = common.pick_device(config.device)
     env = load_env(config, device)
-    policy, _ = load_base(config, env)
+    policy = load_base(config, env)
     figures = entropy_figures(*sample_tokens(env, policy, config))
     restored = ceiling(env.tokenizer, env.world, device, config.scored)
     figures["ceiling"] = restored["ceiling"]

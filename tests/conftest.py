@@ -13,6 +13,7 @@ import pytest
 
 # Tensors are small: more threads than one wait for each other, for minutes on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and by commands
+os.environ.pop("CALLED_FROM", None)  # of train.sh test: the tests say where they are
 
 import torch
 
@@ -39,8 +40,8 @@ def pytest_collection_modifyitems(items):
 
 
 def run(*command, status=0, cwd=ROOT, interrupt_at=None):
-    """Run a command; return what it printed (both streams). interrupt_at: a file; as soon as
-    something is in it, Ctrl-C is sent, as a terminal sends it."""
+    """Run a command; return what it printed (both streams). interrupt_at: a file; when it has two
+    lines, Ctrl-C is sent, as a terminal sends it (numpy may lose it while images are drawn)."""
     process = subprocess.Popen(
         [*map(str, command)],
         cwd=cwd,
@@ -52,7 +53,8 @@ def run(*command, status=0, cwd=ROOT, interrupt_at=None):
         env={**os.environ, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1"},
     )
     if interrupt_at:
-        while process.poll() is None and not (interrupt_at.exists() and interrupt_at.read_text()):
+        lines = lambda: interrupt_at.read_text().splitlines() if interrupt_at.exists() else []
+        while process.poll() is None and len(lines()) < 2:
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)
     printed, _ = process.communicate(timeout=600)
@@ -88,7 +90,8 @@ def out(tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "link.sh").symlink_to(ROOT / "train.sh")
     folder = tmp_path_factory.mktemp("out")
-    return folder, run("bash", "link.sh", "--preset=smoke", "--out", folder, cwd=elsewhere)
+    relative = os.path.relpath(folder, elsewhere)
+    return folder, run("bash", "link.sh", "--preset=smoke", f"--out={relative}", cwd=elsewhere)
 
 
 @pytest.fixture
@@ -115,7 +118,7 @@ def tiny_env(world, device):
     """The environment of tiny_policy, with a random tokenizer."""
     torch.manual_seed(0)
     tokenizer = VQVAE(world.patch, width=16, blocks=1, codebook_size=32, dim=4)
-    return Env(tokenizer.to(device), world, device, {})
+    return Env(tokenizer.to(device), world, device)
 
 
 @pytest.fixture

@@ -4,17 +4,19 @@ Shown: that rounding stays far below the bound at which a run stops, and that th
 mismatches. A CPU's bf16 is not a GPU's: other kernels add in another order.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
-import evaluate
 import pretrain
 from eggrpo import LOGP_DIFF_BOUND, logp_difference
 from model import Block, Policy, generate, score
 from pretrain import corpus_chunk
+from runs import load_model
 from scenes import WORLDS
 
 WORLD = WORLDS["small"]
@@ -38,7 +40,7 @@ def trained():
     optimizer = torch.optim.AdamW(policy.parameters(), 5e-3)
     for step in range(120):
         rows = torch.arange(16) + 16 * (step % 8)
-        terms = pretrain.update(policy, optimizer, *(x[rows] for x in tokens), micro_batch=16)
+        terms = pretrain.update(policy, optimizer, *(x[rows] for x in tokens))
     assert terms["image_nll"] < 0.6 and terms["plan_nll"] < 0.8  # from 3.3 and 4.2: it has learned
     noise = torch.rand(64, policy.C + policy.L, generator=torch.Generator().manual_seed(0))
     return policy, tokens[0][:64], noise
@@ -83,12 +85,13 @@ class CountCasts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_finished_policy_casts_each_weight_once_a_batch(trained, bf16):
+def test_a_finished_policy_casts_each_weight_once_a_batch(trained, bf16, tmp_path):
     """Frozen weights are cast again at every slot. Four of a block, and the aligner; heads are
     float32."""
     policy, prompt, noise = trained
-    record = dict(model_config=policy.config, model=policy.state_dict())
-    loaded = evaluate.policy_of(record, evaluate.Env(None, WORLD, torch.device("cpu"), {}))
+    record = dict(model_config=policy.config, model=policy.state_dict(), config=dict(steps=1))
+    torch.save(record | dict(origin="", step=1, log=[]), tmp_path / "policy.pt")
+    loaded, _ = load_model(partial(Policy, WORLD), tmp_path / "policy.pt", "", "")
     with CountCasts() as casts:
         generate(loaded, prompt, noise)
     assert casts.number == 4 * len(loaded.blocks) + 1

@@ -1,9 +1,14 @@
-"""Shared helpers: flags, errors in one line, streams, checkpoints, the log."""
+"""Shared helpers: flags, errors in one line, streams, torch's state; checkpoints and logs of runs."""
 
+import importlib
+import inspect
 import json
 import os
 import re
-from dataclasses import dataclass
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,17 +16,26 @@ import torch
 import common
 import eggrpo
 import pretrain
-from common import UserError, generator, load_checkpoint, load_finished, parse, save_checkpoint
-from conftest import one_line
+import runs
+import sample
+from common import UserError, generator, parse
+from conftest import ROOT, one_line
+from runs import load_checkpoint, load_model
 from tiny_vq import train as tiny_vq_train
 
 COMMAND = "bash train.sh pretrain"
+COMMANDS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for folder in (".", "lab", "tiny_vq")
+    for path in (ROOT / folder).glob("*.py")
+    if "def main(argv" in path.read_text()
+)
 
 
 @dataclass(frozen=True)
 class Config(common.BaseConfig):
-    steps: int = 5
-    rate: float = 0.5
+    steps: int = 5  # of training
+    rate: float = 0.5  # 100 % or less
     save_every: float = 0  # minutes: at every step
 
 
@@ -46,6 +60,14 @@ def test_flags_override_methods_override_presets_override_defaults():
 @pytest.mark.parametrize(
     "module, argv, words",
     [
+        (eggrpo, "--beta inf", "--beta inf: must be at least 0 and at most"),
+        (eggrpo, "--kappa inf", "--kappa inf: must be"),
+        (eggrpo, "--guidance inf", "--guidance inf: must be"),
+        (eggrpo, "--name x.pt", "--name 'x.pt': letters, digits, '_' and '-' only"),
+        (eggrpo, "--name base,", "--name 'base,': letters"),
+        (sample, "red --seed 99999999999999999999", "--seed 99999999999999999999: must be"),
+        (sample, "red --number 65", "--number 65: must be at least 1 and at most 64"),
+        (sample, "", "arguments are required: prompt"),
         (eggrpo, "--preset big", "--preset: invalid choice: 'big'"),
         (eggrpo, "--method ppo", "--method: invalid choice: 'ppo'"),
         (eggrpo, "--colour red", "unrecognized arguments: --colour red"),
@@ -66,10 +88,38 @@ def test_flags_override_methods_override_presets_override_defaults():
     ],
 )
 def test_a_bad_flag_is_refused_by_its_name_in_one_line(module, argv, words):
-    methods = eggrpo.METHODS if module is eggrpo else None
     with pytest.raises(UserError) as error:
-        parse(module.Config, module.PRESETS, "", argv.split(), methods)
+        module.main(argv.split())
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_flag_is_the_comment_beside_its_field(name, capsys, monkeypatch):
+    """A percent sign in a method's text once made `eggrpo --help` a TypeError."""
+    monkeypatch.setenv("COLUMNS", "10000")
+    module = importlib.import_module(name)
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])  # formats each help text, as Python 3.14 does when it is added
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and module.__doc__.strip() in printed
+    config = getattr(module, "Config", common.BaseConfig)
+    source = "".join(map(inspect.getsource, config.__mro__[:-1]))
+    for field in fields(config) if module.__name__ != "lab.audit" else ():  # which has no flags
+        line = next(x for x in source.splitlines() if x.startswith(f"    {field.name}: "))
+        comment = line.partition("  # ")[2]
+        assert comment and f" {comment} (default: {field.default})" in printed
+    for method in getattr(module, "METHODS", {}).values():
+        assert method.about in printed
+
+
+def test_a_relative_path_starts_where_train_sh_was_called(monkeypatch):
+    read = lambda *argv: parse(Config, PRESETS, "", argv).out
+    monkeypatch.setenv("HOME", "/home/me")
+    assert read() == Path("out") and read("--out=x") == Path("x")
+    assert read("--out=~/x") == Path("/home/me/x")
+    monkeypatch.setenv("CALLED_FROM", "/some where")
+    assert read() == Path("out") and read("--out", "x") == Path("/some where/x")
+    assert read("--out", "/y") == Path("/y")
 
 
 # --- errors, device and streams -------------------------------------------------------------------
@@ -81,9 +131,74 @@ def test_memory_that_runs_out_is_one_line_that_says_what_to_lower(capsys, monkey
 
     for allocate in (lambda *_: torch.empty(10**15), cuda):
         monkeypatch.setattr(pretrain, "load_tokenizer", allocate)
-        words = "pretrain ran out of memory: lower --micro-batch (see bash train.sh pretrain --help"
-        assert words in one_line(capsys, 2, pretrain.main, [])
-        assert one_line(capsys, 2, allocate) == "error: out of memory"  # in any other command
+        line = one_line(capsys, 2, pretrain.main, [])
+        assert line == "error: out of memory: lower --batch of pretrain"
+
+
+@pytest.mark.parametrize(
+    "redirection, status, words",
+    [
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        (">/dev/full", 2, "error:.Errno28.Nospaceleftondevice"),
+        ("| true", 141, ""),
+        ("2>&1 | true", 141, ""),
+    ],
+)
+def test_closed_and_full_streams_end_quietly_or_in_one_line(redirection, status, words, tmp_path):
+    script = tmp_path / "script.py"
+    bar = "for _ in tqdm.tqdm([0]):\n        time.sleep(0.3)"
+    script.write_text(f"""import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import common, tqdm
+def main():
+    {bar}
+    tqdm.tqdm.write("text")
+    print("more")
+common.run(main)
+""")
+    command = f"{sys.executable} {script} {redirection}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    printed = re.sub(r".*it/s\]|\s", "", done.stderr)
+    assert done.returncode == status and re.fullmatch(words, printed), done.stderr
+
+
+def test_a_command_runs_where_stdout_is_a_notebooks(monkeypatch, capsys):
+    class Stream:
+        write = print
+        flush = lambda self: None
+
+    monkeypatch.setattr(sys, "stdout", Stream())
+    common.run(lambda: None)
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, capsys):
+    assert "Is a directory" in one_line(capsys, 2, open, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_command_finds_torch_as_it_was_imported_and_leaves_it_as_it_was(dtype):
+    @common.stage()
+    def main():
+        x = torch.ones(1, requires_grad=True)
+        return x.dtype, x.device.type, (2 * x).requires_grad
+
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.inference_mode(), torch.device("meta"):
+            assert main() == (torch.float32, "cpu", True)
+            assert torch.empty(1).is_meta and not torch.is_grad_enabled()
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_cores_are_those_that_this_process_may_use(monkeypatch):
+    if hasattr(os, "process_cpu_count"):
+        assert common.cores() == os.process_cpu_count()
+    else:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 6}, raising=False)
+        assert common.cores() == 3
 
 
 def test_a_bug_keeps_its_traceback():
@@ -130,117 +245,159 @@ def test_streams_depend_on_their_key_alone():
         assert not torch.equal(draw(0, "rollout", 3), draw(*other))
 
 
-# --- checkpoints ----------------------------------------------------------------------------------
+# --- checkpoints and logs -------------------------------------------------------------------------
 
 
-def test_a_checkpoint_comes_back_as_it_was(tmp_path):
-    path = tmp_path / "deep" / "a.pt"
-    save_checkpoint(path, dict(kind="base", x=torch.arange(1000)))
-    back = load_checkpoint(path, COMMAND)
-    assert torch.equal(back["x"], torch.arange(1000)) and back["kind"] == "base"
-    assert [p.name for p in path.parent.iterdir()] == ["a.pt"]  # no temporary file is left
+def make_model():
+    model = torch.nn.Linear(2, 2)
+    model.config = dict(in_features=2, out_features=2)
+    return model, torch.optim.SGD(model.parameters(), 0.1)
 
 
-def test_missing_and_damaged_checkpoints_are_named_with_the_remedy(tmp_path):
-    path = tmp_path / "a.pt"
-    with pytest.raises(UserError, match=f"a.pt is not there: make it by `{COMMAND}`"):
-        load_checkpoint(path, COMMAND)
-    save_checkpoint(path, dict(x=torch.arange(1000)))
+def make_run(folder, origin="world", **settings):
+    path, log_path = folder / "deep" / "a.pt", folder / "deep" / "log.jsonl"
+    return runs.Run(path, log_path, Config(**settings), "cpu", origin, COMMAND)
+
+
+def go_on(run, model, optimizer, steps=range(5)):
+    """Train, as far as files are concerned."""
+    for step in run.progress("", model, optimizer):
+        if step in steps:
+            run.log(step=step, x=step / 3)
+            run.save(step, model, optimizer)
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A run that was killed after step 3, while it wrote its log; its checkpoint is of step 2."""
+    run = make_run(tmp_path)
+    model, optimizer = make_model()
+    go_on(run, model, optimizer, range(2))
+    run.log(step=2, x=1.0)
+    with open(run.log_path, "a") as file:
+        file.write('{"step": 3, "x"')
+    return tmp_path, model, optimizer, run.path
+
+
+def read_steps(folder):
+    head, *records = map(json.loads, (folder / "deep/log.jsonl").read_text().splitlines())
+    assert {"commit", "device", "config", "torch"} <= set(head)
+    return [record["step"] for record in records]
+
+
+def test_a_finished_run_is_read_by_its_loader_and_by_torch(begun):
+    folder, model, optimizer, path = begun
+    with pytest.raises(runs.Unfinished, match=f"stands at step 2 of 5: go on by `{COMMAND}`"):
+        load_model(torch.nn.Linear, path, "world", COMMAND)
+    go_on(make_run(folder), model, optimizer)
+    assert not make_run(folder).steps
+    record = torch.load(path, weights_only=True)
+    assert torch.equal(record["model"]["weight"], model.weight) and record["step"] == 5
+    back, settings = load_model(torch.nn.Linear, path, "world", COMMAND)
+    assert torch.equal(back.weight, model.weight) and settings == record["config"]
+    assert [line["step"] for line in back.log[1:]] == read_steps(folder) == [0, 1, 2, 3, 4]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["a.pt", "log.jsonl"]
+    assert back.weight.requires_grad  # autocast casts others at each use
+
+
+def test_what_is_made_from_a_model_knows_its_weights_and_all_before(begun):
+    folder, model, optimizer, path = begun
+    origins = set()
+    for origin, shift in (("world", 0), ("world", 1), ("another world", 0)):
+        path.unlink()
+        model.weight.data += shift
+        go_on(make_run(folder, origin), model, optimizer)
+        origins.add(load_model(torch.nn.Linear, path, origin, COMMAND)[0].origin)
+    assert len(origins) == 3
+
+
+def test_missing_and_damaged_checkpoints_are_named_with_the_remedy(begun, tmp_path):
+    path = begun[-1]
+    with pytest.raises(UserError, match=f"b.pt is not there: make it by `{COMMAND}`"):
+        load_checkpoint(tmp_path / "b.pt", "world", COMMAND)
     whole = path.read_bytes()
     flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1
-    for content in (b"", whole[:-1], whole[100:], bytes(flipped)):
+    flipped[whole.index(b"in_features")] ^= 1
+    older = b"0" * 64 + whole  # with a checksum in front
+    torch.save(dict(model={}), tmp_path / "foreign.pt")
+    foreign = (tmp_path / "foreign.pt").read_bytes()
+    for content in (b"", whole[:-1], whole[100:], bytes(flipped), older, foreign):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=f"a.pt is damaged.*remove it and run `{COMMAND}`"):
-            load_checkpoint(path, COMMAND)
+        again = f"remove it and run `{COMMAND}`"
+        with pytest.raises(UserError, match=f"a.pt is damaged, or of another version: {again}"):
+            load_checkpoint(path, "world", COMMAND)
 
 
-def test_a_write_that_fails_is_one_line_and_keeps_what_was_saved_before(tmp_path, monkeypatch):
-    path = tmp_path / "a.pt"
-    save_checkpoint(path, dict(step=1))
+def test_a_write_that_fails_keeps_what_was_there_before(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "a"
+    common.write(path, b"1")
 
     def full(path, data):
         path.touch()
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(common.Path, "write_bytes", full)
-    with pytest.raises(UserError, match="cannot write .*a.pt: No space left on device"):
-        save_checkpoint(path, dict(step=2))
-    assert load_checkpoint(path, COMMAND) == dict(step=1)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
-    with pytest.raises(UserError, match="cannot write"):  # the folder is a file
-        common.write(path / "b", b"")
-
-
-def make_run(folder, made_from=None, **settings):
-    config = Config(**settings)
-    path, log_path = folder / "a.pt", folder / "log.jsonl"
-    return common.Run("base", path, log_path, config, COMMAND, made_from or {})
-
-
-@pytest.fixture
-def begun(tmp_path):
-    """A run that was killed after step 3, while it wrote its log; its checkpoint is of step 2."""
-    model = torch.nn.Linear(2, 2)
-    model.config = {}
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    run = make_run(tmp_path, {"b.pt": "1234"})
-    run.start("cpu", model, optimizer)
-    for step in range(4):
-        run.log(step=step, x=step / 3)
-        if step < 2:
-            run.save(step, model, optimizer)
-    with open(run.log_path, "a") as file:
-        file.write('{"step": 4, "x"')
-    return tmp_path, model, optimizer
-
-
-def test_unfinished_and_wrong_stages_are_refused(begun):
-    path = begun[0] / "a.pt"
-    with pytest.raises(UserError, match=f"stands at step 2 of 5: go on by `{COMMAND}`"):
-        load_finished(path, "base", "small", COMMAND)
-    for kind, preset in (("policy", "small"), ("base", "large")):
-        with pytest.raises(UserError, match=f"a.pt is a small base, not a {preset} {kind}"):
-            load_finished(path, kind, preset, COMMAND)
+    assert "No space left on device" in one_line(capsys, 2, common.write, path, b"2")
+    assert path.read_bytes() == b"1" and [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_run_goes_on_with_its_own_settings_and_files_only(begun):
     folder = begun[0]
     with pytest.raises(UserError, match="a.pt was made with --rate 0.5, not 0.6"):
-        make_run(folder, {"b.pt": "1234"}, rate=0.6)
-    with pytest.raises(UserError, match=f"made from another b.pt: remove it and run `{COMMAND}`"):
-        make_run(folder, {"b.pt": "5678"})
+        make_run(folder, rate=0.6)
+    with pytest.raises(UserError, match=f"made from other files .* remove it and run `{COMMAND}`"):
+        make_run(folder, "another world")
     free = dict(save_every=1, device="cpu", out="elsewhere")  # these change no result
-    assert make_run(folder, {"b.pt": "1234"}, **free).first_step == 2
+    assert make_run(folder, **free).steps == range(2, 5)
 
 
-def test_a_continued_log_drops_a_cut_off_line_and_the_steps_to_come(begun):
-    folder, model, optimizer = begun
-    run = make_run(folder, {"b.pt": "1234"})
-    run.start("cpu", model, optimizer)
+@pytest.mark.parametrize("damage", [b'[1]\n{"step": null}\n\xff\xfe', None])
+def test_a_run_that_goes_on_writes_its_log_again_whatever_is_left_of_it(begun, damage):
+    folder, model, optimizer, path = begun
+    log = path.with_name("log.jsonl")
+    log.write_bytes(damage) if damage else log.unlink()
+    run = make_run(folder)
+    assert read_steps(folder) == [0, 1]
     run.log(step=2, x=float("nan"))
-    head, *records = map(json.loads, run.log_path.read_text().splitlines())
-    assert {"commit", "device", "config", "torch"} <= set(head)
-    assert [record["step"] for record in records] == [0, 1, 2]
-    assert records[1]["x"] == 0.333333 and records[2]["x"] is None  # JSON has no NaN
+    last = json.loads(log.read_text().splitlines()[-1])
+    assert last == dict(step=2, x=None)  # JSON has no NaN
 
 
-def test_a_damaged_line_of_a_log_is_named_by_its_number(begun):
-    folder, model, optimizer = begun
-    path = folder / "log.jsonl"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], lines[1][:-3], *lines[2:]]))
-    with pytest.raises(UserError, match="log.jsonl, line 2: not JSON"):
-        make_run(folder, {"b.pt": "1234"}).start("cpu", model, optimizer)
-    path.unlink()
-    with pytest.raises(UserError, match="log.jsonl is missing: remove the checkpoint too"):
-        make_run(folder, {"b.pt": "1234"}).start("cpu", model, optimizer)
+def test_of_two_processes_in_one_folder_the_first_ends(begun):
+    folder, model, optimizer, path = begun
+    first, second = make_run(folder), make_run(folder)
+    words = "another process goes on with .*log.jsonl: this one ends"
+    with pytest.raises(UserError, match=words):
+        first.log(step=2)
+    with pytest.raises(UserError, match=words):
+        first.save(2, model, optimizer)
+    go_on(second, model, optimizer)
+    assert read_steps(folder) == [0, 1, 2, 3, 4] and torch.load(path)["step"] == 5
 
 
-def test_weights_that_are_not_finite_are_never_saved(begun):
-    folder, model, optimizer = begun
-    model.weight.data[0, 0] = float("inf")
-    run = make_run(folder, {"b.pt": "1234"})
-    with pytest.raises(UserError, match="step 3 made weights that are not finite: lower --lr"):
-        run.save(3, model, optimizer)
-    assert load_checkpoint(run.path, COMMAND)["step"] == 2
+def test_terms_that_are_not_finite_stop_a_run():
+    with pytest.raises(UserError, match="step 3: loss is inf: lower --lr"):
+        runs.check_finite(3, dict(norm=1.0, loss=float("inf")))
+
+
+def test_a_commit_is_this_repositorys_and_no_other(tmp_path, monkeypatch):
+    def git(*command):
+        names = ["-c", "user.name=a", "-c", "user.email=a"]
+        subprocess.run(["git", *names, *command], cwd=tmp_path, check=True, capture_output=True)
+
+    inner = tmp_path / "project"
+    inner.mkdir()
+    for name in ("runs.py", "common.py"):
+        (inner / name).write_text((ROOT / name).read_text())
+    command = [sys.executable, "-c", "import runs; print(runs.commit())"]
+    read = lambda: subprocess.run(command, cwd=inner, capture_output=True, text=True).stdout.strip()
+    git("init")
+    git("commit", "--allow-empty", "-m", "around")
+    assert read() == "unknown"
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert read() == "unknown"
+    monkeypatch.delenv("GIT_DIR")
+    git("-C", "project", "init")
+    git("-C", "project", "commit", "--allow-empty", "-m", "own")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert re.fullmatch("[0-9a-f]{7,}", read())

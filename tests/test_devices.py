@@ -117,7 +117,7 @@ def test_tokenizer_and_pretraining_stay_on_their_device(watched, world):
         tiny_vq_train.update(tokenizer, optimizer, images, tiny_vq_train.Config(), 1, None)
         tiny_vq_train.fit_residuals(tokenizer, [images])
         optimizer = torch.optim.AdamW(policy.parameters())
-        pretrain.update(policy, optimizer, *(x.to(META) for x in tokens), micro_batch=3)
+        pretrain.update(policy, optimizer, *(x.to(META) for x in tokens))
     assert reads.count == 2  # each stage waits once, for what it logs
 
 

@@ -24,7 +24,7 @@ def short(out, monkeypatch):
     flags = "--preset smoke --steps 1 --prompts 1 --group-size 2 --eval-prompts 1 --out".split()
     monkeypatch.setattr(eggrpo, "main", lambda argv: main([*argv, *flags, str(out[0])]))
     train = one_sided.train
-    few = dict(preset="smoke", out=str(out[0]), device="cpu", steps=1, prompts=1, group_size=2)
+    few = dict(preset="smoke", out=out[0], device="cpu", steps=1, prompts=1, group_size=2)
     few |= dict(prompts_scored=6)
     monkeypatch.setattr(one_sided, "train", lambda config: train(replace(config, **few)))
 

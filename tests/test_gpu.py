@@ -14,6 +14,7 @@ import common
 import eggrpo
 import evaluate
 import pretrain
+import runs
 import sample
 from conftest import one_line, tiny_policy
 from eggrpo import LOGP_DIFF_BOUND, logp_difference
@@ -84,14 +85,14 @@ def test_a_run_that_stopped_goes_on(out, tmp_path, monkeypatch):
     for name in ("tokenizer.pt", "base.pt"):
         (tmp_path / "smoke").mkdir(exist_ok=True)
         (tmp_path / "smoke" / name).write_bytes((out / "smoke" / name).read_bytes())
-    log = common.Run.log
+    log = runs.Run.log
 
     def killed(run, **values):
         log(run, **values)
         if values["step"] == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(common.Run, "log", killed)
+    monkeypatch.setattr(runs.Run, "log", killed)
     with pytest.raises(KeyboardInterrupt):
         call(eggrpo, tmp_path, RUN)
     monkeypatch.undo()
@@ -149,7 +150,7 @@ def test_memory_that_runs_out_names_the_flag_that_helps(out, capsys):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
-    assert "eggrpo ran out of memory: lower --micro-batch" in line
+    assert "out of memory: lower --micro-batch of eggrpo" in line
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

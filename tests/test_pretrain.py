@@ -1,6 +1,5 @@
-"""Pretraining: the corpus, its batches, and micro-batches, which change memory and not results."""
+"""Pretraining: the corpus and its batches."""
 
-import copy
 import os
 import signal
 
@@ -9,26 +8,8 @@ import torch
 
 import common
 import pretrain
-from conftest import one_line, tiny_policy
-from pretrain import corpus_chunk
+from conftest import one_line
 from scenes import PAD
-
-
-@pytest.mark.parametrize("micro_batch", [1, 3])
-def test_micro_batches_give_the_step_of_the_whole_batch(world, micro_batch):
-    """The denominators are those of the whole batch, though plans differ in length."""
-    prompt, plan, _ = corpus_chunk(world, 0, range(8))
-    tokens = [torch.from_numpy(x).long() for x in (prompt, plan)]
-    tokens.append(torch.randint(32, (8, world.image_tokens)))
-    whole = tiny_policy(world, scale=1.0)
-    parts = copy.deepcopy(whole)
-    terms = []
-    for policy, size in ((whole, 8), (parts, micro_batch)):
-        optimizer = torch.optim.SGD(policy.parameters(), 0.1)
-        terms.append(pretrain.update(policy, optimizer, *tokens, size))
-    assert terms[1] == pytest.approx(terms[0], rel=1e-5)
-    for a, b in zip(whole.parameters(), parts.parameters()):
-        assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_one_draw_per_item_drops_the_plan_or_both(world):
@@ -56,11 +37,13 @@ def test_an_epoch_has_every_item_once(world):
         assert sorted(items.tolist()) == list(range(1, 13))
 
 
-def test_a_corpus_drawn_by_several_processes_is_the_one_drawn_by_one(env, world, monkeypatch):
+def test_a_corpus_is_the_same_by_processes_and_in_chunks(env, world, monkeypatch):
+    """It is drawn and encoded item by item, as far as numbers go."""
     config = pretrain.Config(items=44)
     before = torch.get_rng_state()
     alone = pretrain.make_corpus(config, world, env.tokenizer, env.device)
     monkeypatch.setattr(pretrain, "CHUNK", 4)
+    monkeypatch.setattr(pretrain, "FEW", 0)
     together = pretrain.make_corpus(config, world, env.tokenizer, env.device)
     assert all(torch.equal(a, b) for a, b in zip(alone, together)) and len(alone[0]) == 44
     assert torch.equal(before, torch.get_rng_state())
@@ -78,10 +61,11 @@ def test_a_killed_process_of_the_corpus_is_one_line_and_a_bug_keeps_its_tracebac
     env, world, monkeypatch, capsys
 ):
     """The system kills a process if memory runs out."""
-    monkeypatch.setattr(pretrain, "CHUNK", 4)
-    arguments = pretrain.Config(items=44), world, env.tokenizer, env.device
+    monkeypatch.setattr(pretrain, "FEW", 0)
+    make = common.stage("--batch")(pretrain.make_corpus)
+    arguments = pretrain.Config(items=4), world, env.tokenizer, env.device
     monkeypatch.setattr(pretrain, "corpus_chunk", kill_this_process)
-    assert "a child process was killed" in one_line(capsys, 2, pretrain.make_corpus, *arguments)
+    assert "out of memory: lower --batch" in one_line(capsys, 2, make, *arguments)
     monkeypatch.setattr(pretrain, "corpus_chunk", have_a_bug)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        common.run(lambda: pretrain.make_corpus(*arguments))
+        common.run(lambda: make(*arguments))

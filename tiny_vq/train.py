@@ -4,11 +4,12 @@
 
 The images are crowded scenes with every colour-shape pair. The ceiling is the mean reward of true
 evaluation scenes after encoding and decoding: the best that the tokenizer lets a policy reach.
+Of what comes later, paint and reward are in rewards.py; Run (runs.py) keeps checkpoint and log.
 """
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 import common
 from rewards import compute_rewards, encode_targets, paint_coverage
+from runs import Run, check_finite
 from scenes import WORLDS, make_scene, random_scene, render
 from tiny_vq import stack_images
 from tiny_vq.vqvae import VQVAE
@@ -24,21 +26,19 @@ from tiny_vq.vqvae import VQVAE
 @dataclass(frozen=True)
 class Config(common.BaseConfig):
     images: int = 12000  # rendered once, seen several times
-    steps: int = 500
-    batch: int = 64
+    steps: int = 500  # batches
+    batch: int = 64  # images
     lr: float = 2e-3  # after a warm-up of 50 steps, linearly to 0
     width: int = 96  # channels
     blocks: int = 2  # residual blocks of the decoder
-    codebook_size: int = 2048
+    codebook_size: Annotated[int, 2, 2**15] = 2048  # V; pretrain.py keeps codes as int16
     dim: int = 16  # width of a code's vector
     paint_weight: float = 8.0  # how much more a painted pixel's error weighs than the background's
-    commitment: float = 0.25
+    commitment: float = 0.25  # weight of the commitment loss
     scored: int = 420  # true scenes that the ceiling is the mean of
-    save_every: float = 2  # minutes
+    save_every: float = 2  # minutes between checkpoints
 
-    def validate(self):
-        super().validate()
-        self.check_range("codebook_size", 2, 2**15)  # pretrain.py keeps codes as int16
+    def __post_init__(self):
         common.check(self.width % 8 == 0, f"--width {self.width}: must be a multiple of 8")
 
 
@@ -108,24 +108,23 @@ def update(model, optimizer, images, config, step, generator):
     return terms, codes
 
 
-@common.explain_memory("tiny_vq.train")
+@common.stage("--batch of tiny_vq.train")
 def main(argv=None):
     config = common.parse(Config, PRESETS, __doc__, argv)
-    folder = Path(config.out) / config.preset
+    folder = config.out / config.preset
     world = WORLDS[config.preset]
-    run = common.Run(
-        "tokenizer",
+    device = common.pick_device(config.device)
+    run = Run(
         folder / "tokenizer.pt",
         folder / "tokenizer.jsonl",
         config,
+        device,
+        world.origin(),
         common.command_for("tiny_vq.train", config),
-        world.made_from(),
     )
-    if run.finished:
-        reward = run.record["results"]["ceiling"]
-        print(f"tokenizer: finished earlier, {run.path} (ceiling {reward:.3f})")
+    if not run.steps:
+        print(f"tokenizer: finished earlier, {run.path}")
         return
-    device = common.pick_device(config.device)
     started = time.time()
     indices = tqdm(range(config.images), "render", leave=False)
     images = stack_images([render(world, random_scene(world, config.seed, i)) for i in indices])
@@ -136,25 +135,22 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01
     )
-    run.start(device, model, optimizer)
-    results = {}
-    for step in run.progress("tokenizer"):
+    for step in run.progress("tokenizer", model, optimizer):
         generator = common.generator(config.seed, "tokenizer", step)
         rows = torch.randint(len(images), (config.batch,), generator=generator)
         batch = images[rows].to(device) / 255
         rate = config.lr * min((step + 1) / 50, 1 - step / config.steps)
         optimizer.param_groups[0]["lr"] = rate
         terms, codes = update(model, optimizer, batch, config, step, generator)
-        run.check_finite(step, terms)
+        check_finite(step, terms)
         last = step + 1 == config.steps
         if step % 20 == 0 or last:
-            terms["codes_in_use"] = len(codes.unique())
-            run.log(step=step, **terms)
+            run.log(step=step, **terms, codes_in_use=len(codes.unique()))
         if last:
             fit_residuals(model, (part.to(device) / 255 for part in images.split(256)))
             results = ceiling(model, world, device, config.scored)
             run.log(step=config.steps, **results, seconds=time.time() - started)
-        run.save(step, model, optimizer, results=results)
+        run.save(step, model, optimizer)
     used = f"{results['codes_in_use']} of {config.codebook_size} codes in use"
     print(f"tokenizer: ceiling {results['ceiling']:.3f}, {used}, {time.time() - started:.0f} s")
 
