@@ -63,9 +63,9 @@ MEASURES = {  # of a run
 }
 OF_POLICIES = [*SCORES, "vendi", "reward std"]  # measures of base policies too
 
-INTERACTIONS = {
-    "text x image": ("eggrpo-text", "eggrpo-image"),
-    "exclude x bonus": ("exclude", "bonus"),
+INTERACTIONS = {  # both, one, other, neither
+    "text x image": ("eggrpo", "eggrpo-text", "eggrpo-image", "grpo"),
+    "exclude x bonus": ("eggrpo", "exclude", "bonus", "grpo"),
 }
 
 
@@ -79,7 +79,9 @@ def describe_groups(runs, split, groups):
     exact = {}
     for key, run in runs.items():
         of_groups = run["scores"][split][groups]
-        exact[key] = {name: group["exact"] for name, group in of_groups.items()}
+        exact[key] = {}
+        for name, group in of_groups.items():
+            exact[key][name] = group["exact"]
     return average(exact)
 
 
@@ -89,11 +91,8 @@ def describe_variant(runs, grpo):
     found["categories"] = describe_groups(runs, "eval", "categories")
     found["rare_pairs"] = describe_groups(runs, "rare", "rare_pairs")
     trained = all("curve" in run for run in runs.values())  # else these are base policies
-    names = list(MEASURES) if trained else OF_POLICIES
-    found["measures"] = {}
-    found["differences"] = {}
-    found["values"] = {}
-    for name in names:
+    found |= dict(measures={}, differences={}, values={})
+    for name in MEASURES if trained else OF_POLICIES:
         values = measure(runs, MEASURES[name])
         found["measures"][name] = over_bases(values)
         found["values"][name] = {f"{base}-{number}": x for (base, number), x in values.items()}
@@ -103,7 +102,8 @@ def describe_variant(runs, grpo):
     found["discovery"] = describe_discovery(runs)
     if trained:
         found |= describe_training(runs)
-        found["gradient"] = describe_gradient(runs)
+        of_runs = {key: run["scores"].get("gradient", {}) for key, run in runs.items()}
+        found["gradient"] = average(of_runs)
     return found
 
 
@@ -118,14 +118,11 @@ def step_found(curve, pair):
 
 
 def describe_discovery(runs):
-    """Describe exact on rare pairs by their frequency in the corpus, with its interval; of
-    trained policies also how many of the pairs were found, and after how many steps in the
-    mean."""
-    by_frequency = {}
-    for pair, frequency in RARE_PAIRS.items():
-        by_frequency.setdefault(frequency, []).append(" ".join(pair))
+    """Describe exact on rare pairs by their frequency in the corpus; of trained policies also how
+    many of the pairs were found, and after how many steps in the mean."""
     discovery = {}
-    for frequency, pairs in by_frequency.items():
+    for frequency in dict.fromkeys(RARE_PAIRS.values()):
+        pairs = [" ".join(pair) for pair, its in RARE_PAIRS.items() if its == frequency]
         exact = {}
         steps = []
         for key, run in runs.items():
@@ -142,23 +139,19 @@ def describe_discovery(runs):
     return discovery
 
 
-def describe_gradient(runs):
-    """Average the parts of the gradient over the runs in which they were measured."""
-    return average({key: run["scores"].get("gradient", {}) for key, run in runs.items()})
-
-
 def describe_interactions(runs):
     """Interactions of the halves of the method: both - one - other + neither, paired by base policy
     and number. Returns {name: {measure: difference}}."""
     found = {}
-    for name, (one, other) in INTERACTIONS.items():
-        variants = [runs.get(f"short-{method}", {}) for method in ("eggrpo", one, other, "grpo")]
-        for measure_name in SCORES:
-            both, first, second, neither = (measure(v, MEASURES[measure_name]) for v in variants)
-            keys = both.keys() & first.keys() & second.keys() & neither.keys()
+    for name, methods in INTERACTIONS.items():
+        found[name] = {}
+        variants = [runs.get(f"short-{method}", {}) for method in methods]
+        keys = set.intersection(*map(set, variants))
+        for score in SCORES:
+            both, one, other, neither = (measure(v, MEASURES[score]) for v in variants)
             together = {key: both[key] + neither[key] for key in keys}
-            apart = {key: first[key] + second[key] for key in keys}
-            found.setdefault(name, {})[measure_name] = paired_difference(together, apart)
+            apart = {key: one[key] + other[key] for key in keys}
+            found[name][score] = paired_difference(together, apart)
     return found
 
 
@@ -168,7 +161,8 @@ def describe_training(runs):
     for name in ("eval_exact", "rare_exact"):
         curves = {}
         for key, run in runs.items():
-            curves[key] = {point["step"]: point[name] for point in run["curve"]}
+            curve = run["curve"]
+            curves[key] = {point["step"]: point[name] for point in curve}
         found[name] = average(curves)
     falls = []
     for run in runs.values():
@@ -183,18 +177,6 @@ def describe_training(runs):
 # --- the study ------------------------------------------------------------------------------------
 
 
-def jobs_of(config):
-    """List the jobs of the default study that are done, and those that are not, with the study's
-    settings."""
-    values = study.PRESETS[config.preset] | dict(preset=config.preset, out=config.out)
-    of_study = study.Config(**values)
-    done = []
-    missing = []
-    for job in study.plan(of_study):
-        (done if study.result_path(of_study, job).exists() else missing).append(job)
-    return done, missing, of_study
-
-
 def read_run(path):
     """Reduce a finished run to its scores, its learning curve, and the end of its training. path:
     of its scores."""
@@ -206,93 +188,74 @@ def read_run(path):
             point = {key: record[key] for key in keys}
             curve.append(dict(step=record["step"] + 1, **point))
     end = {}
-    steps = [record for record in log if record["step"] >= 0]  # without the first evaluation
     for key in ("plan_entropy", "image_entropy", "kl", "lambda", "turned_signs"):
-        end[key] = float(np.mean([record[key] for record in steps[-10:]]))
+        steps = [record[key] for record in log if key in record]
+        end[key] = float(np.mean(steps[-10:]))
     scores = json.loads(path.read_text())
     made = f"{head['commit']} on {head['device']}, torch {head['torch']}"
     return dict(made=made, scores=scores, curve=curve, end=end)
 
 
-def read_runs(config, done):
-    """Read the base policies and the finished runs of a study. Returns {variant: {(base, number):
-    run}}."""
+def read_study(config):
+    """Read what is finished of a study. Returns runs, {variant: {(base, number): run}}; records,
+    {setting: {base: rows}}; passes, {split: {setting: {base: rows}}}."""
     runs = {}
-    for job in done:
+    records = {}
+    passes = {}
+    for job in study.plan(config):
         path = study.result_path(config, job)
+        if not path.exists():
+            continue
         if job.kind == "base":
             for variant, scores in json.loads(path.read_text()).items():
                 runs.setdefault(variant, {})[job.base, 0] = dict(scores=scores)
         if job.kind == "runs":
             variant, _, number = job.last.rpartition("-")
             runs.setdefault(variant, {})[job.base, int(number)] = read_run(path)
-    return runs
+        if job.kind == "records":
+            setting = records.setdefault(SETTINGS[job.last], {})
+            setting[job.base] = study.read_lines(path)
+        if job.kind == "passes":
+            for row in study.read_lines(path):
+                of_split = passes.setdefault(row["split"], {})
+                setting = of_split.setdefault(SETTINGS[job.last], {})
+                setting.setdefault(job.base, []).append(row)
+    return runs, records, passes
 
 
-def read_records(config, kind, ending=""):
-    """Read the records of every base policy. Returns {setting: {base: rows}}."""
-    records = {}
-    for name, setting in SETTINGS.items():
-        pattern = f"base-*/{config.preset}/{kind}/{name}{ending}.jsonl"
-        for path in sorted(Path(config.out).glob(pattern)):
-            base = path.parts[-4]
-            records.setdefault(setting, {})[base] = study.read_lines(path)
-    return records
-
-
-def read_passes(config):
-    """Read the counts for pass@k. Returns {split: {setting: {base: rows}}}."""
-    passes = {}
-    for setting, of_bases in read_records(config, "passes").items():
-        for base, rows in of_bases.items():
-            for row in rows:
-                of_setting = passes.setdefault(row["split"], {}).setdefault(setting, {})
-                of_setting.setdefault(base, []).append(row)
-    return passes
-
-
-def analyze(runs, records, guided, passes):
-    """Reduce a study to its numbers: the content of study.json. runs: {variant: {(base, number):
-    run}}; records and guided, of images sampled with guidance 2: {setting: {base: rows}}; passes,
-    of many images per prompt: {split: {setting: {base: rows}}}."""
+def analyze(runs, records, passes):
+    """Reduce a study, see read_study, to its numbers: the content of study.json."""
     variants = {}
+    made = set()
     for name, own in runs.items():
         other = counterpart(name)
-        variants[name] = describe_variant(own, runs.get(other) if other != name else None)
-    trained = [run for of_variant in runs.values() for run in of_variant.values() if "curve" in run]
+        grpo = runs.get(other) if other != name else None
+        variants[name] = describe_variant(own, grpo)
+        made |= {run["made"] for run in own.values() if "made" in run}
     return dict(
-        made=sorted({run["made"] for run in trained}),
+        made=sorted(made),
         variants=variants,
         interactions=describe_interactions(runs),
         correlations=describe_settings(records, describe_correlations),
         spread=describe_changes(records, describe_spread),
-        guided_correlations=describe_settings(guided, describe_correlations),
-        guided_spread=describe_changes(guided, describe_spread),
         passes={split: describe_changes(own, describe_passes) for split, own in passes.items()},
         crossings={split: describe_crossings(own) for split, own in passes.items()},
     )
 
 
-def draw_figures(folder, numbers, records, guided):
+def draw_figures(folder, numbers, records):
     """Draw every figure that the study has the data for."""
     variants = numbers["variants"]
-    main = {name: variants[name] for name in study.MAIN if name in variants}
-    with_base = {name: variants[name] for name in MAIN_ROWS if name in variants}
-    compared = {}
-    for name, of_variant in variants.items():
-        if of_variant["differences"] and not name.startswith("mixed-"):  # off the scale
-            compared[name] = of_variant
-    if main:
-        figures.draw_curves(folder / "curves.png", main)
-    figures.draw_discovery(folder / "discovery.png", with_base)
-    figures.draw_diversity(folder / "diversity.png", variants)
+    main = {name: variants[name] for name in MAIN_ROWS if name in variants}
+    trained = {name: of for name, of in main.items() if name in study.MAIN}
+    compared = {name: of for name, of in variants.items() if of["differences"]}
+    if trained:
+        figures.draw_curves(folder / "curves.png", trained)
+    figures.draw_discovery(folder / "discovery.png", main)
     if compared:
         figures.draw_differences(folder / "differences.png", compared)
     if records:
         figures.draw_joint(folder / "entropy-mean.png", records, "image_entropy")
-        figures.draw_joint(folder / "entropy-std.png", records, "image_entropy_std")
-    if guided:
-        figures.draw_joint(folder / "entropy-mean-guided.png", guided, "image_entropy")
     if numbers["passes"]:
         figures.draw_passes(folder / "pass-at-k.png", numbers["passes"])
 
@@ -301,24 +264,20 @@ def draw_figures(folder, numbers, records, guided):
 def main(argv=None):
     config = common.parse(Config, {name: {} for name in WORLDS}, __doc__, argv)
     folder = Path(config.out) / config.preset
-    done, missing, of_study = jobs_of(config)
+    values = dict(preset=config.preset, out=config.out)
+    of_study = study.Config(**study.PRESETS[config.preset] | values)
+    runs, records, passes = read_study(of_study)
     command = common.command_for("lab.study", config)
-    common.check(done, f"no study in {folder}: make it by `{command}`")
-    runs = read_runs(of_study, done)
-    records = read_records(config, "records")
-    guided = read_records(config, "records", study.GUIDED)
-    numbers = analyze(runs, records, guided, read_passes(config))
+    common.check(runs, f"no study in {folder}: make it by `{command}`")
+    numbers = analyze(runs, records, passes)
     content = json.dumps(common.to_jsonable(numbers), indent=1)
     numbers = json.loads(content)  # rounded, so that the tables are those of the file
     tables = report(numbers)
     common.write(folder / "study.json", f"{content}\n".encode())
     common.write(folder / "study.md", tables.encode())
-    draw_figures(folder / "figures", numbers, records, guided)
+    draw_figures(folder / "figures", numbers, records)
     print(tables)
     print(f"figures: {folder / 'figures'}")
-    if missing:
-        names = ", ".join(job.name for job in missing)
-        print(f"{len(missing)} jobs of the study are missing; make them by `{command}`: {names}")
 
 
 if __name__ == "__main__":

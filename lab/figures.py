@@ -188,23 +188,6 @@ def draw_discovery(path, variants):
     finish(path, figure, axis, f"bars: {INTERVALS}; in brackets: runs")
 
 
-def draw_diversity(path, variants):
-    """Vendi score against reward: a point per run, grey for those of fewer steps or guidance."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.subplots()
-    for variant, numbers in variants.items():
-        reward = [*numbers["values"]["reward"].values()]
-        vendi = [*numbers["values"]["vendi"].values()]
-        name = plain(variant)
-        if name in STYLES:
-            options = dict(STYLES[name], linestyle="none", label=name, zorder=2)
-        else:
-            options = dict(color="0.8", linestyle="none", marker=".", zorder=1)
-        axis.plot(reward, vendi, markersize=4, **options)
-    axis.set(xlabel="reward", ylabel="Vendi score of ten images")
-    finish(path, figure, axis, "a point per run; grey: fewer steps, or guidance")
-
-
 def draw_passes(path, passes):
     """pass@k against k for usual and rare pairs: mean over base policies and its interval."""
     figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")

@@ -47,7 +47,6 @@ MAIN = ("grpo", "eggrpo", "eggrpo-released")  # the default number of steps, sev
 HALVES = ("grpo", "eggrpo", "eggrpo-text", "eggrpo-image", "exclude", "bonus")
 BASES = {"base-no-plan": dict(no_plan=True), "base": {}}  # settings of a base policy
 RECORDED = (*BASES, "grpo-0", "eggrpo-0")  # policies
-GUIDED = "-guided"  # ending of the names of records that are sampled with guidance 2
 RECORD_SEED = 5000  # of the prompts that base policy 0 is recorded on; b more for base policy b
 
 
@@ -195,12 +194,8 @@ def record_jobs(config):
             needs = f"base-{base}"
             if policy not in BASES:
                 needs = f"base-{base}/runs/{policy}"
-            for kind, name in (
-                ("records", policy),
-                ("records", policy + GUIDED),
-                ("passes", policy),
-            ):
-                jobs.append(Job(f"base-{base}/{kind}/{name}", kind, (needs,)))
+            for kind in ("records", "passes"):
+                jobs.append(Job(f"base-{base}/{kind}/{policy}", kind, (needs,)))
     return jobs
 
 
@@ -276,9 +271,7 @@ def do_run(config, job, flags):
 
 def do_records(config, job, flags):
     """Record the images that a policy draws: a JSON line per image."""
-    env, policy, options = load(config, job.last.removesuffix(GUIDED))
-    if job.last.endswith(GUIDED):
-        options = options | dict(guidance=2.0)
+    env, policy, options = load(config, job.last)
     rows = []
     for category in tqdm(env.world.categories, job.name, leave=False):
         for i in range(config.per_category):

@@ -191,12 +191,11 @@ def report(study):
         "Interactions: both - one - other + neither": table("", study["interactions"], signed=True),
         **pass_tables(study),
     }
-    for regime, title in (("", ""), ("guided_", ", trained at guidance 1 and sampled at 2")):
-        correlations = transposed(study[f"{regime}correlations"])
-        correlations = table("correlation with, or slope on", correlations, signed=True)
-        spread = table("", transposed(study[f"{regime}spread"]))
-        tables[f"Reward against entropy{title}"] = correlations
-        tables[f"What is drawn for a prompt: means over prompts{title}"] = spread
+    correlations = transposed(study["correlations"])
+    correlations = table("correlation with, or slope on", correlations, signed=True)
+    tables["Reward against entropy"] = correlations
+    spread = table("", transposed(study["spread"]))
+    tables["What is drawn for a prompt: means over prompts"] = spread
     sections = [HEAD.format(made="\n".join(f"- {line}" for line in study["made"]))]
     sections += [f"## {title}\n\n{content}\n" for title, content in tables.items()]
     return "\n".join(sections)
