@@ -102,7 +102,7 @@ def run(world, monkeypatch):
     monkeypatch.setattr(one_sided.evaluate, "load_env", lambda config, device: env)
     brightness = lambda images, *_: (images.mean((1, 2, 3)), {}, torch.zeros(len(images)))
     monkeypatch.setattr(lab_batch, "compute_rewards", brightness)  # differs from image to image
-    base = tiny_policy(world), ""
+    base = tiny_policy(world)
     monkeypatch.setattr(one_sided.evaluate, "load_base", lambda config, env: base)
 
     def make(**settings):
