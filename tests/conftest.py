@@ -1,6 +1,7 @@
 """Shared by the tests: a tiny random policy and tokenizer, and the smoke preset's pipeline, run
 once. No trained weights and no network."""
 
+import contextlib
 import json
 import os
 import signal
@@ -18,8 +19,10 @@ os.environ.pop("CALLED_FROM", None)  # of train.sh test: the tests say where the
 import torch
 
 import common
+import runs
+from eggrpo import logp_difference
 from evaluate import Env
-from model import Policy
+from model import Policy, score
 from scenes import WORLDS
 from tiny_vq.vqvae import VQVAE
 
@@ -76,6 +79,28 @@ def one_line(capsys, status, main, *arguments, runner=common.run):
 def read_log(path):
     """Return the header of a log and its records."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def killed_after(step, monkeypatch):
+    """Kill a run after a step was logged, before its checkpoint is saved."""
+    log = runs.Run.log
+
+    def killed(run, **values):
+        log(run, **values)
+        if values["step"] >= step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs.Run, "log", killed)
+        yield
+
+
+@torch.no_grad()
+def difference(policy, rollout, guidance=1.0):
+    """Score a rollout. Returns the mean absolute difference of log-probs, nats."""
+    logp = score(policy, rollout.prompt, rollout.plan, rollout.codes, guidance)
+    return logp_difference(rollout, logp).item()
 
 
 def vary(images, *_):

@@ -1,6 +1,5 @@
 """Every command in the smoke preset: what it writes, going on after a failure, what it refuses."""
 
-import json
 import re
 import shutil
 
@@ -10,17 +9,15 @@ from matplotlib import pyplot
 from matplotlib.text import Text
 from PIL import Image
 
-import common
 import eggrpo
 import evaluate
 import pretrain
 import rewards
-import runs
 import sample
 import scenes
 import train
 from common import UserError
-from conftest import ROOT, one_line, run
+from conftest import ROOT, killed_after, one_line, read_log, run, vary
 from tiny_vq import train as tiny_vq_train
 
 STAGES = {  # module, its checkpoint, its log, flags that make it short
@@ -68,7 +65,7 @@ def stage(out, tmp_path, request):
             (folder / "smoke" / path).unlink(missing_ok=True)
         call(module, folder, f"{short} --save-every 0 {flags}")
         path_of_log = folder / "smoke" / log_path
-        records = [json.loads(line) for line in path_of_log.read_text().splitlines()[1:]]
+        records = read_log(path_of_log)[1:]
         log = [{k: v for k, v in r.items() if k != "seconds"} for r in records]
         pictures = {p.name: p.read_bytes() for p in path_of_log.parent.glob("*.[pg][ni][gf]")}
         return torch.load(folder / "smoke" / path), log, pictures
@@ -100,8 +97,8 @@ def test_finished_stages_are_skipped_with_a_line_that_says_so(out, capsys):
 
 def test_the_log_has_every_key_of_the_table(out):
     """docs/method.md documents each logged key, and nothing that is not logged."""
-    lines = (out[0] / "smoke" / "eggrpo-0" / "log.jsonl").read_text().splitlines()
-    logged = {key for line in lines[1:] for key in json.loads(line)}
+    log = read_log(out[0] / "smoke" / "eggrpo-0" / "log.jsonl")
+    logged = {key for record in log[1:] for key in record}
     page = (ROOT / "docs" / "method.md").read_text()
     rows = page[page.index("| key |") :].split("\n\n")[0].splitlines()[2:]
     documented = {key for row in rows for key in re.findall(r"`([\w/]+)`", row.split("|")[1])}
@@ -226,17 +223,8 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_never_was(stage, monkeypatch):
     log and pictures. The caller's random state and thread count are left alone."""
     before = torch.get_rng_state(), torch.get_num_threads()
     whole = stage("whole")
-    log = runs.Run.log
-
-    def killed(run, **values):
-        log(run, **values)
-        if values["step"] in (3, 4):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(runs.Run, "log", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after(3, monkeypatch):
         stage("killed")
-    monkeypatch.undo()
     again = stage("killed")
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == torch.get_num_threads()
     assert whole[1:] == again[1:] and len(whole[1]) > 1
@@ -247,8 +235,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_never_was(stage, monkeypatch):
 @pytest.mark.parametrize("stage", STAGES, indirect=True)
 def test_a_run_that_diverges_is_stopped_and_what_was_saved_is_kept(stage, monkeypatch, tmp_path):
     """The first step moves the weights to where the second is not finite."""
-    vary = lambda images, detections, targets: images.flatten(1).mean(1) * 1e4 % 1
-    monkeypatch.setitem(rewards.REWARDS, "vary", vary)  # images of the smoke preset all score 0
+    monkeypatch.setitem(rewards.REWARDS, "vary", vary)
     with pytest.raises(UserError, match=r"step 1: \w+ is (inf|nan): lower --lr"):
         stage("out", "--lr 1e9")
     (path,) = (path for path in tmp_path.rglob("*.pt") if torch.load(path)["step"] == 1)

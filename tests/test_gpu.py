@@ -5,8 +5,6 @@
 Nothing here is compared bit for bit: kernels of a GPU may add in any order.
 """
 
-import json
-
 import pytest
 import torch
 
@@ -14,10 +12,9 @@ import common
 import eggrpo
 import evaluate
 import pretrain
-import runs
 import sample
-from conftest import one_line, tiny_policy
-from eggrpo import LOGP_DIFF_BOUND, logp_difference
+from conftest import difference, killed_after, one_line, read_log, tiny_policy
+from eggrpo import LOGP_DIFF_BOUND
 from model import Policy, generate, score
 from scenes import WORLDS, encode_scenes, make_scene
 from tiny_vq import train as tiny_vq_train
@@ -40,13 +37,6 @@ def rollout_of(policy, world, guidance=1.0, number=16):
     return generate(policy, prompts.cuda(), noise.cuda(), guidance)
 
 
-def difference(policy, rollout, guidance=1.0):
-    """Score a rollout. Returns the mean absolute difference of log-probs, nats."""
-    with torch.no_grad():
-        logp = score(policy, rollout.prompt, rollout.plan, rollout.codes, guidance)
-    return logp_difference(rollout, logp).item()
-
-
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     """Every stage of the smoke preset on the GPU. Returns the output folder."""
@@ -58,7 +48,7 @@ def out(tmp_path_factory):
 
 @pytest.mark.parametrize("log", ["tokenizer.jsonl", "base.jsonl", "eggrpo-0/log.jsonl"])
 def test_every_stage_runs_on_the_gpu_and_logs_finite_numbers(out, log):
-    head, *records = map(json.loads, (out / "smoke" / log).read_text().splitlines())
+    head, *records = read_log(out / "smoke" / log)
     assert head["device"] == "cuda" and len(records) > 1
     missing = [key for record in records for key, value in record.items() if value is None]
     assert all(key.startswith("reward/") for key in missing), missing  # no prompt asks for it
@@ -71,8 +61,8 @@ def test_two_steps_of_the_large_preset(tmp_path):
         (eggrpo, "--steps 2 --prompts 4 --eval-prompts 8"),
     ):
         call(module, tmp_path, flags, preset="large")
-    line = (tmp_path / "large" / "eggrpo-0" / "log.jsonl").read_text().splitlines()[-1]
-    assert json.loads(line)["logp_diff_mean"] > 0  # sampler and learner were compared
+    last = read_log(tmp_path / "large" / "eggrpo-0" / "log.jsonl")[-1]
+    assert last["logp_diff_mean"] > 0  # sampler and learner were compared
 
 
 def test_a_picture_is_drawn_from_a_prompt(out):
@@ -85,22 +75,12 @@ def test_a_run_that_stopped_goes_on(out, tmp_path, monkeypatch):
     for name in ("tokenizer.pt", "base.pt"):
         (tmp_path / "smoke").mkdir(exist_ok=True)
         (tmp_path / "smoke" / name).write_bytes((out / "smoke" / name).read_bytes())
-    log = runs.Run.log
-
-    def killed(run, **values):
-        log(run, **values)
-        if values["step"] == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(runs.Run, "log", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after(2, monkeypatch):
         call(eggrpo, tmp_path, RUN)
-    monkeypatch.undo()
     call(eggrpo, tmp_path, RUN)
-    steps = []
-    for folder in (out, tmp_path):
-        lines = (folder / "smoke" / "eggrpo-0" / "log.jsonl").read_text().splitlines()
-        steps.append([json.loads(line) for line in lines[1:]])
+    steps = [
+        read_log(folder / "smoke" / "eggrpo-0" / "log.jsonl")[1:] for folder in (out, tmp_path)
+    ]
     assert [r["step"] for r in steps[0]] == [r["step"] for r in steps[1]] == [-1, 0, 1, 2, 3]
     first, again = steps[0][1], steps[1][1]
     assert abs(first["image_entropy"] - again["image_entropy"]) < 0.01

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from conftest import tiny_policy
+from eggrpo import LOGP_DIFF_BOUND, logp_difference
 from model import forward_logits, generate, policy_logits, precision, sample_token, score
+from objective import token_entropy
 from scenes import END, IMAGE, PAD, PLAN, encode_words
 
 PROMPTS = [
@@ -27,15 +29,21 @@ def rescored(policy, prompt, draw, **how):
     return score(policy, prompt, draw.plan, draw.codes, **how)
 
 
-@pytest.mark.parametrize("how", [{}, {"guidance": 2.0}, {"guidance": 0.5}])
+@torch.no_grad()
+@pytest.mark.parametrize("how", [{}, {"guidance": 3.0}, {"guidance": 0.5}])
 @pytest.mark.parametrize("no_plan", [False, True])
 def test_cached_sampling_equals_uncached_scoring(policy, prompt, how, no_plan):
     """The uncached forward is the oracle: a wrong cache, mask, slot or guidance on one side only
-    would show here."""
+    would show here. What the bound of training catches is in test_devices.py."""
     draw = generate(policy, prompt, noise(policy, 3), no_plan=no_plan, **how)
     amplified = max(2 * how.get("guidance", 1) - 1, 1)  # what guidance makes of a rounding error
-    assert (rescored(policy, prompt, draw, **how) - draw.logp).abs().max() < 5e-5 * amplified
+    logp = rescored(policy, prompt, draw, **how)
+    assert (logp - draw.logp).abs().max() < 5e-5 * amplified
+    assert logp_difference(draw, logp) < 0.2 * LOGP_DIFF_BOUND[torch.float32] * amplified
     assert draw.logp[:, policy.C :].exp().std() > 0.01  # and the distributions are not all alike
+    logits = forward_logits(policy, prompt, draw.plan, draw.codes, **how)
+    entropy = torch.cat([token_entropy(x) for x in logits], 1).where(draw.valid, 0.0)
+    assert (entropy - draw.entropy).abs().max() < 1e-4
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from conftest import tiny_env, tiny_policy
 from lab import batch as lab_batch
 from lab import measure, one_sided, study
 from lab.one_sided import pull_loss, sampler_logits, token_weights
@@ -96,14 +95,12 @@ def test_sigma_is_the_rate_of_the_gap_to_first_order():
 
 
 @pytest.fixture
-def run(world, monkeypatch):
+def run(env, policy, monkeypatch):
     """Make a Run on a tiny random policy: settings -> Run."""
-    env = tiny_env(world, torch.device("cpu"))
-    monkeypatch.setattr(one_sided.evaluate, "load_env", lambda config, device: env)
     brightness = lambda images, *_: (images.mean((1, 2, 3)), {}, torch.zeros(len(images)))
     monkeypatch.setattr(lab_batch, "compute_rewards", brightness)  # differs from image to image
-    base = tiny_policy(world)
-    monkeypatch.setattr(one_sided.evaluate, "load_base", lambda config, env: base)
+    monkeypatch.setattr(one_sided.evaluate, "load_env", lambda config, device: env)
+    monkeypatch.setattr(one_sided.evaluate, "load_base", lambda config, env: policy)
 
     def make(**settings):
         sizes = dict(device="cpu", prompts=2, group_size=4, steps=1, prompts_scored=6)

@@ -1,4 +1,5 @@
-"""The README: its snippets run, the files that it names exist, the commands that it shows parse."""
+"""The README: its snippets run, the files that it names exist, the commands that it shows parse.
+docs/experiments.md: its commands and snippets run, in the smoke preset and for one step."""
 
 import copy
 import importlib.util
@@ -6,6 +7,7 @@ import json
 import math
 import re
 import shlex
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +18,8 @@ from torch import nn
 import common
 import eggrpo
 import rewards
-from conftest import ROOT
+from conftest import ROOT, read_log
+from lab import one_sided
 from objective import entropy_masks, shape_advantages
 from scenes import END, WORDS, WORLDS
 from test_objective import random_batch
@@ -24,6 +27,9 @@ from tiny_vq import train
 
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(import.*?)```", README, re.S)  # not the lines of the method
+PAGE = (ROOT / "docs" / "experiments.md").read_text()
+COMMANDS = re.findall(r"^bash train\.sh eggrpo (.*)$", PAGE, re.M)
+EXPERIMENTS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 
 def read_flags(name, argv):
@@ -166,3 +172,37 @@ def test_the_example_trains_a_causal_language_model():
         update(model, reference, optimizer, tokens, attention, generated, rewards)
         history.append(rewards.mean().item())
     assert history[-1] > 3 * history[0]
+
+
+@pytest.fixture
+def short(out, monkeypatch):
+    """Let eggrpo.main run in the smoke preset. Returns a function: name of a run -> its log."""
+    main = eggrpo.main
+    flags = "--preset smoke --steps 1 --prompts 1 --group-size 2 --eval-prompts 1 --out".split()
+    monkeypatch.setattr(eggrpo, "main", lambda argv: main([*argv, *flags, str(out[0])]))
+    train = one_sided.train
+    few = dict(preset="smoke", out=out[0], device="cpu", steps=1, prompts=1, group_size=2)
+    few |= dict(prompts_scored=6)
+    monkeypatch.setattr(one_sided, "train", lambda config: train(replace(config, **few)))
+    return lambda name: read_log(out[0] / "smoke" / name / "log.jsonl")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[1])
+def test_each_command_of_the_experiments_trains(short, command):
+    words = shlex.split(command, comments=True)
+    eggrpo.main(words)
+    assert [record["step"] for record in short(words[1])[1:]] == [-1, 0]
+
+
+def test_each_snippet_of_the_experiments_does_what_the_page_says(short, capsys):
+    assert len(COMMANDS) == 10 and len(EXPERIMENTS) == 4
+    usual = dict(rewards.REWARDS)
+    for snippet in EXPERIMENTS:
+        exec(snippet, {})
+    assert rewards.REWARDS == usual
+    printed = capsys.readouterr().out
+    assert "sampler and learner are not the same policy" in printed
+    record = short("only-red")[2]
+    assert "reward/red" in record and "reward/objects" not in record
+    assert all(f"\n{name} 0.0 " in printed for name in ("grpo", "bonus", "weights-bonus"))
+    assert [record["step"] for record in short("one-prompt")[1:]] == [-1, 0]

@@ -15,7 +15,7 @@ from scenes import _sample_kinds, canonical_form, corpus_item, decode_words, enc
 from scenes import make_scene, plan_text, random_scene, rare_pairs, relation_holds, render
 from scenes import shape_mask, split_of
 
-PRESETS = ["small", "large"]
+EACH_WORLD = pytest.mark.parametrize("world", [WORLDS["small"], WORLDS["large"]])
 SPLITS = ("train", "eval", "rare-train", "rare")
 
 
@@ -42,10 +42,9 @@ def test_scenes_are_pinned():
         assert zlib.crc32(repr(scenes).encode()) == digest
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_category_and_relation_occurs_in_every_split(preset):
+@EACH_WORLD
+def test_every_category_and_relation_occurs_in_every_split(world):
     """In the released spatial reward no branch matches "above": what is asked for must exist."""
-    world = WORLDS[preset]
     expected = set(CATEGORIES) - (set() if len(world.textures) > 1 else {"texture"})
     for split in SPLITS:
         scenes = scenes_of(world, split)
@@ -56,11 +55,10 @@ def test_every_category_and_relation_occurs_in_every_split(preset):
         assert {t for s in scenes for t in (o.texture for o in s.objects)} == set(world.textures)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_splits_share_no_meaning_and_rare_pairs_stay_in_theirs(preset):
+@EACH_WORLD
+def test_splits_share_no_meaning_and_rare_pairs_stay_in_theirs(world):
     """Of 500 scenes, 7 or more would be in both if the form of a mirrored relation or of exchanged
     objects were another one."""
-    world = WORLDS[preset]
     train, held_out, rare_train, rare = (scenes_of(world, s, 500) for s in SPLITS)
     assert not {s.prompt for s in train + rare_train} & {s.prompt for s in held_out + rare}
     forms = lambda scenes: {canonical_form(s.objects, s.relation) for s in scenes}
@@ -91,9 +89,8 @@ def test_a_mirrored_relation_has_the_same_meaning():
     assert split_of((a, b), "left of") == split_of((b, a), "right of")
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_the_relation_is_true_of_the_scene_and_words_fit_their_slots(preset):
-    world = WORLDS[preset]
+@EACH_WORLD
+def test_the_relation_is_true_of_the_scene_and_words_fit_their_slots(world):
     for scene in (scene for split in SPLITS for scene in scenes_of(world, split)):
         assert not scene.relation or relation_holds(scene.relation, *scene.objects[:2])
         assert len({(o.row, o.column) for o in scene.objects}) == len(scene.objects)
@@ -103,11 +100,10 @@ def test_the_relation_is_true_of_the_scene_and_words_fit_their_slots(preset):
         assert ids.count(END) == 1
 
 
-def test_plan_lengths_vary_and_the_longest_fills_its_slots():
-    for preset in PRESETS:
-        world = WORLDS[preset]
-        lengths = {len(s.plan.split()) + 1 for s in scenes_of(world, "train", 2000)}
-        assert len(lengths) > 2 and max(lengths) == world.plan_slots
+@EACH_WORLD
+def test_plan_lengths_vary_and_the_longest_fills_its_slots(world):
+    lengths = {len(s.plan.split()) + 1 for s in scenes_of(world, "train", 2000)}
+    assert len(lengths) > 2 and max(lengths) == world.plan_slots
 
 
 def test_encode_words_names_the_unknown_word_its_neighbours_and_the_grammar():
@@ -188,14 +184,13 @@ def test_objects_are_lit_by_patch_and_always_stand_at_the_same_place():
     assert 3 < rough.std(axis=(0, 1)).mean() < 8  # the noise, of 5 grey levels
 
 
-def test_objects_stay_in_their_cells_so_none_can_overlap():
-    for preset in PRESETS:
-        world = WORLDS[preset]
-        assert world.cell % world.patch == 0 and world.cell * world.grid == world.image_size
-        for i in range(200):
-            objects = random_scene(world, 0, i).objects
-            assert len({(o.row, o.column) for o in objects}) == len(objects)
-        assert world.object_size < world.cell
+@EACH_WORLD
+def test_objects_stay_in_their_cells_so_none_can_overlap(world):
+    assert world.cell % world.patch == 0 and world.cell * world.grid == world.image_size
+    for i in range(200):
+        objects = random_scene(world, 0, i).objects
+        assert len({(o.row, o.column) for o in objects}) == len(objects)
+    assert world.object_size < world.cell
 
 
 def test_shape_masks_are_antialiased_and_all_different():

@@ -113,19 +113,6 @@ def test_diversity_and_gradient_of_a_policy_are_measured(tiny):
 SETTINGS = eggrpo.Config(preset="smoke", prompts=2, group_size=4, micro_batch=3, beta=0.0)
 
 
-def test_a_training_batch_is_that_of_the_training_step(tiny):
-    env, policy = tiny
-    found = batch.training_batch(env, policy, SETTINGS, step=3)
-    low, high, _ = batch.token_advantages(found, SETTINGS)
-    rollout = found.rollout
-    of_batch = bonus_coefficient(found.advantage, rollout.entropy, low, high, rollout.valid)
-    optimizer = torch.optim.SGD(policy.parameters(), 0.0)
-    logged = eggrpo.train_step(policy, None, optimizer, env, SETTINGS, step=3)
-    assert logged["reward"] == pytest.approx(found.rewards.mean().item())
-    assert logged["reward_std"] == pytest.approx(found.rewards.std(1).mean().item()) != 0
-    assert logged["lambda"] == pytest.approx(of_batch.item())
-
-
 def test_records_tell_of_the_images_that_were_drawn(tiny):
     """Images of a plan share it; entropies lie in [0, 1]; distances are those of the pixels."""
     env, policy = tiny
@@ -145,15 +132,14 @@ def test_records_tell_of_the_images_that_were_drawn(tiny):
 
 def test_the_parts_of_the_gradient_are_parts_of_the_update(tiny):
     """Those on low, middle and high tokens are GRPO's; the bonus for those on low is EG-GRPO's,
-    which is the gradient of a training step without KL term."""
+    which is the gradient of a training step without KL term, on the same batch."""
     env, policy = tiny
-
-    def gradients(step):
-        found = batch.training_batch(env, policy, SETTINGS, step)
-        parts = world.gradient_parts(found, SETTINGS)
-        return dict(zip(parts, world.part_gradients(policy, found, parts, SETTINGS)))
-
-    g, other = gradients(0), gradients(1)
+    batches = [batch.training_batch(env, policy, SETTINGS, step) for step in range(2)]
+    parts = [world.gradient_parts(found, SETTINGS) for found in batches]
+    g, other = (
+        dict(zip(part, world.part_gradients(policy, found, part, SETTINGS)))
+        for found, part in zip(batches, parts)
+    )
     levels = "low", "middle", "high", "bonus on"
     low, middle, high, bonus = (g[f"{x} words"] + g[f"{x} image tokens"] for x in levels)
     assert torch.allclose(low + middle + high, g["GRPO"], atol=1e-6)
@@ -166,6 +152,14 @@ def test_the_parts_of_the_gradient_are_parts_of_the_update(tiny):
     moved = [new - old for new, old in zip(learner.parameters(), policy.parameters())]
     moved = torch.cat([x.flatten() for x in moved]) * max(logged["grad_norm"], 1)  # unclipped
     assert torch.allclose(moved, g["EG-GRPO"], atol=1e-5)
+
+    found = batches[0]
+    low, high, _ = batch.token_advantages(found, SETTINGS)
+    rollout = found.rollout
+    of_batch = bonus_coefficient(found.advantage, rollout.entropy, low, high, rollout.valid)
+    assert logged["reward"] == pytest.approx(found.rewards.mean().item())
+    assert logged["reward_std"] == pytest.approx(found.rewards.std(1).mean().item()) != 0
+    assert logged["lambda"] == pytest.approx(of_batch.item())
 
     sizes = world.gradient_sizes(env, policy, SETTINGS, 2)
     for name, size in sizes.items():
