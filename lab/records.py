@@ -2,18 +2,10 @@
 
 import torch
 
-import common
 from eggrpo import entropy_moments
-from evaluate import draw_noise, sample_and_score, sample_images
+from evaluate import draw_noise, sample_images
 from rewards import compute_rewards, detect, encode_targets
 from scenes import decode_words, encode_scenes
-
-
-@torch.no_grad()
-def draw_exact(config, env, policy, scene, number, **options):
-    """Draw images of a prompt, each with its own plan. Returns exact (pass_images,), 0 or 1."""
-    noise = draw_noise(policy, config.pass_images, config.seed, "passes", number)
-    return sample_and_score(env, policy, [scene] * config.pass_images, noise, **options)[-1]
 
 
 @torch.no_grad()
@@ -58,5 +50,5 @@ def record_rows(config, env, policy, scene, number, **options):
     of_prompt = dict(number=number, category=scene.category)
     rows = []
     for values in zip(*columns.values()):
-        rows.append(common.to_jsonable(of_prompt | dict(zip(columns, values))))
+        rows.append(of_prompt | dict(zip(columns, values)))
     return rows

@@ -16,14 +16,13 @@ are cores run at a time, one thread each, which is faster than all threads on on
 at a time unless --jobs says otherwise (docs/gpu.md).
 """
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,10 +33,10 @@ import common
 import eggrpo
 import pretrain
 import tiny_vq.train
-from evaluate import load_base, load_env, load_run
+from evaluate import draw_noise, load_base, load_env, load_run, sample_and_score
 from lab import one_sided
 from lab.measure import diversity, gradient, score
-from lab.records import draw_exact, record_rows
+from lab.records import record_rows
 from runs import check_settings
 from scenes import make_scene
 
@@ -46,7 +45,8 @@ MAIN = ("grpo", "eggrpo", "eggrpo-released")  # the default number of steps, sev
 # the two 2x2 tables, text x image and exclude x bonus: short runs, two seeds
 HALVES = ("grpo", "eggrpo", "eggrpo-text", "eggrpo-image", "exclude", "bonus")
 BASES = {"base-no-plan": dict(no_plan=True), "base": {}}  # settings of a base policy
-RECORDED = (*BASES, "grpo-0", "eggrpo-0")  # policies
+SPLIT = ("grpo-0", "eggrpo-0")  # runs whose gradient is split
+RECORDED = (*BASES, *SPLIT)  # policies
 RECORD_SEED = 5000  # of the prompts that base policy 0 is recorded on; b more for base policy b
 
 
@@ -78,8 +78,7 @@ def one_sided_runs():
     }
     for guidance, kappas in doses.items():
         for kappa in kappas:
-            name = f"bonus-g{guidance:g}-kappa{kappa:g}"
-            runs[name] = dict(guidance=guidance, kappa=kappa)
+            runs[f"bonus-g{guidance:g}-kappa{kappa:g}"] = dict(guidance=guidance, kappa=kappa)
         if guidance != 2.0:
             runs[f"grpo-g{guidance:g}"] = dict(method="grpo", guidance=guidance)
     for equal, match in (("mean", "none"), ("pull", "pull")):
@@ -90,8 +89,7 @@ def one_sided_runs():
     runs["random-g1.5-kappa1"] = dict(where="random", guidance=1.5)
     runs["low-g2-kappa4"] = dict(where="low", kappa=4.0)
     for guidance in (1, 2, 4, 8, 16, 32):  # what guidance alone does: no update
-        still = dict(method="grpo", lr=0.0, steps=10, guidance=float(guidance))
-        runs[f"base-g{guidance}"] = still
+        runs[f"base-g{guidance}"] = dict(method="grpo", lr=0.0, steps=10, guidance=float(guidance))
     runs["eggrpo-released-300"] = dict(method="eggrpo-released", steps=300)
     cells = {  # on-policy: a setting in which EG-GRPO is better than GRPO?
         "group-2": dict(group_size=2, prompts=32),
@@ -124,7 +122,7 @@ class Config(common.BaseConfig):
     prompts: int = 1200  # evaluation prompts per policy; half as many of rare pairs
     diverse_prompts: int = 100  # whose images' diversity is measured
     diverse_images: int = 10  # of each
-    gradient_batches: int = 4  # training batches whose gradient is split, for RECORDED runs
+    gradient_batches: int = 4  # training batches whose gradient is split
     per_category: int = 10  # prompts of each category that are recorded, per base policy
     plans: int = 10  # per recorded prompt, as in the paper
     images: int = 10  # per plan, as in the paper
@@ -186,24 +184,15 @@ def run_jobs(config, methods, number, prefix="", flags=""):
     return jobs
 
 
-def record_jobs(config):
-    """List the records of some policies of every base policy."""
-    jobs = []
-    for base in range(config.bases):
-        for policy in RECORDED:
-            needs = f"base-{base}"
-            if policy not in BASES:
-                needs = f"base-{base}/runs/{policy}"
-            for kind in ("records", "passes"):
-                jobs.append(Job(f"base-{base}/{kind}/{policy}", kind, (needs,)))
-    return jobs
-
-
 def plan(config):
     """List all jobs in the order in which they start."""
     jobs = [Job(f"base-{base}", "base") for base in range(config.bases)]
     jobs += run_jobs(config, MAIN, 0)
-    jobs += record_jobs(config)
+    for base in range(config.bases):
+        for policy in RECORDED:
+            needs = f"base-{base}" if policy in BASES else f"base-{base}/runs/{policy}"
+            for kind in ("records", "passes"):
+                jobs.append(Job(f"base-{base}/{kind}/{policy}", kind, (needs,)))
     for number in range(1, config.seeds):
         jobs += run_jobs(config, MAIN, number)
     short = f"--steps {config.short_steps}"
@@ -224,14 +213,13 @@ def plan(config):
 
 def result_path(config, job):
     """Return the file that a job writes last. config.out: the study's folder."""
-    folder = Path(config.out) / f"base-{job.base}" / config.preset
-    if job.kind == "base":
-        return folder / "scores.json"
-    if job.kind == "runs":
-        return folder / job.last / "scores.json"
-    if job.kind == "one-sided":
-        return folder / job.kind / f"{job.last}.json"
-    return folder / job.kind / f"{job.last}.jsonl"
+    names = {
+        "base": "scores.json",
+        "runs": f"{job.last}/scores.json",
+        "one-sided": f"one-sided/{job.last}.json",
+    }
+    name = names.get(job.kind, f"{job.kind}/{job.last}.jsonl")
+    return Path(config.out) / f"base-{job.base}" / config.preset / name
 
 
 def load(config, name):
@@ -245,32 +233,32 @@ def load(config, name):
     return env, *load_run(path, config, env, base)
 
 
+def score_policy(config, name):
+    """Score and measure a policy. Returns what is written to scores.json."""
+    env, policy, options = load(config, name)
+    scored = score(env, policy, config.prompts, seed=config.seed, **options)
+    scored["diversity"] = diversity(env, policy, config, **options)
+    if name in SPLIT:
+        scored["gradient"] = gradient(env, policy, config)
+    return scored
+
+
 def do_base(config, job, flags):
     """Train the tokenizer and the base policy of a seed, and score it without and with plan."""
     flags = [*flags, "--seed", str(job.base)]
     tiny_vq.train.main(flags)
     pretrain.main(flags)
-    scored = {}
-    for name in BASES:
-        env, policy, options = load(config, name)
-        scored[name] = score(env, policy, config.prompts, seed=config.seed, **options)
-        scored[name]["diversity"] = diversity(env, policy, config, **options)
-    return json.dumps(common.to_jsonable(scored), indent=1)
+    return {name: score_policy(config, name) for name in BASES}
 
 
 def do_run(config, job, flags):
-    """Train a policy, score it and measure it."""
+    """Train a policy and score it."""
     eggrpo.main([*flags, *job.flags, "--name", job.last])
-    env, policy, options = load(config, job.last)
-    scored = score(env, policy, config.prompts, seed=config.seed, **options)
-    scored["diversity"] = diversity(env, policy, config, **options)
-    if job.last in RECORDED:
-        scored["gradient"] = gradient(env, policy, config)
-    return json.dumps(common.to_jsonable(scored), indent=1)
+    return score_policy(config, job.last)
 
 
 def do_records(config, job, flags):
-    """Record the images that a policy draws: a JSON line per image."""
+    """Record the images that a policy draws: a dict per image."""
     env, policy, options = load(config, job.last)
     rows = []
     for category in tqdm(env.world.categories, job.name, leave=False):
@@ -279,20 +267,22 @@ def do_records(config, job, flags):
             scene = make_scene(env.world, "eval", RECORD_SEED + job.base, i, category)
             number = f"base {job.base}, {category} {i}"
             rows += record_rows(config, env, policy, scene, number, **options)
-    return to_lines(rows)
+    return rows
 
 
 def do_passes(config, job, flags):
-    """Count the images that are exactly right of each of some prompts: a JSON line per prompt."""
+    """Count the images that are exactly right of each of some prompts: a dict per prompt."""
     env, policy, options = load(config, job.last)
+    n = config.pass_images
     rows = []
     for split in ("eval", "rare"):
         for i in tqdm(range(config.pass_prompts), f"{job.name}, {split}", leave=False):
             scene = make_scene(env.world, split, RECORD_SEED + job.base, i)
             number = f"base {job.base}, {split} {i}"
-            exact = draw_exact(config, env, policy, scene, number, **options)
-            rows.append(dict(number=number, split=split, n=len(exact), exact=int(exact.sum())))
-    return to_lines(rows)
+            noise = draw_noise(policy, n, config.seed, "passes", number)  # each has its own plan
+            *_, exact = sample_and_score(env, policy, [scene] * n, noise, **options)
+            rows.append(dict(number=number, split=split, n=n, exact=int(exact.sum())))
+    return rows
 
 
 def do_one_sided(config, job, flags):
@@ -301,8 +291,7 @@ def do_one_sided(config, job, flags):
     values |= eggrpo.PRESETS[config.preset] | ONE_SIDED[job.last]
     if config.preset == "smoke":
         values |= dict(steps=2, prompts_scored=12)
-    of_run = one_sided.Config(**values)
-    return json.dumps(common.to_jsonable(one_sided.train(of_run)))
+    return one_sided.train(one_sided.Config(**values))
 
 
 WORK = {
@@ -315,19 +304,16 @@ WORK = {
 
 
 def do(config, job):
-    """Do one job in this process."""
+    """Do one job in this process, and write its dict, or a line for each of its dicts."""
     folder = config.out / f"base-{job.base}"
     flags = ["--preset", config.preset, "--out", str(folder), "--device", config.device]
-    content = WORK[job.kind](replace(config, out=folder), job, flags)
-    common.write(result_path(config, job), content.encode())
+    found = WORK[job.kind](replace(config, out=folder), job, flags)
+    rows = found if isinstance(found, list) else [found]
+    lines = [json.dumps(common.to_jsonable(row)) + "\n" for row in rows]
+    common.write(result_path(config, job), "".join(lines).encode())
 
 
 # --- all jobs -------------------------------------------------------------------------------------
-
-
-def to_lines(rows):
-    """Format dicts as lines of JSON."""
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def read_lines(path):
@@ -340,7 +326,7 @@ def keep_settings(config):
     begun with others: what is finished stays as it is."""
     path = config.out / config.preset / "settings.json"
     free = ("out", "device", "jobs", "only", "bases", "seeds", "one_sided")  # more are more jobs
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
+    settings = {k: v for k, v in asdict(config).items() if k not in free}
     if path.exists():
         check_settings(path, json.loads(path.read_text()), settings)
     common.write(path, json.dumps(settings, indent=1).encode())
