@@ -19,14 +19,8 @@ import numpy as np
 
 import common
 from lab import figures, study
-from lab.findings import (
-    describe_changes,
-    describe_correlations,
-    describe_crossings,
-    describe_passes,
-    describe_settings,
-    describe_spread,
-)
+from lab.findings import describe_correlations, describe_crossings, describe_passes
+from lab.findings import describe_settings, describe_spread
 from lab.stats import average, over_bases, paired_difference
 from lab.tables import FELL, FOUND, MAIN_ROWS, SCORES, SETTINGS, counterpart, report
 from scenes import RARE_PAIRS, WORLDS
@@ -232,13 +226,16 @@ def analyze(runs, records, passes):
         grpo = runs.get(other) if other != name else None
         variants[name] = describe_variant(own, grpo)
         made |= {run["made"] for run in own.values() if "made" in run}
+    solved = {}
+    for split, own in passes.items():
+        solved[split] = describe_settings(own, describe_passes, changes=True)
     return dict(
         made=sorted(made),
         variants=variants,
         interactions=describe_interactions(runs),
         correlations=describe_settings(records, describe_correlations),
-        spread=describe_changes(records, describe_spread),
-        passes={split: describe_changes(own, describe_passes) for split, own in passes.items()},
+        spread=describe_settings(records, describe_spread, changes=True),
+        passes=solved,
         crossings={split: describe_crossings(own) for split, own in passes.items()},
     )
 

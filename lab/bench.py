@@ -3,16 +3,10 @@
     bash train.sh lab.bench            half a minute
 
 The model is the preset's with random weights. Times are medians; on a shared machine only their
-ratios are meaningful. Each floor is what one resource would take alone:
-
-    FLOPs        as torch counts them, at the rate of a large matrix product
-    memory       the bytes of weights and cached keys and values, whenever they are needed, at the
-                 bandwidth of a large copy; activations are left out
-    operations   their number, views left out, times that of adding 1 to one number
-
-The rates are measured on the spot. On a CPU the floors of FLOPs and operations add up, and that of
-memory does not hold for what fits into the caches. On a GPU the host launches operations while the
-device computes: the largest floor counts.
+ratios are meaningful. A floor is what one resource would take alone, at a rate measured on the spot:
+FLOPs as torch counts them, at that of a large matrix product; the bytes of weights and cached keys
+and values whenever they are needed, at the bandwidth of a large copy. On a CPU the second does not
+hold for what fits into the caches; on a GPU launching operations often takes longer than both.
 
 The overhead of EG-GRPO is the time of its masks and its shaping, all that it adds to GRPO.
 """
@@ -23,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -82,23 +75,11 @@ def median_time(call, seconds):
 # --- floors ---------------------------------------------------------------------------------------
 
 
-class Operations(TorchDispatchMode):
-    """Count operations that are not views."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not function.is_view
-        return function(*args, **(kwargs or {}))
-
-
-def count_work(call):
-    """Count the FLOPs and the operations of a call."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
-        call()  # attention in parts: the counter misses the CPU's fused kernel
-    with Operations() as operations:
+def count_flops(call):
+    """Count the FLOPs of a call, with attention in parts: the counter misses its fused kernels."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
-    return flops.get_total_flops(), operations.count
+    return counter.get_total_flops()
 
 
 def memory_traffic(policy, settings, size):
@@ -120,18 +101,16 @@ def memory_traffic(policy, settings, size):
 
 
 def measure_rates(device, seconds):
-    """Measure FLOP/s in the network's type, bytes/s, and the seconds of an operation."""
+    """Measure FLOP/s in the network's type, and bytes/s."""
     n = 8192 if device.type == "cuda" else 2048
     matrix = torch.rand(n, n, device=device).to(common.network_dtype(device))
     source = torch.rand(2**26, device=device)  # 256 MiB, more than caches hold
     target = torch.empty_like(source)
-    one = torch.zeros(1, device=device)
     product = median_time(lambda: matrix @ matrix, seconds)
     copying = median_time(lambda: target.copy_(source), seconds)
-    operation = median_time(lambda: one.add_(1), seconds)
     rate = 2 * n**3 / product
     bandwidth = 2 * source.nbytes / copying
-    return rate, bandwidth, operation
+    return rate, bandwidth
 
 
 @common.stage()
@@ -144,17 +123,15 @@ def main(argv=None):
     times = {}
     for name, call in calls.items():
         times[name] = median_time(call, config.seconds)
-    rate, bandwidth, operation = measure_rates(device, config.seconds)
+    rate, bandwidth = measure_rates(device, config.seconds)
     size = common.network_dtype(device).itemsize
     rows = []
     for name, moved in memory_traffic(policy, settings, size).items():
-        flops, operations = count_work(calls[name])
-        floors = flops / rate, moved / bandwidth, operations * operation
-        cells = [f"{value:.3f}" for value in (times[name], *floors)]
-        rows.append([name, *cells])
-    head = ["seconds", "measured", "floor: FLOPs", "memory", "operations"]
-    print(f"\n{markdown_table(head, rows)}\n")
-    print(f"{rate / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s, {1e6 * operation:.1f} us")
+        flops = count_flops(calls[name])
+        seconds = times[name], flops / rate, moved / bandwidth
+        rows.append([name, *(f"{value:.3f}" for value in seconds)])
+    print(f"\n{markdown_table(['seconds', 'measured', 'floor: FLOPs', 'memory'], rows)}\n")
+    print(f"{rate / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s")
     shaping = 1000 * times["shaping"]
     step = 1000 * times["step"]
     print(f"EG-GRPO adds to GRPO: {shaping:.2f} ms of {step:.0f} ms per step, {shaping / step:.2%}")

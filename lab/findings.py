@@ -11,57 +11,56 @@ from lab.stats import average, correlation, pass_at_k, slope, within
 from lab.tables import SETTINGS
 
 
-def describe_settings(records, describe):
-    """Describe what each setting's policies drew. records: {setting: {base: rows}}; describe: rows
-    of one policy -> {name: value}. Returns {setting: {name: interval}}."""
-    return {setting: average(describe_bases(of, describe)) for setting, of in records.items()}
-
-
-def describe_bases(of_bases, describe):
-    """Describe each base policy's rows. {base: rows} -> {(base, 0): {name: value}}."""
-    return {(base, 0): describe(rows) for base, rows in of_bases.items()}
-
-
-def describe_changes(records, describe):
-    """Describe settings, and the differences of neighbouring ones, paired by base policy."""
-    described = {setting: describe_bases(of, describe) for setting, of in records.items()}
+def describe_settings(records, describe, changes=False):
+    """Describe what each setting's policies drew, and with `changes` the differences of neighbouring
+    settings, paired by base policy. records: {setting: {base: rows}}; describe: rows of one policy
+    -> {name: value}. Returns {setting: {name: interval}}."""
+    described = {}
+    for setting, of_bases in records.items():
+        described[setting] = {(base, 0): describe(rows) for base, rows in of_bases.items()}
     found = {setting: average(of_bases) for setting, of_bases in described.items()}
     settings = list(described)
-    for before, after in zip(settings, settings[1:]):
+    for before, after in zip(settings, settings[1:] if changes else []):
         old, new = described[before], described[after]
-        changes = {}
+        differences = {}
         for key in old.keys() & new.keys():
-            changes[key] = {name: new[key][name] - old[key][name] for name in new[key]}
-        if changes:
-            found[f"{after} - {before}"] = average(changes)
+            differences[key] = {name: new[key][name] - old[key][name] for name in new[key]}
+        if differences:
+            found[f"{after} - {before}"] = average(differences)
     return found
+
+
+def group_by(rows, *keys):
+    """Collect rows that have some values in common. Returns a list of lists of rows."""
+    groups = {}
+    for row in rows:
+        common = tuple(row[key] for key in keys)
+        groups.setdefault(common, []).append(row)
+    return list(groups.values())
 
 
 def by_prompt(rows, *keys):
     """Collect columns of rows by prompt. Returns a list of (n, keys)."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(row["number"], []).append([row[key] for key in keys])
-    return [np.array(group, float) for group in groups.values()]
+    columns = []
+    for group in group_by(rows, "number"):
+        columns.append(np.array([[row[key] for key in keys] for row in group], float))
+    return columns
 
 
 def average_plans(rows):
     """Average the images of each plan. Returns a dict per plan."""
-    groups = {}
-    for row in rows:
-        groups.setdefault((row["number"], row["plan_index"]), []).append(row)
     plans = []
-    for (number, _), group in groups.items():
-        plan = dict(number=number)
+    for group in group_by(rows, "number", "plan_index"):
+        plan = dict(number=group[0]["number"])
         for key in ("reward", "plan_entropy", "image_entropy_std"):
             plan[key] = float(np.mean([row[key] for row in group]))
         plans.append(plan)
     return plans
 
 
-def correlate_images(rows):
+def describe_correlations(rows):
     """Relate reward to the mean and the std of image entropy: over all images, within prompts, and
-    with the painted area held."""
+    with the painted area held; and to plan entropy, see correlate_plans."""
     found = {}
     for key in ("image_entropy", "image_entropy_std"):
         name = key.replace("_", " ")
@@ -73,7 +72,7 @@ def correlate_images(rows):
         found[f"{name}, within prompts, paint held"] = correlation(within(groups))
         found[f"slope on {name}"] = slope(pairs)
         found[f"slope on {name}, within prompts"] = slope(within(pairs))
-    return found
+    return found | correlate_plans(rows)
 
 
 def correlate_plans(rows):
@@ -99,11 +98,6 @@ def correlate_plans(rows):
     return found
 
 
-def describe_correlations(rows):
-    """Correlate reward with entropies."""
-    return correlate_images(rows) | correlate_plans(rows)
-
-
 PASS_AT = (1, 2, 4, 8, 16, 32, 64, 100)
 
 SPREADS = {  # of the images of a prompt
@@ -120,12 +114,9 @@ SPREADS = {  # of the images of a prompt
 
 def describe_spread(rows):
     """Describe the images that a policy draws for a prompt: means over prompts."""
-    prompts = {}
-    for row in rows:
-        prompts.setdefault(row["number"], []).append(row)
     found = {}
     for name, function in SPREADS.items():
-        found[name] = float(np.mean([function(group) for group in prompts.values()]))
+        found[name] = float(np.mean([function(group) for group in group_by(rows, "number")]))
     return found
 
 
@@ -139,26 +130,21 @@ def describe_passes(rows):
     return {k: mean_pass(rows, k) for k in PASS_AT if k <= rows[0]["n"]}
 
 
-def crossing(before, after):
-    """Find the least number of images with which the base policies `before` solve more prompts than
-    the trained ones `after`, in the mean over those that both have. {base: rows} each. Returns None
-    if there is none."""
-    both = before.keys() & after.keys()
-    n = min(row["n"] for base in both for row in before[base])
-    for k in range(1, n + 1):
-        ahead = sum(mean_pass(before[base], k) - mean_pass(after[base], k) for base in both)
-        if ahead > 0:
-            return k
-    return None
-
-
 def describe_crossings(passes):
-    """Find where pass@k of the base policy crosses that of the trained ones. passes: {setting:
-    {base: rows}}. Returns {setting: k or None}."""
+    """Find the least number of images with which base + plan solves more prompts than a trained
+    policy, in the mean over the base policies that both have. passes: {setting: {base: rows}}.
+    Returns {setting: k, or None if there is none}."""
     before = passes.get(SETTINGS["base"], {})
     found = {}
     for name in ("grpo-0", "eggrpo-0"):
         after = passes.get(SETTINGS[name], {})
-        if before.keys() & after.keys():
-            found[SETTINGS[name]] = crossing(before, after)
+        both = before.keys() & after.keys()
+        if not both:
+            continue
+        crossings = []
+        for k in range(1, min(row["n"] for base in both for row in before[base]) + 1):
+            ahead = sum(mean_pass(before[base], k) - mean_pass(after[base], k) for base in both)
+            if ahead > 0:
+                crossings.append(k)
+        found[SETTINGS[name]] = crossings[0] if crossings else None
     return found

@@ -301,7 +301,7 @@ def test_intervals_of_records_are_over_base_policies():
     """Each base policy is described by itself; a change is that of the same base policy."""
     total = lambda rows: dict(total=sum(rows))
     records = {"before": {0: [1], 1: [2]}, "after": {0: [1, 2], 1: [5, 1], 2: [9]}}
-    found = findings.describe_changes(records, total)
+    found = findings.describe_settings(records, total, changes=True)
     assert found["before"]["total"]["mean"] == 1.5 and found["after"]["total"]["mean"] == 6
     change = found["after - before"]["total"]  # 2 and 4
     assert change["mean"] == 3 and change["n"] == 2 and abs(change["half"] - 12.706) < 1e-9
@@ -362,11 +362,10 @@ def test_the_benchmark_measures_the_overhead(capsys):
     assert re.search(r"EG-GRPO adds to GRPO: [0-9.]+ ms of \d+ ms per step", printed)
 
 
-def test_the_floors_count_products_operations_and_bytes_by_hand():
-    """(3, 4) by (4, 3): 3 * 3 * 4 products and sums; transposing is a view. 2 layers of width 32, 2
-    prompts of 3 sequences; a step has 3 micro-batches of 2."""
+def test_the_floors_count_products_and_bytes_by_hand():
+    """(3, 4) by (4, 3): 3 * 3 * 4 products and sums. 2 layers of width 32, 2 prompts of 3 sequences; a step has 3 micro-batches of 2."""
     x = torch.rand(3, 4)
-    assert bench.count_work(lambda: x @ x.t() + 1) == (72, 2)
+    assert bench.count_flops(lambda: x @ x.t() + 1) == 72
     policy = tiny_policy(WORLDS["small"])
     parameters = sum(parameter.numel() for parameter in policy.parameters())
     first = policy.S + 1
