@@ -15,25 +15,14 @@ import pretrain
 import rewards
 import sample
 import scenes
-import train
 from common import UserError
 from conftest import ROOT, killed_after, one_line, read_log, run, vary
 from tiny_vq import train as tiny_vq_train
 
-STAGES = {  # module, its checkpoint, its log, flags that make it short
-    "tokenizer": (
-        tiny_vq_train,
-        "tokenizer.pt",
-        "tokenizer.jsonl",
-        "--images 16 --steps 5 --batch 4 --scored 7",
-    ),
-    "base": (pretrain, "base.pt", "base.jsonl", "--items 16 --steps 5 --batch 4"),
-    "eggrpo": (
-        eggrpo,
-        "eggrpo-0/policy.pt",
-        "eggrpo-0/log.jsonl",
-        "--steps 5 --prompts 1 --group-size 2 --eval-prompts 2",
-    ),
+STAGES = {  # module, its checkpoint, flags that make it short
+    "tokenizer": (tiny_vq_train, "tokenizer.pt", "--images 16 --batch 4 --scored 7"),
+    "base": (pretrain, "base.pt", "--items 16 --batch 4"),
+    "eggrpo": (eggrpo, "eggrpo-0/policy.pt", "--prompts 1 --group-size 2 --eval-prompts 2"),
 }
 PROMPT = "a red circle and a blue square"
 
@@ -56,24 +45,21 @@ def call(module, folder, flags=""):
 def stage(out, tmp_path, request):
     """A function: folder, flags -> run the stage in a folder that has its inputs. Returns its
     checkpoint, its log without header and seconds, and its pictures."""
-    module, path, log_path, short = STAGES[request.param]
+    module, path, short = STAGES[request.param]
 
     def make(name, flags=""):
         folder = tmp_path / name
         if not folder.exists():
             inputs(out, folder)
             (folder / "smoke" / path).unlink(missing_ok=True)
-        call(module, folder, f"{short} --save-every 0 {flags}")
-        path_of_log = folder / "smoke" / log_path
-        records = read_log(path_of_log)[1:]
-        log = [{k: v for k, v in r.items() if k != "seconds"} for r in records]
-        pictures = {p.name: p.read_bytes() for p in path_of_log.parent.glob("*.[pg][ni][gf]")}
-        return torch.load(folder / "smoke" / path), log, pictures
+        call(module, folder, f"{short} --steps 5 --save-every 0 {flags}")
+        checkpoint = folder / "smoke" / path
+        records = read_log(folder / "smoke" / path.replace("policy", "log").replace("pt", "jsonl"))
+        log = [{k: v for k, v in r.items() if k != "seconds"} for r in records[1:]]
+        pictures = {p.name: p.read_bytes() for p in checkpoint.parent.glob("*.[pg][ni][gf]")}
+        return torch.load(checkpoint), log, pictures
 
     return make
-
-
-# --- the pipeline ---------------------------------------------------------------------------------
 
 
 def test_train_sh_runs_all_stages_and_writes_all_outputs(out):
@@ -140,20 +126,6 @@ def test_pictures_name_runs_as_the_text_does():
     assert [evaluate.run_title(name) for name in names] == titles
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ("--epochs 3", "unrecognized arguments: --epochs 3"),
-        ("--preset", "--preset: expected one argument"),
-        ("--preset=big", "invalid choice: 'big'"),
-        ("--method ppo", "--method: invalid choice: 'ppo' (choose from 'both', 'grpo'"),
-        ("--device abacus", "--device abacus: cannot be used"),
-    ],
-)
-def test_the_pipeline_refuses_what_it_does_not_know_before_the_first_stage(capsys, flags, words):
-    assert words in one_line(capsys, 2, train.main, flags.split())
-
-
 def test_sample_draws_what_is_typed(out, capsys):
     flags = ("--preset", "smoke", "--out", out[0])
     printed = run("bash", "train.sh", "sample", *flags, PROMPT)  # call() gives the prompt first
@@ -163,18 +135,11 @@ def test_sample_draws_what_is_typed(out, capsys):
     assert capsys.readouterr().out.count("(no plan)\n") == 2
 
 
-@pytest.mark.parametrize(
-    "prompt, name",
-    [
-        ("A red  circle", "a-red-circle.png"),
-        ("../../etc/passwd", "etc-passwd.png"),
-        ("\0 🟥", "prompt.png"),
-        ("a " * 1000, "a-" * 39 + "a.png"),
-    ],
-)
-def test_any_prompt_becomes_the_name_of_a_file_in_the_folder(prompt, name):
-    assert sample.file_name(prompt, 0) == name
-    assert sample.file_name(prompt, 7) == name.replace(".png", "-7.png")
+def test_any_prompt_becomes_the_name_of_a_file_in_the_folder():
+    names = {"A red  circle": "a-red-circle", "../../etc/passwd": "etc-passwd", "\0 🟥": "prompt"}
+    for prompt, name in (names | {"a " * 1000: "a-" * 39 + "a"}).items():
+        assert sample.file_name(prompt, 0) == f"{name}.png"
+        assert sample.file_name(prompt, 7) == f"{name}-7.png"
 
 
 def test_sample_uses_the_guidance_that_the_policy_was_trained_with(out, tmp_path, monkeypatch):
@@ -192,17 +157,6 @@ def test_sample_uses_the_guidance_that_the_policy_was_trained_with(out, tmp_path
     assert used == [3.0, 2.0, 1.0]
 
 
-@pytest.mark.parametrize(
-    "prompt, words",
-    [
-        ("a rde circle", "unknown word 'rde' .nearest known: .*red.*grammar"),
-        ("", "prompt is empty"),
-    ],
-)
-def test_a_prompt_outside_of_the_grammar_is_one_line(capsys, prompt, words):
-    assert re.search("error: .*" + words, one_line(capsys, 2, sample.main, [prompt]))
-
-
 def test_the_large_preset_runs_in_every_stage(tmp_path):
     """Its pictures, textures and slots, with less depth and width."""
     for module, flags in (
@@ -212,9 +166,6 @@ def test_the_large_preset_runs_in_every_stage(tmp_path):
     ):
         module.main(["--preset", "large", "--out", str(tmp_path), *flags.split()])
     assert (tmp_path / "large" / "eggrpo-0" / "training.gif").exists()
-
-
-# --- going on -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", STAGES, indirect=True)
@@ -244,11 +195,14 @@ def test_a_run_that_diverges_is_stopped_and_what_was_saved_is_kept(stage, monkey
 
 @pytest.mark.parametrize("stage", ["eggrpo"], indirect=True)
 def test_what_a_notebook_has_set_changes_nothing(stage):
+    """Nor is what it has set changed."""
     plain = stage("plain", "--steps 2")
     torch.set_default_dtype(torch.float64)
     try:
-        with torch.no_grad(), torch.device("meta"):
+        with torch.inference_mode(), torch.device("meta"):
             assert stage("set", "--steps 2")[1:] == plain[1:]
+            assert torch.empty(1).is_meta and not torch.is_grad_enabled()
+        assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -291,9 +245,6 @@ def test_ctrl_c_ends_train_sh_with_one_line_that_says_how_to_go_on(tmp_path):
     printed = run(*command, status=130, interrupt_at=tmp_path / "smoke" / "tokenizer.jsonl")
     assert printed.count("interrupted: the same command goes on from the last checkpoint") == 1
     assert "stage 2" not in printed
-
-
-# --- files that belong together -------------------------------------------------------------------
 
 
 def test_a_missing_stage_names_the_command_that_makes_it(tmp_path, capsys):

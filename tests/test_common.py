@@ -2,13 +2,15 @@
 
 import importlib
 import inspect
-import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +20,9 @@ import eggrpo
 import pretrain
 import runs
 import sample
+import train
 from common import UserError, generator, parse
-from conftest import ROOT, one_line
+from conftest import ROOT, one_line, read_log, run
 from runs import load_checkpoint, load_model
 from tiny_vq import train as tiny_vq_train
 
@@ -42,16 +45,10 @@ class Config(common.BaseConfig):
 PRESETS = {"smoke": dict(rate=0.1), "small": {}}
 
 
-# --- flags ----------------------------------------------------------------------------------------
-
-
 def test_flags_override_methods_override_presets_override_defaults():
-    rate = lambda *argv: parse(Config, PRESETS, "", argv).rate
-    assert (rate(), rate("--preset", "smoke"), rate("--preset", "smoke", "--rate", "9")) == (
-        0.5,
-        0.1,
-        9.0,
-    )
+    rate = lambda argv: parse(Config, PRESETS, "", argv.split()).rate
+    smoke = "--preset smoke"
+    assert (rate(""), rate(smoke), rate(f"{smoke} --rate 9")) == (0.5, 0.1, 9.0)
     low = lambda *argv: parse(eggrpo.Config, eggrpo.PRESETS, "", argv, eggrpo.METHODS).low_frac
     top = ("--method", "top-entropy")
     assert (low(), low(*top), low(*top, "--low-frac", "0.7")) == (0.2, 0.8, 0.7)
@@ -68,6 +65,13 @@ def test_flags_override_methods_override_presets_override_defaults():
         (sample, "red --seed 99999999999999999999", "--seed 99999999999999999999: must be"),
         (sample, "red --number 65", "--number 65: must be at least 1 and at most 64"),
         (sample, "", "arguments are required: prompt"),
+        (sample, "''", "prompt is empty"),
+        (sample, "'a rde circle'", "unknown word 'rde' (nearest known: "),
+        (train, "--epochs 3", "unrecognized arguments: --epochs 3"),
+        (train, "--preset", "--preset: expected one argument"),
+        (train, "--preset=big", "invalid choice: 'big'"),
+        (train, "--method ppo", "--method: invalid choice: 'ppo' (choose from 'both', 'grpo'"),
+        (train, "--device abacus", "--device abacus: cannot be used"),
         (eggrpo, "--preset big", "--preset: invalid choice: 'big'"),
         (eggrpo, "--method ppo", "--method: invalid choice: 'ppo'"),
         (eggrpo, "--colour red", "unrecognized arguments: --colour red"),
@@ -89,7 +93,7 @@ def test_flags_override_methods_override_presets_override_defaults():
 )
 def test_a_bad_flag_is_refused_by_its_name_in_one_line(module, argv, words):
     with pytest.raises(UserError) as error:
-        module.main(argv.split())
+        module.main(shlex.split(argv))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -120,9 +124,6 @@ def test_a_relative_path_starts_where_train_sh_was_called(monkeypatch):
     monkeypatch.setenv("CALLED_FROM", "/some where")
     assert read() == Path("out") and read("--out", "x") == Path("/some where/x")
     assert read("--out", "/y") == Path("/y")
-
-
-# --- errors, device and streams -------------------------------------------------------------------
 
 
 def test_memory_that_runs_out_is_one_line_that_says_what_to_lower(capsys, monkeypatch):
@@ -164,33 +165,9 @@ common.run(main)
 
 
 def test_a_command_runs_where_stdout_is_a_notebooks(monkeypatch, capsys):
-    class Stream:
-        write = print
-        flush = lambda self: None
-
-    monkeypatch.setattr(sys, "stdout", Stream())
+    stream = SimpleNamespace(write=print, flush=lambda: None)
+    monkeypatch.setattr(sys, "stdout", stream)
     common.run(lambda: None)
-
-
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path, capsys):
-    assert "Is a directory" in one_line(capsys, 2, open, tmp_path)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_command_finds_torch_as_it_was_imported_and_leaves_it_as_it_was(dtype):
-    @common.stage()
-    def main():
-        x = torch.ones(1, requires_grad=True)
-        return x.dtype, x.device.type, (2 * x).requires_grad
-
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.inference_mode(), torch.device("meta"):
-            assert main() == (torch.float32, "cpu", True)
-            assert torch.empty(1).is_meta and not torch.is_grad_enabled()
-        assert torch.get_default_dtype() == dtype
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def test_cores_are_those_that_this_process_may_use(monkeypatch):
@@ -199,14 +176,6 @@ def test_cores_are_those_that_this_process_may_use(monkeypatch):
     else:
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 6}, raising=False)
         assert common.cores() == 3
-
-
-def test_a_bug_keeps_its_traceback():
-    def bug():
-        raise RuntimeError("shapes do not fit")
-
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
-        common.run(bug)
 
 
 @pytest.mark.parametrize("name", ["meta", "abacus", "cuda:99", ""])
@@ -245,9 +214,6 @@ def test_streams_depend_on_their_key_alone():
         assert not torch.equal(draw(0, "rollout", 3), draw(*other))
 
 
-# --- checkpoints and logs -------------------------------------------------------------------------
-
-
 def make_model():
     model = torch.nn.Linear(2, 2)
     model.config = dict(in_features=2, out_features=2)
@@ -280,7 +246,7 @@ def begun(tmp_path):
 
 
 def read_steps(folder):
-    head, *records = map(json.loads, (folder / "deep/log.jsonl").read_text().splitlines())
+    head, *records = read_log(folder / "deep/log.jsonl")
     assert {"commit", "device", "config", "torch"} <= set(head)
     return [record["step"] for record in records]
 
@@ -329,6 +295,8 @@ def test_missing_and_damaged_checkpoints_are_named_with_the_remedy(begun, tmp_pa
 
 
 def test_a_write_that_fails_keeps_what_was_there_before(tmp_path, monkeypatch, capsys):
+    """Reading and writing that fail are one line."""
+    assert "Is a directory" in one_line(capsys, 2, open, tmp_path)
     path = tmp_path / "a"
     common.write(path, b"1")
 
@@ -359,8 +327,7 @@ def test_a_run_that_goes_on_writes_its_log_again_whatever_is_left_of_it(begun, d
     run = make_run(folder)
     assert read_steps(folder) == [0, 1]
     run.log(step=2, x=float("nan"))
-    last = json.loads(log.read_text().splitlines()[-1])
-    assert last == dict(step=2, x=None)  # JSON has no NaN
+    assert read_log(log)[-1] == dict(step=2, x=None)  # JSON has no NaN
 
 
 def test_of_two_processes_in_one_folder_the_first_ends(begun):
@@ -375,22 +342,14 @@ def test_of_two_processes_in_one_folder_the_first_ends(begun):
     assert read_steps(folder) == [0, 1, 2, 3, 4] and torch.load(path)["step"] == 5
 
 
-def test_terms_that_are_not_finite_stop_a_run():
-    with pytest.raises(UserError, match="step 3: loss is inf: lower --lr"):
-        runs.check_finite(3, dict(norm=1.0, loss=float("inf")))
-
-
 def test_a_commit_is_this_repositorys_and_no_other(tmp_path, monkeypatch):
-    def git(*command):
-        names = ["-c", "user.name=a", "-c", "user.email=a"]
-        subprocess.run(["git", *names, *command], cwd=tmp_path, check=True, capture_output=True)
-
+    git = partial(run, "git", "-c", "user.name=a", "-c", "user.email=a", cwd=tmp_path)
     inner = tmp_path / "project"
     inner.mkdir()
     for name in ("runs.py", "common.py"):
         (inner / name).write_text((ROOT / name).read_text())
-    command = [sys.executable, "-c", "import runs; print(runs.commit())"]
-    read = lambda: subprocess.run(command, cwd=inner, capture_output=True, text=True).stdout.strip()
+    command = "import runs; print(runs.commit())"
+    read = lambda: run(sys.executable, "-c", command, cwd=inner).strip()
     git("init")
     git("commit", "--allow-empty", "-m", "around")
     assert read() == "unknown"

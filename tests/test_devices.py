@@ -86,13 +86,6 @@ def watched(monkeypatch):
     return watch
 
 
-def step(world, device):
-    """Make one step of reinforcement learning."""
-    policy, reference = (tiny_policy(world, scale=2.0).to(device) for _ in range(2))
-    optimizer = torch.optim.AdamW(policy.parameters())
-    return eggrpo.train_step(policy, reference, optimizer, tiny_env(world, device), CONFIG, 0)
-
-
 def sample(world, device):
     """Draw two images of few tokens, with guidance."""
     policy = tiny_policy(replace(world, plan_slots=4, image_size=2 * world.patch)).to(device)
@@ -103,8 +96,11 @@ def sample(world, device):
 @pytest.mark.parametrize("device", [META, CPU], ids=str)
 def test_a_step_stays_on_its_device_and_its_probabilities_in_float32(watched, world, device):
     """It waits for the device once for the log, and once for each reward and the mean."""
+    policy, reference = (tiny_policy(world, scale=2.0).to(device) for _ in range(2))
+    optimizer = torch.optim.AdamW(policy.parameters())
+    env = tiny_env(world, device)
     with watched(device) as reads:
-        stats = step(world, device)
+        stats = eggrpo.train_step(policy, reference, optimizer, env, CONFIG, 0)
     assert len(stats) > 10 and reads.count == (2 + len(rewards.REWARDS)) * (device == META)
 
 
@@ -128,41 +124,27 @@ def test_tokenizer_and_pretraining_stay_on_their_device(watched, world):
     assert reads.count == 2  # each stage waits once, for what it logs
 
 
-def on_the_host(monkeypatch):
-    """A tensor made on the wrong device."""
-    zeros = lambda x: torch.zeros(x.shape)
-    monkeypatch.setattr(model, "causal_mask", lambda keep: zeros(keep)[:, None, None].bool())
-
-
-def read_in_the_loop(monkeypatch):
-    """A loop that stops when all plans have ended waits for the device at every word."""
-    feed_word = model.Decoder.feed_word
-    stop = lambda decoder, word: bool((word == 0).all()) and feed_word(decoder, word)
-    monkeypatch.setattr(model.Decoder, "feed_word", stop)
-
-
-def heads_in_bf16(monkeypatch):
-    """Logits that are rounded before the softmax."""
-    monkeypatch.setattr(model.Policy, "code_logits", lambda self, x: self.code_head(x))
+made_on_the_host = lambda keep: torch.zeros(keep.shape)[:, None, None].bool()
+wait_at_every_word = lambda decoder, word: bool((word == 0).all()) and word  # have all plans ended?
+round_before_softmax = lambda policy, x: policy.code_head(x)
 
 
 @pytest.mark.parametrize(
-    "plant, device, words",
+    "owner, name, planted, device, words",
     [
-        (on_the_host, META, "of tensors on"),
-        (read_in_the_loop, META, "reads of the host"),
-        (heads_in_bf16, CPU, "log_softmax of torch.bfloat16"),
+        (model, "causal_mask", made_on_the_host, META, "of tensors on"),
+        (model.Decoder, "feed_word", wait_at_every_word, META, "reads of the host"),
+        (Policy, "code_logits", round_before_softmax, CPU, "log_softmax of torch.bfloat16"),
     ],
 )
-def test_a_planted_fault_is_caught(watched, world, monkeypatch, plant, device, words):
-    plant(monkeypatch)
+def test_a_planted_fault_is_caught(
+    watched, world, monkeypatch, owner, name, planted, device, words
+):
+    monkeypatch.setattr(owner, name, planted)
     with pytest.raises(AssertionError, match=words):
         with watched(device) as reads:
             sample(world, device)
         assert reads.count == 0, "reads of the host"
-
-
-# --- rounding in bf16 -----------------------------------------------------------------------------
 
 
 WORLD = WORLDS["small"]

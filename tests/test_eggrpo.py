@@ -20,24 +20,8 @@ from scenes import rare_pairs
 from test_objective import equal, random_batch
 
 
-# --- the step -------------------------------------------------------------------------------------
-
-
 VARIED = torch.rand(8, generator=torch.Generator().manual_seed(0))  # an untrained tokenizer earns 0
 CONFIG = Config(prompts=2, group_size=4)
-
-
-class Gradients:
-    """An optimizer that changes nothing and keeps the gradients."""
-
-    def __init__(self, policy):
-        self.policy = policy
-
-    def step(self):
-        self.kept = [p.grad.clone() for p in self.policy.parameters() if p.grad is not None]
-
-    def zero_grad(self):
-        self.policy.zero_grad()
 
 
 @pytest.fixture
@@ -48,9 +32,12 @@ def step(env, world, monkeypatch):
     def make(config=CONFIG, rewards=VARIED):
         scored = lambda images, targets, world: (rewards, {}, torch.zeros_like(rewards))
         monkeypatch.setattr(eggrpo, "compute_rewards", scored)
-        optimizer = Gradients(policy)
-        stats = train_step(policy, reference, optimizer, env, config, 0)
-        return stats, optimizer.kept
+        kept = []
+        keep = lambda: kept.extend(
+            p.grad.clone() for p in policy.parameters() if p.grad is not None
+        )
+        keeper = SimpleNamespace(step=keep, zero_grad=policy.zero_grad)  # which changes nothing
+        return train_step(policy, reference, keeper, env, config, 0), kept
 
     make.policy = policy
     make.reference = reference
@@ -62,7 +49,7 @@ def test_each_rollout_is_scored_by_the_targets_of_its_own_prompt(policy, env, mo
     seen = []
     monkeypatch.setattr(eggrpo, "compute_rewards", lambda _, targets, __: seen.append(targets))
     with pytest.raises(TypeError):  # nothing is returned
-        train_step(policy, policy, Gradients(policy), env, CONFIG, 5)
+        train_step(policy, policy, None, env, CONFIG, 5)
     scenes = training_scenes(env.world, CONFIG, 5)
     expected = eggrpo.encode_targets(env.world, [scenes[0]] * 4 + [scenes[1]] * 4)
     assert equal(seen[0], expected)
@@ -145,9 +132,6 @@ def test_a_sampler_that_is_not_the_learner_is_named_and_leaves_the_weights_alone
     assert equal(before, step.policy.parameters())
 
 
-# --- methods --------------------------------------------------------------------------------------
-
-
 def random_rollout():
     """Advantages (6,), and a rollout with plans of 12 slots and images of 20 tokens."""
     a, h, valid = random_batch(b=6, t=32)
@@ -201,9 +185,6 @@ def test_what_a_method_does_to_advantages_and_what_the_log_tells_of_it(method):
         assert stats["lambda"] == pytest.approx(expected.item()) and expected > 0
     else:
         assert (stats["lambda"] > 0) == (method == "eggrpo-released")
-
-
-# --- what is logged, and checked ------------------------------------------------------------------
 
 
 def test_entropy_statistics_go_over_valid_tokens_only():

@@ -82,9 +82,6 @@ def sgd(policy, lr):
     return torch.optim.SGD(trained_weights(policy.model).values(), lr)
 
 
-# --- sampling and scoring -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 @pytest.mark.parametrize("full", [True, False])
 def test_sampled_equals_rescored(files, guidance, full):
@@ -156,9 +153,6 @@ def test_a_plan_ends_with_its_end_token(files):
         assert request[-len(words + answer) - 1 :] == words + answer + [policy.boi]
         lengths.add(n)
     assert len(lengths) > 2
-
-
-# --- the update -----------------------------------------------------------------------------------
 
 
 def gradients(policy, config, batch, advantage):
@@ -272,9 +266,6 @@ def test_another_policy_or_a_gradient_that_is_not_finite_makes_no_update(files, 
     assert all(torch.equal(v, before[k]) for k, v in policy.model.state_dict().items())
 
 
-# --- adapter and reference ------------------------------------------------------------------------
-
-
 def test_lora_touches_the_language_model_only(files):
     """The vision tower has modules of the same names. Adapter weights are float32."""
     policy, config = make_policy(files)
@@ -314,9 +305,6 @@ def test_the_reference_of_full_training_stays(files):
         assert (janus.score_rollout(policy, batch, 5.0) - before).abs().max() > 1e-3
 
 
-# --- rewards --------------------------------------------------------------------------------------
-
-
 def test_clip_reward_is_clips_own_similarity(files):
     """Against logits_per_image of the model, on images of CLIP's own size."""
     reward = janus.load_reward(Config(**settings(files, reward=f"{files}/clip")))
@@ -343,9 +331,6 @@ def test_redness_rises(files, full):
         for step in range(25)
     ]
     assert sum(history[-5:]) / 5 > sum(history[:5]) / 5 + 0.3, history
-
-
-# --- the command ----------------------------------------------------------------------------------
 
 
 def flags(files, out, **changes):

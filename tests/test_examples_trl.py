@@ -26,49 +26,21 @@ import datasets  # noqa: E402
 import tiny_janus  # noqa: E402
 from trl_eggrpo import EGGRPOTrainer, objective  # noqa: E402
 
-PROMPTS = [
-    "a red ball",
-    "a small blue dog on a green box",
-    "cat",
-    "dog and ball",
-    "green cat under a box",
-    "a ball left of a dog",
-    "red",
-    "a big cat",
-]
-COMMON = dict(
-    loss_type="grpo",
-    num_generations=4,
-    per_device_train_batch_size=8,
-    max_completion_length=12,
-    max_steps=3,
-    learning_rate=0.02,
-    logging_steps=1,
-    use_cpu=True,
-    bf16=False,
-    report_to="none",
-    save_strategy="no",
-    disable_tqdm=True,
-)
+PROMPTS = ["a red ball", "a small blue dog on a green box", "cat", "dog and ball"]
+PROMPTS += ["green cat under a box", "a ball left of a dog", "red", "a big cat"]
+COMMON = dict(loss_type="grpo", num_generations=4, per_device_train_batch_size=8, max_steps=3)
+COMMON |= dict(max_completion_length=12, learning_rate=0.02, use_cpu=True, bf16=False)
+COMMON |= dict(logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True)
 CASES = {
     "accumulation": dict(gradient_accumulation_steps=2, per_device_train_batch_size=4, lora=0.0),
     "iterations": dict(num_iterations=2, gradient_checkpointing=True),
     "sgd": dict(optim="sgd", learning_rate=0.5, max_grad_norm=100.0),
 }
-REFUSED = dict(  # fields of GRPOConfig
-    top_k=5,
-    top_p=0.9,
-    min_p=0.1,
-    repetition_penalty=1.1,
-    generation_kwargs=dict(temperature=2.0),
-    neftune_noise_alpha=5.0,
-    loss_type="dapo",
-    importance_sampling_level="sequence",
-    off_policy_mask_threshold=0.5,
-    top_entropy_quantile=0.2,
-    entropy_coef=0.01,
-    use_adaptive_entropy=True,
-)
+# fields of GRPOConfig
+REFUSED = dict(top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1, neftune_noise_alpha=5.0)
+REFUSED |= dict(generation_kwargs=dict(temperature=2.0), loss_type="dapo", entropy_coef=0.01)
+REFUSED |= dict(importance_sampling_level="sequence", off_policy_mask_threshold=0.5)
+REFUSED |= dict(top_entropy_quantile=0.2, use_adaptive_entropy=True)
 SHIPPED = dict(typical_p=0.5, no_repeat_ngram_size=2, suppress_tokens=[5])  # with a model
 
 
@@ -264,33 +236,17 @@ def trl_loss(logp, old, ref, advantage, valid, beta):
     """Call TRL's own _compute_loss with its network's output replaced by our tensors."""
     stub = MagicMock()
     stub._get_per_token_logps_and_entropies.return_value = (logp, torch.zeros_like(logp), None)
-    stub.configure_mock(
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        importance_sampling_level="token",
-        beta=beta,
-        loss_type="grpo",
-        epsilon_low=0.2,
-        epsilon_high=0.2,
-        use_vllm=False,
-        aux_loss_enabled=False,
-        _entropy_bonus_enabled=False,
-        max_completion_length=logp.shape[1],
-        current_gradient_accumulation_steps=1,
-        use_adaptive_entropy=False,
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
-    )
+    stub.args = SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1)
+    stub.configure_mock(loss_type="grpo", beta=beta, epsilon_low=0.2, epsilon_high=0.2)
+    stub.configure_mock(top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False)
+    stub.configure_mock(importance_sampling_level="token", use_adaptive_entropy=False)
+    stub.configure_mock(aux_loss_enabled=False, _entropy_bonus_enabled=False)
+    stub.configure_mock(max_completion_length=30, current_gradient_accumulation_steps=1)
     stub.accelerator.gather.side_effect = stub.accelerator.reduce.side_effect = lambda x, **_: x
     words = torch.zeros_like(logp, dtype=torch.long)
-    inputs = dict(
-        prompt_ids=words,
-        prompt_mask=words,
-        completion_ids=words,
-        completion_mask=valid.int(),
-        advantages=advantage,
-        old_per_token_logps=old,
-        ref_per_token_logps=ref,
-    )
+    inputs = dict.fromkeys(("prompt_ids", "prompt_mask", "completion_ids"), words)
+    inputs |= dict(completion_mask=valid.int(), advantages=advantage)
+    inputs |= dict(old_per_token_logps=old, ref_per_token_logps=ref)
     return trl.GRPOTrainer._compute_loss(stub, None, inputs)
 
 

@@ -35,9 +35,6 @@ def test_docstrings_are_true():
     assert doctest.testmod(objective).failed == 0 and doctest.testmod(objective).attempted >= 4
 
 
-# --- advantages -----------------------------------------------------------------------------------
-
-
 def test_advantages_by_hand():
     """Rewards 0, 1, 2, 5: mean 2, squared deviations 4 + 1 + 0 + 9 = 14, std with ddof 1 is sqrt(14
     / 3)."""
@@ -63,9 +60,6 @@ def test_a_group_of_one_is_refused():
     """Guard: the released code gives NaN."""
     with pytest.raises(ValueError, match="at least 2"):
         group_advantages(torch.ones(4, 1))
-
-
-# --- entropy and masks ----------------------------------------------------------------------------
 
 
 def test_entropy_is_that_of_the_full_distribution_as_a_fraction():
@@ -112,9 +106,6 @@ def test_counts_are_those_of_exact_fractions():
 def test_fractions_that_overlap_or_leave_the_range_are_refused(fractions):
     with pytest.raises(ValueError, match="at most 1"):
         entropy_masks(torch.rand(1, 4), torch.ones(1, 4, dtype=torch.bool), *fractions)
-
-
-# --- shaping --------------------------------------------------------------------------------------
 
 
 def test_the_bonus_by_hand():
@@ -195,9 +186,6 @@ def test_the_released_rule_by_hand():
     a, h, valid = random_batch()
     out = shape_advantages_released(a, h, *entropy_masks(h, valid))
     assert (out * a[:, None] >= 0).all()
-
-
-# --- loss -----------------------------------------------------------------------------------------
 
 
 def random_logps(seed=0, b=6, t=20, spread=0.1):
@@ -284,9 +272,6 @@ def test_expected_gradient_equals_the_exact_one_on_an_enumerable_policy():
     loss, _ = policy_loss(logp, None, advantage, torch.ones(p * g, 1, dtype=torch.bool), beta=0.0)
     (estimate,) = torch.autograd.grad(loss, logits)
     assert torch.allclose(-estimate, exact, atol=0.01)
-
-
-# --- elsewhere ------------------------------------------------------------------------------------
 
 
 def test_it_can_be_copied_into_a_project_with_files_of_the_same_names(tmp_path):

@@ -1,4 +1,5 @@
-"""Pretraining: the corpus and its batches."""
+"""The stages before reinforcement learning: the tokenizer's nearest codes, straight-through
+gradient, moving averages and dead codes; the corpus of pretraining and its batches."""
 
 import os
 import signal
@@ -10,6 +11,112 @@ import common
 import pretrain
 from conftest import one_line
 from scenes import PAD
+from tiny_vq.quantizer import Quantizer
+from tiny_vq.train import fit_residuals
+from tiny_vq.vqvae import VQVAE
+
+
+def test_nearest_is_the_argmin_of_distances():
+    quantizer = Quantizer(16, 4)
+    z = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    slow = torch.stack([((quantizer.codebook - v) ** 2).sum(1).argmin() for v in z])
+    assert torch.equal(quantizer.nearest(z), slow)
+
+
+def test_straight_through_has_the_codes_value_and_the_identitys_gradient():
+    quantizer = Quantizer(8, 3)
+    z = torch.randn(5, 3, requires_grad=True)
+    out, codes, _ = quantizer(z)
+    assert torch.allclose(out, quantizer.codebook[codes], atol=1e-6)
+    (out * torch.arange(3.0)).sum().backward()
+    assert torch.equal(z.grad, torch.arange(3.0).expand(5, 3))
+
+
+def test_update_moves_an_entry_to_the_mean_of_its_vectors():
+    """One step by hand: count .5 + .5 * 2 = 1.5, sum .5 * 0 + .5 * (1 + 3) = 2, so the entry goes
+    to 4/3."""
+    quantizer = Quantizer(2, 1, decay=0.5)
+    quantizer.codebook.copy_(torch.tensor([[0.0], [9.0]]))
+    quantizer.sums.copy_(quantizer.codebook)
+    quantizer.update(torch.tensor([[1.0], [3.0]]), torch.tensor([0, 0]))
+    assert torch.allclose(quantizer.codebook, torch.tensor([[4 / 3], [9.0]]))
+
+
+def test_dead_codes_restart_on_vectors_of_the_batch_and_live_ones_stay():
+    quantizer = Quantizer(4, 2)
+    z = torch.randn(10, 2) + 50
+    quantizer.counts.copy_(torch.tensor([5.0, 0.0, 5.0, 0.1]))
+    before = quantizer.codebook.clone()
+    quantizer.restart(z, quantizer.nearest(z), torch.Generator().manual_seed(0))
+    assert torch.equal(quantizer.codebook[[0, 2]], before[[0, 2]])
+    assert all((z == quantizer.codebook[i]).all(1).any() for i in (1, 3))
+    assert torch.equal(quantizer.counts, torch.tensor([5.0, 1.0, 5.0, 1.0]))
+
+
+def test_dead_codes_do_not_restart_where_an_entry_already_is():
+    """Most vectors of an image are background; a dead code moved there would stay useless."""
+    quantizer = Quantizer(4, 2)
+    quantizer.counts.copy_(torch.tensor([5.0, 0.0, 0.0, 0.0]))
+    z = quantizer.codebook[:1].repeat(100, 1)
+    z[42] = 7.0
+    quantizer.restart(z, torch.zeros(100, dtype=torch.long), torch.Generator().manual_seed(0))
+    assert (quantizer.codebook[1:] == 7.0).all()
+
+
+def test_encode_and_decode_are_the_halves_of_forward():
+    model = VQVAE(patch=4, width=16, blocks=1, codebook_size=32, dim=4)
+    images = torch.rand(2, 3, 16, 16)
+    restored, features, codes, _ = model(images)
+    assert torch.equal(model.encode(images), codes.view(2, 16))
+    assert torch.allclose(model.decode(model.encode(images)), restored.clamp(0, 1), atol=1e-5)
+    assert features.shape == (32, 4) and model.decode(codes.view(2, 16)).shape == images.shape
+
+
+def test_residuals_make_the_mean_patch_of_each_code_right():
+    """The mean over all patches of one code is restored exactly, whatever the decoder makes of it;
+    codes that no patch has are left as they are."""
+    model = VQVAE(patch=4, width=16, blocks=1, codebook_size=32, dim=4)
+    images = torch.rand(6, 3, 16, 16)
+    fit_residuals(model, images.split(4))
+    restored, _, codes, _ = model(images)
+    missed = torch.nn.functional.pixel_unshuffle(images - restored, 4)
+    missed = missed.permute(0, 2, 3, 1).flatten(0, 2)  # (6 * 16, 48)
+    for code in codes.unique():
+        assert missed[codes == code].mean(0).abs().max() < 1e-5
+    unused = torch.bincount(codes, minlength=32) == 0
+    assert unused.any() and not model.residuals[unused].any()
+
+
+def test_equal_patches_get_equal_codes_wherever_they_are():
+    """The encoder sees one patch at a time: a change in one patch changes no other code."""
+    model = VQVAE(patch=4, width=16, blocks=1, codebook_size=32, dim=4)
+    images = torch.rand(1, 3, 4, 4).tile(1, 1, 4, 4)
+    assert len(model.encode(images).unique()) == 1
+    changed = images.clone()
+    changed[..., 4:8, 8:12] = torch.rand(3, 4, 4)
+    features, others = model.features(images)[0], model.features(changed)[0]
+    differs = (features != others).any(-1)
+    assert differs[1, 2] and differs.sum() == 1
+
+
+def test_a_tokenizer_learns_one_batch():
+    """120 steps on eight flat pictures: the error must fall by ten times, or gradients do not flow
+    through the codes."""
+    torch.manual_seed(0)
+    model = VQVAE(patch=4, width=32, blocks=1, codebook_size=16, dim=4)
+    images = torch.rand(8, 3, 1, 1).expand(8, 3, 16, 16).contiguous()
+    optimizer, errors = torch.optim.AdamW(model.parameters(), 2e-3), []
+    for step in range(120):
+        restored, features, codes, commitment = model(images)
+        error = ((restored - images) ** 2).mean()
+        (20 * error + 0.25 * commitment).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.quantizer.update(features.detach(), codes)
+        if step % 10 == 0:
+            model.quantizer.restart(features.detach(), codes, torch.Generator().manual_seed(step))
+        errors.append(error.item())
+    assert errors[-1] < errors[0] / 10
 
 
 def test_one_draw_per_item_drops_the_plan_or_both(world):

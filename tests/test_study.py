@@ -22,9 +22,6 @@ from objective import bonus_coefficient
 from scenes import RARE_PAIRS, WORLDS, make_scene
 
 
-# --- statistics -----------------------------------------------------------------------------------
-
-
 def test_an_interval_over_runs_is_students():
     """Three runs: mean 2, std 1, t = 4.303. Beyond 31 runs the quantile stays that of 31."""
     x = stats.mean_t_ci([1.0, 2.0, 3.0])
@@ -71,9 +68,6 @@ def test_what_a_third_column_causes_is_held():
     assert stats.correlation([np.stack([x, y], 1)]) > 0.8
     assert stats.correlation([np.stack([x, y, z], 1)]) < -0.98
     assert abs(stats.slope([np.stack([x, y, z], 1)]) + 1) < 0.02
-
-
-# --- jobs and records -----------------------------------------------------------------------------
 
 
 def test_every_job_has_a_name_of_its_own_and_comes_after_what_it_needs():
@@ -165,9 +159,6 @@ def test_the_parts_of_the_gradient_are_parts_of_the_update(tiny):
     for name, size in sizes.items():
         by_hand = [x[name].norm() / x["GRPO"].norm() for x in (g, other)]
         assert abs(size - sum(by_hand) / 2) < 1e-4
-
-
-# --- tables, figures, page ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -374,9 +365,6 @@ def test_the_floors_count_products_and_bytes_by_hand():
     settings = eggrpo.Config(prompts=2, group_size=3, micro_batch=2)
     step = decoding + 4 * 4 * 3 * parameters + 28 * parameters
     assert bench.memory_traffic(policy, settings, 4) == {"decoding": decoding, "step": step}
-
-
-# --- stopping and going on ------------------------------------------------------------------------
 
 
 def test_ctrl_c_ends_the_runs_in_hand_and_starts_no_others(tmp_path):

@@ -35,15 +35,9 @@ def special_ids(tokenizer):
 
 def language_config(tokenizer, **more):
     """The settings of a Llama of two layers."""
-    return transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        **special_ids(tokenizer),
-        **more,
-    )
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    sizes |= dict(vocab_size=len(tokenizer), **special_ids(tokenizer))
+    return transformers.LlamaConfig(**sizes, **more)
 
 
 def make_janus(seed=0, codes=24, side=3, scale=8.0):
@@ -51,38 +45,21 @@ def make_janus(seed=0, codes=24, side=3, scale=8.0):
     policy are scaled up, so that distributions are far from uniform and mistakes show."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    vision = transformers.JanusVisionConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=4 * side,
-        patch_size=4,
-        projection_dim=32,
-        num_image_tokens=side * side,
-        depth=1,
+    text = language_config(tokenizer, num_key_value_heads=2, max_position_embeddings=256)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, projection_dim=32)
+    sizes |= dict(image_size=4 * side, patch_size=4, num_image_tokens=side * side, depth=1)
+    vision = transformers.JanusVisionConfig(**sizes)
+    sizes = dict(embed_dim=8, num_embeddings=codes, latent_channels=32, base_channels=32)
+    sizes |= dict(channel_multiplier=[1, 1], num_res_blocks=1, projection_dim=32)
+    vq = transformers.JanusVQVAEConfig(**sizes, image_token_embed_dim=32, num_hidden_layers=2)
+    config = transformers.JanusConfig(
+        text_config=text,
+        vision_config=vision,
+        vq_config=vq,
+        tie_word_embeddings=False,
+        image_token_id=tokenizer.unk_token_id,
     )
-    vq = transformers.JanusVQVAEConfig(
-        embed_dim=8,
-        num_embeddings=codes,
-        latent_channels=32,
-        base_channels=32,
-        channel_multiplier=[1, 1],
-        num_res_blocks=1,
-        projection_dim=32,
-        image_token_embed_dim=32,
-        num_hidden_layers=2,
-    )
-    model = transformers.JanusForConditionalGeneration(
-        transformers.JanusConfig(
-            text_config=language_config(
-                tokenizer, num_key_value_heads=2, max_position_embeddings=256
-            ),
-            vision_config=vision,
-            vq_config=vq,
-            tie_word_embeddings=False,
-            image_token_id=tokenizer.unk_token_id,
-        )
-    ).eval()
+    model = transformers.JanusForConditionalGeneration(config).eval()
     for name, weight in model.named_parameters():
         if re.search("language_model|lm_head|generation", name) and weight.dim() > 1:
             weight.data *= scale
@@ -100,9 +77,9 @@ def teach_palette(model, steps=150):
     for _ in range(steps):
         ids = torch.randint(codes.num_embeddings, (16, side * side), generator=g)
         image = model.decode_image_tokens(ids)  # (16, h, w, 3)
-        cell = image.shape[1] // side
-        target = colours[ids % 3].view(16, side, side, 3)
-        target = target.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
+        cells = colours[ids % 3].view(16, side, side, 3)
+        target = cells.repeat_interleave(image.shape[1] // side, 1)
+        target = target.repeat_interleave(image.shape[1] // side, 2)
         loss = (image - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -116,18 +93,13 @@ def make_clip(seed=0):
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     layers = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    return transformers.CLIPModel(
-        transformers.CLIPConfig(
-            text_config=dict(
-                layers,
-                vocab_size=len(tokenizer),
-                max_position_embeddings=16,
-                **special_ids(tokenizer),
-            ),
-            vision_config=dict(layers, image_size=8, patch_size=4),
-            projection_dim=8,
-        )
-    ), tokenizer
+    text = dict(layers, vocab_size=len(tokenizer), max_position_embeddings=16)
+    config = transformers.CLIPConfig(
+        text_config=text | special_ids(tokenizer),
+        vision_config=dict(layers, image_size=8, patch_size=4),
+        projection_dim=8,
+    )
+    return transformers.CLIPModel(config), tokenizer
 
 
 def save(folder, model, tokenizer):
