@@ -4,11 +4,9 @@
 
     -> out/study/small/study.json (every number), study.md (the tables), figures/*.png
 
-A study that was stopped early is analysed as far as it went. All intervals are 95 % by Student's t,
-`mean ± half`: over runs for scores, over base policies for what is recorded of single policies,
-each of which is described by itself. A difference is paired: both methods have the base policy, the
-training prompts and the noise of the rollouts in common. Pairs of one base policy are not
-independent of it; the interval "over base policies" is over the mean difference of each.
+A study that was stopped early is analysed as far as it went. Intervals are 95 % by Student's t over
+base policies, of the means of each one's runs. A difference is paired: both methods have the base
+policy, the training prompts and the noise of the rollouts in common.
 """
 
 import json
@@ -102,8 +100,7 @@ def describe_variant(runs, grpo):
 
 
 def step_found(curve, pair):
-    """Return the step of the second of two evaluations in succession in which a rare pair is above
-    FOUND, or None."""
+    """Return the step of the second of two evaluations in succession with a pair above FOUND."""
     above = [point["rare_exact_by_pair"][pair] > FOUND for point in curve]
     for i in range(1, len(curve)):
         if above[i - 1] and above[i]:
@@ -134,8 +131,7 @@ def describe_discovery(runs):
 
 
 def describe_interactions(runs):
-    """Interactions of the halves of the method: both - one - other + neither, paired by base policy
-    and number. Returns {name: {measure: difference}}."""
+    """Describe both - one - other + neither of the method's halves: {name: {score: difference}}."""
     found = {}
     for name, methods in INTERACTIONS.items():
         found[name] = {}
@@ -172,8 +168,7 @@ def describe_training(runs):
 
 
 def read_run(path):
-    """Reduce a finished run to its scores, its learning curve, and the end of its training. path:
-    of its scores."""
+    """Reduce a run to scores, learning curve and the end of its training. path: of its scores."""
     head, *log = study.read_lines(path.with_name("log.jsonl"))
     curve = []
     for record in log:

@@ -162,8 +162,7 @@ def reward_and_entropy(instance, theta):
 
 
 def rule_loss(theta, instance, tokens, rule):
-    """Compute the loss of a policy on one batch. tokens: (P, G, T), P groups. Returns the loss, and
-    the fraction of the tokens whose advantage the rule gives another sign."""
+    """Compute the loss on one batch, and the fraction of turned signs. tokens: (P, G, T)."""
     advantage = group_advantages(rewards(instance, tokens)).flatten()
     tokens = tokens.flatten(0, 1)  # (B, T)
     logp, nats = logp_and_nats(theta, tokens)
@@ -183,7 +182,7 @@ def rule_loss(theta, instance, tokens, rule):
 
 def batch_gradients(instance, tokens):
     """Compute each rule's gradient of -loss in each batch, (N, R, T, V + 1, V), and its fraction of
-    turned signs, (N, R). tokens: (N, G, T), one group per batch. The KL term's gradient is 0."""
+    turned signs, (N, R). tokens: (N, G, T). The KL term's gradient is 0."""
     gradients = []
     turned = []
     for rule in RULES.values():
@@ -214,9 +213,8 @@ def sample_groups(number, instance, guidance):
 
 
 def audit_instance(instance, tokens, weight, draws):
-    """Measure what all rules add to the gradient of GRPO. tokens: (N, G, T), a group per batch;
-    weight: (N,), their probabilities; draws: number of independent samples, infinity if these are
-    all that there are. Returns {name: (R,)}."""
+    """Measure what all rules add to the gradient of GRPO. tokens, weight, draws: groups, (N, G, T),
+    their probabilities, (N,), and the number of independent samples. Returns {name: (R,)}."""
     gradients, turned = batch_gradients(instance, tokens)
     gradients = gradients.flatten(2)  # (N, R, parameters)
     mean = lambda values: torch.tensordot(weight, values, 1)  # over batches

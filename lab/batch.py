@@ -1,5 +1,4 @@
-"""A training batch of eggrpo.train_step up to GRPO's advantages, for measurements that need more of
-it than the log has."""
+"""A training batch of eggrpo.train_step up to GRPO's advantages, for measurements."""
 
 import math
 from typing import NamedTuple

@@ -3,10 +3,10 @@
     bash train.sh lab.bench            half a minute
 
 The model is the preset's with random weights. Times are medians; on a shared machine only their
-ratios are meaningful. A floor is what one resource would take alone, at a rate measured on the spot:
-FLOPs as torch counts them, at that of a large matrix product; the bytes of weights and cached keys
-and values whenever they are needed, at the bandwidth of a large copy. On a CPU the second does not
-hold for what fits into the caches; on a GPU launching operations often takes longer than both.
+ratios are meaningful. A floor is what one resource alone would take, at a rate measured here: FLOPs
+as torch counts them, at that of a large matrix product; bytes of weights and cached keys and values
+whenever they are needed, at the bandwidth of a large copy. On a CPU the second does not hold for
+what fits into the caches; on a GPU launching operations often takes longer than both.
 
 The overhead of EG-GRPO is the time of its masks and its shaping, all that it adds to GRPO.
 """

@@ -1,7 +1,4 @@
-"""Figures of a study: one idea each, readable in grey.
-
-Called by lab.analyze. Each function takes the numbers of study.json or records and writes one PNG.
-"""
+"""Figures of a study for lab.analyze: from numbers of study.json or records to a PNG each."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -41,8 +38,7 @@ def finish(path, figure, axis, note):
 
 
 def density(points, x_grid, y_grid):
-    """Smooth points by a Gaussian of Scott's width, at least a fiftieth of the range. points (n, 2)
-    -> (len(y_grid), len(x_grid))."""
+    """Smooth points (n, 2) by a Gaussian of Scott's width, at least a fiftieth of the range."""
     kernels = []
     for values, grid in zip(points.T, (x_grid, y_grid)):
         scott = values.std() * len(values) ** (-1 / 6)
@@ -89,8 +85,7 @@ def draw_setting(top, joint, setting, points, x_grid):
 
 
 def draw_joint(path, records, key):
-    """Reward against an entropy, as in the paper's figure, for each two settings in succession; the
-    histogram of the entropy above. records: {setting: {base: rows}}, pooled here."""
+    """Reward against an entropy, as in the paper's figure, for each two settings in succession."""
     pooled = {}
     bases = set()
     for setting, of_bases in records.items():
@@ -133,8 +128,7 @@ def draw_line(axis, x, intervals, name, runs=None):
 
 
 def draw_curves(path, variants):
-    """Held-out exact, on usual and rare pairs, against the training step: mean over runs and its
-    interval."""
+    """Held-out exact against the training step: mean over runs and its interval."""
     figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     titles = dict(eval_exact="exact, usual pairs", rare_exact="exact, rare pairs")

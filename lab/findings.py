@@ -1,8 +1,7 @@
-"""Findings 1 to 3 of the paper, measured on what single policies drew.
+"""Findings 1 to 3 of the paper, measured on what single policies drew, for lab.analyze.
 
-Used by lab.analyze. Rows are the JSON lines of lab.records, of one policy; a setting is what drew
-them (base policy without and with plan, GRPO, EG-GRPO), once per base policy. Each policy is
-described by itself: intervals are over base policies.
+Rows are dicts of lab.records, of one policy, which is described by itself. A setting is what drew
+them (base policy without and with plan, GRPO, EG-GRPO), once per base policy.
 """
 
 import numpy as np
@@ -12,7 +11,7 @@ from lab.tables import SETTINGS
 
 
 def describe_settings(records, describe, changes=False):
-    """Describe what each setting's policies drew, and with `changes` the differences of neighbouring
+    """Describe what each setting's policies drew, and with `changes` the differences of successive
     settings, paired by base policy. records: {setting: {base: rows}}; describe: rows of one policy
     -> {name: value}. Returns {setting: {name: interval}}."""
     described = {}

@@ -29,8 +29,8 @@ def vendi_score(kinds):
 
 @torch.no_grad()
 def diversity(env, policy, config, **options):
-    """Draw several images for each of some held-out prompts, each with a plan of its own. Returns
-    means over prompts: vendi, and reward_std, the spread of rewards within a prompt."""
+    """Draw several plans and images for each of some held-out prompts. Returns means over prompts:
+    vendi, and reward_std, the spread of rewards within a prompt."""
     n = config.diverse_images
     vendi = []
     spread = []
@@ -66,8 +66,7 @@ def score(env, policy, prompts, **options):
 
 
 def scores_by_setting(run):
-    """Score the policy of a lab.one_sided.Run at guidance 1, at its own and at twice its own, and at
-    its temperature if that is not 1. Returns {setting: {split: summary}}."""
+    """Score a lab.one_sided.Run at guidance 1, its own and twice that, and at its temperature."""
     config = run.config
     settings = {}
     for guidance in (1.0, config.guidance, 2 * config.guidance):
@@ -109,8 +108,7 @@ def token_mean(x, weight):
 
 @torch.no_grad()
 def describe(batch, w):
-    """Log the policies on the contexts of a batch of lab.one_sided: token means, weighted as in the
-    loss. w: (B, T) bonus."""
+    """Log a Batch of lab.one_sided: token means, weighted as in the loss. w: (B, T) bonus."""
     c = batch.words.shape[1]
     valid = batch.rollout.valid
     weight = valid / valid.sum(1, keepdim=True)

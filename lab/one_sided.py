@@ -1,17 +1,12 @@
 """Train a policy that is sampled under guidance, or at another temperature, and scored without.
 
-    bash train.sh lab.study --only base-0/one-sided/bonus        one run; the names: lab.study.ONE_SIDED
-
-    -> out/study/base-0/small/one-sided/bonus.json
+    bash train.sh lab.study --only base-0/one-sided/bonus      one run; names: lab.study.ONE_SIDED
 
 z are the logits of the scored policy p, u those of its empty branch (no prompt, no plan). Codes are
 sampled from q = softmax((u + g (z - u)) / temperature), words from p. A bonus w that depends on the
 context only has the expected gradient E_q[w grad_z log p] = w (q - p): it distils the sampler. Here
-the parts are separated: where the bonus is, its size and sign; weights p / q, which cancel the
-pull; the pull as a loss, without the sampling noise of the bonus; a teacher or an empty branch that
-does not move; other KL terms. docs/guidance.md has the questions and the results.
-
-Dimension letters as in eggrpo.py. Divergences are in nats, entropies fractions of log V.
+its parts are separated, see Config; docs/guidance.md has the questions and the results. Letters are
+those of eggrpo.py. Divergences are in nats, entropies fractions of log V.
 """
 
 import copy
@@ -51,7 +46,7 @@ class Config(eggrpo.Config):
     on: str = "both"  # modality with a bonus: both, words or codes
     where: str = "high"  # tokens with a bonus: high, low, as many random ones, or every one alike
     weights: str = "none"  # p / q, at most 2, as a factor: none, of the bonus, or of all advantages
-    pull: str = "sampled"  # the bonus: sampled, exact (the pull as a loss), frozen (that of the base)
+    pull: str = "sampled"  # the bonus: sampled, exact (as a loss), frozen (that of the base)
     empty: str = "moving"  # empty branch of the sampler: moving, or frozen (that of the base)
     kl: str = "k3"  # KL term: k3 or exact
     match: str = "none"  # at the start: hot, cold (KL(q||p) as at guidance 2), pull (as on high)
@@ -150,8 +145,7 @@ class Batch(NamedTuple):
 
 
 class Run:
-    """The policies of a run and its environment. config: a Config, whose numbers may be matched to
-    those of the base policy, see calibrate."""
+    """The policies of a run and its environment. config: a Config, which calibrate may change."""
 
     def __init__(self, config):
         self.config = config
@@ -225,8 +219,7 @@ def token_advantages(batch, config, step):
 
 
 def update(run, optimizer, step):
-    """Make one step as eggrpo.train_step does, with the parts of the config. Returns what is
-    logged."""
+    """Make one step as eggrpo.train_step does, by the config. Returns what is logged."""
     config = run.config
     batch = run.batch(step, config.guidance, config.temperature)
     c = batch.words.shape[1]
@@ -260,9 +253,8 @@ def update(run, optimizer, step):
 
 @torch.no_grad()
 def calibrate(run, batches=4):
-    """Match a run's config to the base policy's numbers: the temperature at which KL(q||p) is that
-    of guidance 2 (hot: above 1, cold: below), or the kappa at which the mean of w |q - p|^2 is that
-    of a bonus on high tokens (pull)."""
+    """Match a run's config to the base policy: the temperature to the KL(q||p) of guidance 2 (hot,
+    cold), or kappa to the mean of w |q - p|^2 of a bonus on high tokens (pull)."""
     config = run.config
     if config.match == "none":
         return
@@ -293,8 +285,8 @@ def calibrate(run, batches=4):
 
 
 def train(config):
-    """Train a policy and score it. Returns a record: settings, log on contexts of q at each step,
-    and of p every 20 steps, scores by setting of the sampler."""
+    """Train a policy and score it. Returns a record: settings, log on contexts of q, and of p every
+    20 steps (own), scores by setting of the sampler."""
     run = Run(config)
     calibrate(run)
     config = run.config

@@ -3,9 +3,6 @@
     bash train.sh lab.one_step         the first step of a run, after bash train.sh; seconds
 
     -> out/small/one-step.png (figure), one-step.json (its numbers), one-step.md (docs/one-step.md)
-
-The rollouts are those of the first training step. eggrpo.train_step is called twice, for GRPO and
-for EG-GRPO, to measure what it does to the log-probs of the sampled tokens.
 """
 
 import copy
@@ -50,8 +47,7 @@ def choose_prompt(batch):
 
 
 def describe_tokens(batch, low, high, shaped, objects, row):
-    """List the valid tokens of a sequence: {modality: {field: list}}, and the words of the plan.
-    objects: (B, L) bool, the image tokens that draw objects."""
+    """List the valid tokens of a sequence: {modality: {field: list}}, and the words of the plan."""
     rollout = batch.rollout
     c = rollout.plan.shape[1]
     fields = dict(
@@ -74,8 +70,7 @@ def describe_tokens(batch, low, high, shaped, objects, row):
 
 
 def measure_update(policy, env, settings, batch, masks, rows):
-    """Make the step. Returns, for each row, the change of log-prob in nats, summed over the tokens
-    of each mask: {row: {mask: nats}}."""
+    """Make the step. Returns the change of log-prob, summed over tokens: {row: {mask: nats}}."""
     learner = copy.deepcopy(policy)
     rate = settings.lr / 10  # that of the first warm-up step
     optimizer = torch.optim.AdamW(learner.parameters(), rate, (0.9, 0.95), weight_decay=0.0)

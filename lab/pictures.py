@@ -107,8 +107,7 @@ def draw_codes(axis, codes):
 
 
 def draw_data(path, config):
-    """Draw what one training step computes, each tensor with its shape and its function. Contents
-    are those of one rollout, the best one of lab.one_step."""
+    """Draw what a training step computes: tensors, shapes, functions. Contents: of one rollout."""
     env, policy, _ = load(config, "base")
     settings = step_config(config.preset, "eggrpo", config.seed)
     batch = training_batch(env, policy, settings, 0)
@@ -159,7 +158,7 @@ def draw_data(path, config):
 
 
 def draw_categories(path, config):
-    """Draw a scene of each category with the borders of its tokens, and what the tokenizer keeps."""
+    """Draw a scene of each category with the borders of its tokens, and its reconstruction."""
     env, _, _ = load(config, "base")
     categories = env.world.categories
     scenes = [make_scene(env.world, "eval", 0, 0, category) for category in categories]

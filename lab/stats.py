@@ -1,8 +1,7 @@
 """Statistics of the study: intervals, paired differences, correlations, pass@k.
 
-Used by lab.analyze. All intervals are 95 % by Student's t: `mean`, `half` (the half-width) and `n`,
-over base policies. Values of runs are {(base policy, number): value}; groups are lists of (n,
-columns), one array per prompt.
+Intervals are 95 % by Student's t, over base policies: `mean`, `half` (the half-width) and `n`.
+Values of runs are {(base policy, number): value}; groups are lists of (n, columns), one per prompt.
 """
 
 import math
@@ -28,9 +27,8 @@ def mean_t_ci(values):
 
 
 def over_bases(values):
-    """Average runs of the same base policy, then base policies: mean, half and n over these, and
-    the number of runs. The runs of one base policy are alike: they do not count as independent.
-    values: {(base policy, number): value}."""
+    """Average the runs of each base policy, which are alike, then base policies: mean, half and n
+    over these, and the number of runs."""
     by_base = {}
     for base, number in sorted(values):
         by_base.setdefault(base, []).append(values[base, number])
@@ -38,8 +36,7 @@ def over_bases(values):
 
 
 def average(numbers):
-    """Average numbers of the same name. numbers: {(base policy, number): {name: value}}. Returns
-    {name: interval}."""
+    """Average numbers: {(base policy, number): {name: value}} -> {name: interval}."""
     values = {}
     for key, of_run in numbers.items():
         for name, value in of_run.items():
@@ -48,8 +45,7 @@ def average(numbers):
 
 
 def paired_difference(one, other):
-    """Difference of two variants over the (base policy, number) that both have; None without any.
-    one, other: {(base policy, number): value}."""
+    """Difference of two variants over the runs that both have, or None without any."""
     pairs = one.keys() & other.keys()
     return over_bases({key: one[key] - other[key] for key in pairs}) if pairs else None
 
@@ -73,8 +69,8 @@ def residuals(columns, held):
 
 
 def correlation(groups):
-    """Pearson's correlation of the first two columns, with further columns held: the partial
-    correlation given them. groups: a list of (n, columns). NaN if a column does not vary."""
+    """Pearson's correlation of the first two columns, the partial one given any others. NaN if one
+    does not vary."""
     columns = np.concatenate(groups)
     left = residuals(columns[:, :2], columns[:, 2:])
     if (left.std(0) < 1e-9).any():
@@ -83,8 +79,7 @@ def correlation(groups):
 
 
 def slope(groups):
-    """Slope of the second column on the first, with further columns held. groups: a list of (n,
-    columns). NaN if the first column does not vary."""
+    """Slope of the second column on the first, others held. NaN if the first does not vary."""
     columns = np.concatenate(groups)
     x, y = residuals(columns[:, :2], columns[:, 2:]).T
     if x.std() < 1e-9:

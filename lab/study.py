@@ -10,10 +10,9 @@ Each base policy has a tokenizer and a corpus of its own seed. Runs of base b an
 seed 10 b + s: methods are compared on the same base policy, training prompts and rollout noise. All
 policies answer the same evaluation prompts with the same noise.
 
-Jobs run in the order of `plan`, the most informative first, so that a study that is stopped early
-is balanced. A finished job is skipped, an interrupted one continues. On a CPU as many jobs as there
-are cores run at a time, one thread each, which is faster than all threads on one job; on a GPU one
-at a time unless --jobs says otherwise (docs/gpu.md).
+Jobs run in the order of `plan`, the most informative first. A finished job is skipped, an
+interrupted one continues. Each has one thread, and as many run at a time as there are cores, or one
+on a GPU, unless --jobs says otherwise (docs/gpu.md).
 """
 
 import json
@@ -223,8 +222,7 @@ def result_path(config, job):
 
 
 def load(config, name):
-    """Load a policy of a base policy's folder, config.out. Returns env, policy, and options to
-    sample it."""
+    """Load a policy of the folder config.out. Returns env, policy, and options to sample it."""
     env = load_env(config, common.pick_device(config.device))
     base = load_base(config, env)
     if name in BASES:
@@ -341,7 +339,8 @@ def launch(config, job, argv, running):
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{job.name.replace('/', '-')}.txt"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lab.study", *argv, "--out", str(config.out), "--only", job.name]
+    own = ["--out", str(config.out), "--only", job.name]
+    command = [sys.executable, "-m", "lab.study", *argv, *own]
     with open(log, "w") as file:
         options = dict(cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
         return subprocess.run(command, **options).returncode

@@ -1,7 +1,4 @@
-"""Tables of a study: the numbers of study.json as Markdown, and the names of what they compare.
-
-Used by lab.analyze.
-"""
+"""Tables of a study for lab.analyze: the numbers of study.json as Markdown, and their names."""
 
 from evaluate import markdown_table
 

@@ -4,21 +4,14 @@
 
 -> one line of JSON:
 
-    below_01            share of the image tokens of base + plan with an entropy below .01
-    q10, q20, q50, q90  quantiles of their entropy
-    background          mean entropy of image tokens on the background
-    objects             the same on objects
-    low_on_objects      share of the low-entropy image tokens that are on objects
-    high_on_objects     the same of the high-entropy ones
-    low_gradient        norm of the low image tokens' gradient over that of all tokens (GRPO without
-                        KL term), mean over training batches
-    gradient            the same of every part of EG-GRPO's gradient
-    ceiling             mean reward of true scenes after encoding and decoding
-    ceiling_exact       fraction of them that are exact
-    exact_plan          fraction of held-out prompts that base + plan draws exactly right
-    exact_no_plan       the same of the base policy without plan
-
-Entropies are fractions of log V.
+    below_01, q10 to q90         share of the image tokens of base + plan with an entropy (fraction
+                                 of log V) below .01; quantiles
+    background, objects          mean entropy of image tokens there
+    low_, high_on_objects        share of the low- and high-entropy image tokens that are on objects
+    gradient                     norm of each part of EG-GRPO's gradient over that of GRPO's without
+                                 KL term, means over training batches
+    ceiling, ceiling_exact       mean reward and exact of true scenes after encoding and decoding
+    exact_plan, exact_no_plan    fraction of held-out prompts that the base policy draws right
 """
 
 import contextlib
@@ -62,8 +55,7 @@ def object_tokens(images, world):
 
 @torch.no_grad()
 def sample_tokens(env, policy, config):
-    """Draw one image for each held-out prompt. Returns the entropy of its tokens, (n, L), and which
-    of them are on objects, (n, L) bool."""
+    """Draw an image per held-out prompt. Returns its tokens' entropy, and which are on objects."""
     scenes = [make_scene(env.world, "eval", config.seed, i) for i in range(config.prompts)]
     prompts, _ = encode_scenes(env.world, scenes)
     noise = draw_noise(policy, config.prompts, config.seed, "world")
@@ -116,8 +108,7 @@ def gradient_parts(batch, config):
 
 
 def part_gradients(policy, batch, parts, config):
-    """Gradient of minus policy_loss without KL term, for the advantages (B, T) of each part.
-    Returns (parts, weights)."""
+    """Gradient of minus policy_loss without KL term, for each part: (parts, weights)."""
     parameters = list(policy.parameters())
     sequences = len(batch.advantage)
     total = 0.0
@@ -160,9 +151,7 @@ def main(argv=None):
         scores = evaluate(env, policy, "eval", *numbers, no_plan=no_plan)
         figures[name] = scores.exact.mean().item()
     settings = step_config(config.preset, "eggrpo", config.seed)
-    gradient = gradient_sizes(env, policy, settings, config.batches)
-    figures["low_gradient"] = gradient["low image tokens"]
-    figures["gradient"] = gradient
+    figures["gradient"] = gradient_sizes(env, policy, settings, config.batches)
     print(json.dumps(common.to_jsonable(figures)))
 
 
