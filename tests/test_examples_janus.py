@@ -120,9 +120,7 @@ def generate(policy, requests, **how):
 def test_greedy_images_are_those_of_generate(files):
     """At guidance 5, padded prompts: the same 9 codes for each."""
     policy, _, rollout, _ = make_batch(files)
-    ours, plain = (
-        janus.sample(policy, rollout.image_request, L, True, guidance)[0] for guidance in (5.0, 1.0)
-    )
+    ours, plain = (janus.sample(policy, rollout.image_request, L, True, g)[0] for g in (5.0, 1.0))
     policy.model.generation_config.generation_kwargs = {"boi_token_id": policy.boi}
     how = dict(generation_mode="image", guidance_scale=5)
     assert torch.equal(ours, generate(policy, rollout.image_request, **how))
@@ -167,16 +165,14 @@ def gradients(policy, config, batch, advantage):
 def test_micro_batches_do_not_change_the_update(files, full):
     """12, 6, 5 (with a rest of 2) and 1, with checkpointing, and 4 without: the rest weighs by its
     number of sequences."""
-    policy, config, batch, advantage = make_batch(
-        files, PROMPTS * 4, moved=True, full=full, beta=0.5
-    )
-    assert not batch.valid.all()
-    results = [
-        gradients(policy, replace(config, micro_batch=n), batch, advantage) for n in (12, 6, 5, 1)
-    ]
+    changes = dict(moved=True, full=full, beta=0.5)
+    policy, config, *rest = make_batch(files, PROMPTS * 4, **changes)
+    assert not rest[0].valid.all()
+    sizes = 12, 6, 5, 1
+    results = [gradients(policy, replace(config, micro_batch=n), *rest) for n in sizes]
     assert policy.model.model.language_model.is_activation_checkpointing
     policy.model.model.language_model.activation_checkpointing_disable()
-    results.append(gradients(policy, config, batch, advantage))
+    results.append(gradients(policy, config, *rest))
     for grads, stats in results[1:]:
         for name, grad in grads.items():
             assert torch.allclose(grad, results[0][0][name], rtol=1e-3, atol=1e-6), name
@@ -235,9 +231,8 @@ def test_a_step_shapes_advantages_of_its_groups(files, monkeypatch):
     monkeypatch.setattr(janus, "update", update)
     rewards = torch.tensor([[1.0, 2.0, 3.0], [10.0, 10.0, 10.0]])
     reward = lambda images, prompts: rewards.flatten()
-    (stats, _), _ = (
-        janus.train_step(policy, optimizer, reward, PROMPTS[:2], config, step) for step in (0, 20)
-    )
+    stats, _ = janus.train_step(policy, optimizer, reward, PROMPTS[:2], config, 0)
+    janus.train_step(policy, optimizer, reward, PROMPTS[:2], config, 20)
     rollout, advantage, _ = given[0]
     scalar = torch.tensor([-1.0, 0.0, 1.0, 0.0, 0.0, 0.0]) / (1 + 1e-4)
     expected, coefficient = janus.shape_rollout(rollout, scalar, config)
@@ -313,9 +308,8 @@ def test_clip_reward_is_clips_own_similarity(files):
     model, tokenizer = tiny_janus.make_clip()
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-    out = model.eval()(
-        pixel_values=(images - mean) / std, **tokenizer(PROMPTS, padding=True, return_tensors="pt")
-    )
+    words = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    out = model.eval()(pixel_values=(images - mean) / std, **words)
     theirs = out.logits_per_image.diagonal() / model.logit_scale.exp()
     assert (ours - theirs).abs().max() < 1e-5 and ours.std() > 1e-3
 
@@ -326,10 +320,8 @@ def test_redness_rises(files, full):
     policy, config = make_policy(files, full=full, lr=5e-3, group_size=8)
     optimizer = torch.optim.AdamW(trained_weights(policy.model).values(), weight_decay=0.0)
     reward = janus.load_reward(config)
-    history = [
-        janus.train_step(policy, optimizer, reward, PROMPTS[:2], config, step)[0]["reward"]
-        for step in range(25)
-    ]
+    train = lambda step: janus.train_step(policy, optimizer, reward, PROMPTS[:2], config, step)[0]
+    history = [train(step)["reward"] for step in range(25)]
     assert sum(history[-5:]) / 5 > sum(history[:5]) / 5 + 0.3, history
 
 
@@ -465,9 +457,8 @@ def test_another_run_goes_on_from_neither_log_nor_checkpoint(files, tmp_path, ca
     janus.main(flags(files, tmp_path, steps=1))
     log, checkpoint, other = tmp_path / "log.jsonl", tmp_path / "policy.pt", tmp_path / "other.pt"
     before = log.read_bytes()
-    refused = lambda: one_line(
-        capsys, 2, janus.main, flags(files, tmp_path, steps=2, beta=0.5), runner=janus.run
-    )
+    other_flags = flags(files, tmp_path, steps=2, beta=0.5)
+    refused = lambda: one_line(capsys, 2, janus.main, other_flags, runner=janus.run)
     assert "log.jsonl is of another --beta: choose another --out" in refused()
     checkpoint.rename(other)
     assert "log.jsonl is of another --beta: choose another --out" in refused()

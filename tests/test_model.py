@@ -65,18 +65,16 @@ def test_sampling_slot_by_slot_without_cache_gives_the_same_tokens(policy, promp
 def test_the_stop_token_is_valid_and_what_follows_is_not(world, prompt):
     policy = tiny_policy(world)
     with torch.no_grad():  # plans that stop, most of them early
-        policy.word_head.weight[0] += (
-            0.2 * policy.word_head.weight[1:].abs().mean() * torch.randn(32)
-        )
+        size = 0.2 * policy.word_head.weight[1:].abs().mean()
+        policy.word_head.weight[0] += size * torch.randn(32)
     draw = generate(policy, prompt.repeat(40, 1), noise(policy, 120))
     stopped = (draw.plan == END).any(1)
     assert 0 < stopped.sum()
     for plan, valid, logp in zip(draw.plan[stopped], draw.valid[stopped], draw.logp[stopped]):
         after = slice((plan == END).nonzero()[0, 0] + 1, policy.C)
         assert valid[: after.start].all() and valid[policy.C :].all() and not valid[after].any()
-        assert (
-            (plan[after] == PAD).all() and (logp[after] == 0).all() and logp[after.start - 1] != 0
-        )
+        assert (plan[after] == PAD).all() and (logp[after] == 0).all()
+        assert logp[after.start - 1] != 0
     assert draw.valid[~stopped].all()  # a plan that never stops is valid throughout
     assert draw.plan[draw.valid[:, : policy.C]].min() >= END > max(PAD, PLAN, IMAGE)
 

@@ -128,12 +128,12 @@ def test_the_parts_of_the_gradient_are_parts_of_the_update(tiny):
     """Those on low, middle and high tokens are GRPO's; the bonus for those on low is EG-GRPO's,
     which is the gradient of a training step without KL term, on the same batch."""
     env, policy = tiny
-    batches = [batch.training_batch(env, policy, SETTINGS, step) for step in range(2)]
-    parts = [world.gradient_parts(found, SETTINGS) for found in batches]
-    g, other = (
-        dict(zip(part, world.part_gradients(policy, found, part, SETTINGS)))
-        for found, part in zip(batches, parts)
-    )
+    gradients = []
+    for step in (1, 0):
+        found = batch.training_batch(env, policy, SETTINGS, step)
+        parts = world.gradient_parts(found, SETTINGS)
+        gradients += [dict(zip(parts, world.part_gradients(policy, found, parts, SETTINGS)))]
+    g = gradients[1]
     levels = "low", "middle", "high", "bonus on"
     low, middle, high, bonus = (g[f"{x} words"] + g[f"{x} image tokens"] for x in levels)
     assert torch.allclose(low + middle + high, g["GRPO"], atol=1e-6)
@@ -147,7 +147,6 @@ def test_the_parts_of_the_gradient_are_parts_of_the_update(tiny):
     moved = torch.cat([x.flatten() for x in moved]) * max(logged["grad_norm"], 1)  # unclipped
     assert torch.allclose(moved, g["EG-GRPO"], atol=1e-5)
 
-    found = batches[0]
     low, high, _ = batch.token_advantages(found, SETTINGS)
     rollout = found.rollout
     of_batch = bonus_coefficient(found.advantage, rollout.entropy, low, high, rollout.valid)
@@ -157,7 +156,7 @@ def test_the_parts_of_the_gradient_are_parts_of_the_update(tiny):
 
     sizes = world.gradient_sizes(env, policy, SETTINGS, 2)
     for name, size in sizes.items():
-        by_hand = [x[name].norm() / x["GRPO"].norm() for x in (g, other)]
+        by_hand = [x[name].norm() / x["GRPO"].norm() for x in gradients]
         assert abs(size - sum(by_hand) / 2) < 1e-4
 
 
