@@ -5,9 +5,8 @@
     -> out/small/results.json, results.md (the printed table), before-after.png, curves.png
 
 `eval` and `rare` prompts never occur in training, not even as paraphrases; every `rare` prompt
-has one rare colour-shape pair (scenes.py), and the pairs take turns. In reinforcement learning a
-third of the prompts have a rare pair too, in other scenes. All policies answer the same prompts
-with the same noise.
+has one rare colour-shape pair (scenes.py). All policies answer the same prompts with the same
+noise.
 """
 
 import contextlib
@@ -15,7 +14,6 @@ import io
 import json
 import math
 import textwrap
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,25 +70,11 @@ def load_base(config, env):
 
 
 def load_run(path, config, env, base):
-    """Read a finished run of eggrpo.py, made from a base policy. Returns the policy, and the options
-    of model.generate with which it was trained."""
+    """Read a finished run of eggrpo.py, made from a base policy. Returns the policy, and the
+    options of model.generate with which it was trained."""
     command = common.command_for("eggrpo", config)
     policy, trained = load_model(partial(Policy, env.world), path, base.origin, command)
     return policy.to(env.device), dict(guidance=trained["guidance"])
-
-
-def load_policies(config, env):
-    """Load the base policy and all finished runs. Returns {name: (policy, sampling options)}."""
-    base = load_base(config, env)
-    policies = {"base, no plan": (base, dict(no_plan=True)), "base + plan": (base, {})}
-    folder = config.out / config.preset
-    for path in sorted(folder.glob("*/policy.pt")):
-        with contextlib.suppress(Unfinished):
-            policies[path.parent.name] = load_run(path, config, env, base)
-    if len(policies) == 2:
-        command = common.command_for("eggrpo", config)
-        print(f"no finished run in {folder}: only the base policy is scored; make one: `{command}`")
-    return policies
 
 
 # --- scoring --------------------------------------------------------------------------------------
@@ -127,15 +111,17 @@ def sample_and_score(env, policy, scenes, noise, **options):
     return images, *compute_rewards(images, targets, env.world)
 
 
-def evaluate(env, policy, split, prompts, batch=128, seed=0, title=None, **options):
+def evaluate(env, policy, split, prompts, batch=BLOCK, seed=0, **options):
     """Score one image for each of the first `prompts` scenes of a split. Returns Scores."""
     scenes = [make_scene(env.world, split, seed, i) for i in range(prompts)]
     blocks = range(0, prompts, BLOCK)
-    noise = torch.cat([draw_noise(policy, BLOCK, seed, "evaluate", split, i) for i in blocks])
+    noise = [draw_noise(policy, BLOCK, seed, "evaluate", split, i) for i in blocks]
+    noise = torch.cat(noise)[:prompts]
     scored = []
-    for start in tqdm(range(0, prompts, batch), title, disable=title is None, leave=False):
-        part = slice(start, min(start + batch, prompts))
-        scored.append(sample_and_score(env, policy, scenes[part], noise[part], **options)[1:])
+    for start in range(0, prompts, batch):
+        part = slice(start, start + batch)
+        _, *scores = sample_and_score(env, policy, scenes[part], noise[part], **options)
+        scored.append(scores)
     reward, components, exact = zip(*scored)
     reward = torch.cat(reward).cpu()
     exact = torch.cat(exact).cpu()
@@ -143,13 +129,8 @@ def evaluate(env, policy, split, prompts, batch=128, seed=0, title=None, **optio
     return Scores(scenes, reward, components, exact)
 
 
-def rare_pair_name(scene):
-    """Return for instance "red cross", or None for a scene without a rare pair."""
-    return next((" ".join(pair) for pair in rare_pairs(scene.objects)), None)
-
-
 def summarize_groups(scores, names):
-    """Average reward and exact over the scenes of each name. names: (n,) of str or None."""
+    """Average reward and exact over the scenes of each name. names: (n,) of str, "" for none."""
     groups = {}
     for name in dict.fromkeys(filter(None, names)):
         rows = torch.tensor([other == name for other in names])
@@ -170,11 +151,11 @@ def summarize(scores):
         found[f"{name}_half"] = 1.96 * spread / n**0.5
     components = {name: values.nanmean().item() for name, values in scores.components.items()}
     categories = [scene.category for scene in scores.scenes]
-    pairs = [rare_pair_name(scene) for scene in scores.scenes]
+    pairs = [min(rare_pairs(scene.objects), default=()) for scene in scores.scenes]  # one or none
     return found | dict(
         components=components,
         categories=summarize_groups(scores, categories),
-        rare_pairs=summarize_groups(scores, pairs),
+        rare_pairs=summarize_groups(scores, [" ".join(pair) for pair in pairs]),
     )
 
 
@@ -192,20 +173,14 @@ def markdown_table(head, rows):
 
 
 def results_table(results):
-    """Format {policy: {"eval": summary, "rare": summary}} as Markdown tables; "-" for None."""
-
-    def show(value, half=None):
-        if value is None:
-            return "-"
-        return f"{value:.3f}" if half is None else f"{value:.3f} ± {half:.3f}"
-
+    """Format {policy: {"eval": summary, "rare": summary}} as Markdown tables."""
     rows, by_category, by_pair = [], [], []
     for name, splits in results.items():
         for split, s in splits.items():
             label = name if split == "eval" else f"{name}, rare pairs"
-            reward = show(s["reward"], s["reward_half"])
-            exact = show(s["exact"], s["exact_half"])
-            components = [show(s["components"][key]) for key in REWARDS]
+            reward = f"{s['reward']:.3f} ± {s['reward_half']:.3f}"
+            exact = f"{s['exact']:.3f} ± {s['exact_half']:.3f}"
+            components = [f"{mean:.3f}" for mean in s["components"].values()]
             rows.append([f"{label} (n = {s['n']})", reward, exact, *components])
         categories = splits["eval"]["categories"]
         pairs = splits["rare"]["rare_pairs"]
@@ -258,22 +233,19 @@ def gallery(rows, prompts, titles=None, exact=None):
 
 def draw_gallery(env, policies):
     """Draw the gallery: usual pairs, then as many rare ones, always of the same prompts and noise.
-    policies: {title: (policy, sampling options)}. Returns a matplotlib figure."""
-    scenes = []
-    prompts = []
-    for split, kind in (("eval", ""), ("rare", "rare: ")):
-        for i in range(4):
-            scene = make_scene(env.world, split, 777, i)
-            scenes.append(scene)
-            prompts.append(kind + scene.prompt)
+    policies: {name: (policy, sampling options)}. Returns a matplotlib figure."""
+    usual = [make_scene(env.world, "eval", 777, i) for i in range(4)]
+    rare = [make_scene(env.world, "rare", 777, i) for i in range(4)]
+    prompts = [scene.prompt for scene in usual]
+    prompts += [f"rare: {scene.prompt}" for scene in rare]
     rows = []
     exact = []
     for policy, options in policies.values():
-        noise = draw_noise(policy, len(scenes), "gallery")
-        images, _, _, right = sample_and_score(env, policy, scenes, noise, **options)
+        noise = draw_noise(policy, len(prompts), "gallery")
+        images, _, _, right = sample_and_score(env, policy, usual + rare, noise, **options)
         rows.append(images)
         exact.append(right)
-    return gallery(rows, prompts, list(policies), exact)
+    return gallery(rows, prompts, [run_title(name) for name in policies], exact)
 
 
 def save_figure(figure, path):
@@ -287,32 +259,28 @@ def save_figure(figure, path):
     common.write(path, packed.getvalue())
 
 
-def save_animation(folder):
-    """Join the galleries of a run to training.gif."""
-    frames = [Image.open(path) for path in sorted(folder.glob("gallery-*.png"))]
-    duration = [700] * (len(frames) - 1) + [3000]  # milliseconds
-    options = dict(save_all=True, append_images=frames[1:], duration=duration, loop=0)
-    frames[0].save(folder / "training.gif", **options)
-
-
 def evaluate_in_training(env, policy, config, folder, step):
-    """Evaluate a policy in training and save a gallery; after the last step, save the animation.
-    config: of eggrpo.py. Returns what is logged."""
+    """Evaluate a policy in training and save a gallery; after the last step, join the galleries to
+    training.gif. config: of eggrpo.py. Returns what is logged."""
     if step == 0:
         for old in folder.glob("gallery-*.png"):
             old.unlink()
     options = dict(guidance=config.guidance)
     numbers = {}
     for split in ("eval", "rare"):
-        summary = summarize(evaluate(env, policy, split, config.eval_prompts, **options))
+        scores = evaluate(env, policy, split, config.eval_prompts, **options)
+        summary = summarize(scores)
         numbers[f"{split}_reward"] = summary["reward"]
         numbers[f"{split}_exact"] = summary["exact"]
-    title = f"{run_title(folder.name)}, step {step}"
-    figure = draw_gallery(env, {title: (policy, options)})
+    figure = draw_gallery(env, {f"{folder.name}, step {step}": (policy, options)})
     save_figure(figure, folder / f"gallery-{step:05d}.png")
     if step == config.steps:
-        save_animation(folder)
-    tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
+        frames = [Image.open(path) for path in sorted(folder.glob("gallery-*.png"))]
+        duration = [700] * (len(frames) - 1) + [3000]  # milliseconds
+        animation = dict(save_all=True, append_images=frames[1:], duration=duration, loop=0)
+        frames[0].save(folder / "training.gif", **animation)
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+    tqdm.write(f"step {step}: {shown}")
     by_pair = {pair: values["exact"] for pair, values in summary["rare_pairs"].items()}
     return numbers | dict(rare_exact_by_pair=by_pair)
 
@@ -332,45 +300,43 @@ def plot_curves(path, logs):
             points = [(record["step"] + 1, record[key]) for record in log if key in record]
             axis.plot(*zip(*points), label=run_title(name))
             axis.set(title=title, xlabel="step")
-    lines, titles = axes[0].get_legend_handles_labels()
-    figure.legend(lines, titles, loc="outside lower center", ncols=4)
+    figure.legend(handles=axes[0].get_lines(), loc="outside lower center", ncols=4)
     save_figure(figure, path)
-
-
-# --- the command ----------------------------------------------------------------------------------
 
 
 @common.stage("--batch of evaluate")
 def main(argv=None):
     config = common.parse(Config, PRESETS, __doc__, argv)
     folder = config.out / config.preset
-    started = time.time()
     device = common.pick_device(config.device)
     env = load_env(config, device)
-    policies = load_policies(config, env)
+    base = load_base(config, env)
+    runs = {}
+    for path in sorted(folder.glob("*/policy.pt")):
+        with contextlib.suppress(Unfinished):
+            runs[path.parent.name] = load_run(path, config, env, base)
+    policies = {"base, no plan": (base, dict(no_plan=True)), "base + plan": (base, {}), **runs}
     numbers = {"eval": config.prompts, "rare": max(config.prompts // 2, len(RARE_PAIRS))}
     results = {}
-    for name, (policy, options) in policies.items():
+    for name, (policy, options) in tqdm(policies.items(), "evaluation"):
         results[name] = {}
         for split, number in numbers.items():
-            title = f"{name}, {split}"
-            scores = evaluate(
-                env, policy, split, number, config.batch, config.seed, title, **options
-            )
+            scores = evaluate(env, policy, split, number, config.batch, config.seed, **options)
             results[name][split] = summarize(scores)
-    titles = [run_title(name) for name in policies]
-    figure = draw_gallery(env, dict(zip(titles, policies.values())))
-    save_figure(figure, folder / "before-after.png")
-    results = common.to_jsonable(results)  # rounded, so that the table is that of the file
+    save_figure(draw_gallery(env, policies), folder / "before-after.png")
+    numbers = json.dumps(common.to_jsonable(results), indent=1)
+    common.write(folder / "results.json", numbers.encode())
     table = results_table(results)
-    common.write(folder / "results.json", json.dumps(results, indent=1).encode())
     common.write(folder / "results.md", (table + "\n").encode())
-    logs = {name: policy.log for name, (policy, _) in list(policies.items())[2:]}
-    if logs:
-        plot_curves(folder / "curves.png", logs)
     print(table)
+    if runs:
+        logs = {name: policy.log for name, (policy, _) in runs.items()}
+        plot_curves(folder / "curves.png", logs)
+    else:
+        command = common.command_for("eggrpo", config)
+        print(f"no finished run in {folder}: only the base policy is scored; make one: `{command}`")
     print("A single pair of runs decides nothing between two methods: see docs/results.md.")
-    print(f"evaluated in {time.time() - started:.0f} s; pictures: {folder / 'before-after.png'}")
+    print(f"pictures: {folder / 'before-after.png'}")
 
 
 if __name__ == "__main__":
