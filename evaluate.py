@@ -266,9 +266,10 @@ def evaluate_in_training(env, policy, config, folder, step):
         for old in folder.glob("gallery-*.png"):
             old.unlink()
     options = dict(guidance=config.guidance)
+    batch = config.eval_prompts if env.device.type == "cuda" else BLOCK
     numbers = {}
     for split in ("eval", "rare"):
-        scores = evaluate(env, policy, split, config.eval_prompts, **options)
+        scores = evaluate(env, policy, split, config.eval_prompts, batch, **options)
         summary = summarize(scores)
         numbers[f"{split}_reward"] = summary["reward"]
         numbers[f"{split}_exact"] = summary["exact"]

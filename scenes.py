@@ -326,6 +326,7 @@ def split_of(objects, relation):
     return "eval" if held_out else "train"
 
 
+@lru_cache(maxsize=4096)  # all policies answer the prompts of one evaluation
 def make_scene(world, split, seed, index, category=None, rare_pair=None):
     """Make scene number `index` of a split. Categories alternate unless one is given, and so do the
     rare pairs of the splits `rare-train` and `rare`, whose scenes have one rare pair each."""
