@@ -100,18 +100,21 @@ class Run:
         self.saved = time.monotonic()
         settings = dataclasses.asdict(config) | more
         settings = {name: settings[name] for name in settings if name not in self.FREE}
-        head = dict(commit=commit(), device=str(device), torch=str(torch.__version__), config=settings)
+        head = dict(commit=commit(), device=str(device), torch=str(torch.__version__))
+        head["config"] = settings
         self.record = dict(config=settings, origin=origin, step=0, log=[head])
         if path.exists():
             self.record = load_checkpoint(path, origin, command)
             check_settings(path, self.record["config"], settings)
         self.steps = range(self.record["step"], config.steps)  # that are left; none: finished
-        if self.steps:
-            # Whose the run is: the process that began it or went on with it last.
-            self.process = os.urandom(8).hex()
-            self.record["log"][0]["process"] = self.process
-            lines = [json.dumps(line) + "\n" for line in self.record["log"]]
-            common.write(log_path, "".join(lines).encode())
+        if not self.steps:
+            print(f"finished earlier: {path}")
+            return
+        # Whose the run is: the process that began it or went on with it last.
+        self.process = os.urandom(8).hex()
+        self.record["log"][0]["process"] = self.process
+        lines = [json.dumps(line) + "\n" for line in self.record["log"]]
+        common.write(log_path, "".join(lines).encode())
 
     def progress(self, title, model, optimizer):
         """Load the weights and the optimizer of an earlier process, if there was one. Returns a
