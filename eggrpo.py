@@ -4,19 +4,15 @@
     python eggrpo.py --method grpo --seed 1     -> out/small/grpo-1/
 
 The file reads in the order of the data: Config and methods, one training step from prompts to
-optimizer.step, the run. The mathematics is in objective.py, to be read before. Needs the base
-policy (bash train.sh).
+optimizer.step, the run. The mathematics is in objective.py, to be read before; dimension letters
+are those of model.py. Needs the base policy (bash train.sh).
 
 Differences from the paper and its released code, beside those of the mathematics:
 - The released code's bonus is the method eggrpo-released.
 - Sampling and scoring use one policy: guidance, if used, applies to both, and there is no top-k,
   which the released code uses for words. Log-probs of both are compared at every step.
-- Probabilities are float32, not bf16.
 - Groups of equal rewards are counted in the log.
 - All weights are trained; the released code freezes image head and embeddings of its 7 B model.
-
-Dimension letters: P prompts per step, G rollouts per prompt, B = P * G sequences, S prompt slots, C
-plan slots, L image tokens, T = C + L, V vocabulary.
 """
 
 import copy
@@ -29,15 +25,9 @@ import torch
 
 import common
 import evaluate
+import objective
 from common import check
 from model import generate, score
-from objective import (
-    entropy_masks,
-    group_advantages,
-    policy_loss,
-    shape_advantages,
-    shape_advantages_released,
-)
 from rewards import REWARDS, compute_rewards, encode_targets
 from runs import Run, check_finite
 from scenes import encode_scenes, make_scene
@@ -72,15 +62,7 @@ class Config(common.BaseConfig):
 PRESETS = {
     "smoke": dict(steps=4, prompts=2, group_size=4, eval_every=2, eval_prompts=12),
     "small": dict(),
-    "large": dict(
-        steps=400,
-        prompts=16,
-        group_size=16,
-        lr=1e-4,
-        micro_batch=64,
-        eval_prompts=384,
-        save_every=5,
-    ),
+    "large": dict(steps=400, prompts=16, group_size=16, lr=1e-4, micro_batch=64, eval_prompts=384),
 }
 
 
@@ -132,7 +114,8 @@ def method_masks(rollout, config):
         is_shaped = modality in METHODS[config.method].modalities
         candidates = rollout.valid[:, slots] & is_shaped  # none of a modality that is not shaped
         entropy = rollout.entropy[:, slots]
-        masks.append(entropy_masks(entropy, candidates, config.low_frac, config.high_frac))
+        fractions = config.low_frac, config.high_frac
+        masks.append(objective.entropy_masks(entropy, candidates, *fractions))
     low, high = (torch.cat(pair, 1) for pair in zip(*masks))
     return low, high
 
@@ -140,10 +123,10 @@ def method_masks(rollout, config):
 def method_advantages(advantage, rollout, low, high, config):
     """Turn advantages (B,) into one per token, (B, T), by the method of a config."""
     if config.method == "eggrpo-released":
-        return shape_advantages_released(advantage, rollout.entropy, low, high)
+        return objective.shape_advantages_released(advantage, rollout.entropy, low, high)
     method = METHODS[config.method]
     kappa = config.kappa if method.bonus else 0.0
-    return shape_advantages(
+    return objective.shape_advantages(
         advantage, rollout.entropy, low, high, rollout.valid, kappa, method.exclude
     )
 
@@ -157,7 +140,6 @@ def train_step(policy, reference, optimizer, env, config, step):
     P = config.prompts
     G = config.group_size
     B = P * G
-    T = policy.C + policy.L
     world = env.world
     device = env.device
 
@@ -165,14 +147,14 @@ def train_step(policy, reference, optimizer, env, config, step):
     scenes = training_scenes(world, config, step)
     prompts = encode_scenes(world, scenes)[0].to(device)  # (P, S)
     targets = encode_targets(world, [scene for scene in scenes for _ in range(G)], device)
-    noise = torch.rand(B, T, generator=common.generator(config.seed, "rollout", step))
+    noise = evaluate.draw_noise(policy, B, config.seed, "rollout", step)  # (B, T)
     rollout = generate(policy, prompts, noise.to(device), config.guidance)  # B sequences
     images = env.tokenizer.decode(rollout.codes)  # (B, 3, h, w)
 
     # Score the images, and compare each with the others of its prompt.
     rewards, components, exact = compute_rewards(images, targets, world)  # (B,) each
     # GRPO stops here, and gives A to every token of a rollout.
-    A = group_advantages(rewards.view(P, G)).flatten()  # (B,)
+    A = objective.group_advantages(rewards.view(P, G)).flatten()  # (B,)
 
     # EG-GRPO goes on: each token has an advantage of its own, by its entropy. With the method grpo
     # no token is low or high, and A_t is A everywhere.
@@ -180,9 +162,7 @@ def train_step(policy, reference, optimizer, env, config, step):
     A_t = method_advantages(A, rollout, low, high, config)  # (B, T)
 
     # Add up the gradients of micro-batches.
-    logps = []
-    losses = []
-    kls = []
+    parts = []
     for rows in torch.arange(B, device=device).split(config.micro_batch):
         part = rollout.rows(rows)
         tokens = part.prompt, part.plan, part.codes
@@ -191,14 +171,13 @@ def train_step(policy, reference, optimizer, env, config, step):
         if config.beta:
             with torch.no_grad():
                 logp_ref = score(reference, *tokens, config.guidance)
-        loss, kl = policy_loss(logp, logp_ref, A_t[rows], part.valid, config.beta, sequences=B)
+        loss, kl = objective.policy_loss(logp, logp_ref, A_t[rows], part.valid, config.beta, B)
         loss.backward()
-        logps.append(logp.detach())
-        losses.append(loss.detach())
-        kls.append(kl)
+        parts.append((loss.detach(), kl, logp.detach()))
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)  # clips in place
 
     # Look at the numbers, then update.
+    losses, kls, logps = zip(*parts)
     stats = dict(
         **step_stats(rollout, rewards.view(P, G), components, exact, A, A_t, high),
         loss=torch.stack(losses).sum(),
@@ -280,30 +259,19 @@ def main(argv=None):
     device = common.pick_device(config.device)
     env = evaluate.load_env(config, device)
     reference = evaluate.load_base(config, env)
-    run = Run(
-        folder / "policy.pt",
-        folder / "log.jsonl",
-        config,
-        device,
-        reference.origin,
-        common.command_for(f"eggrpo --method {config.method} --name {name}", config),
-        rewards=", ".join(REWARDS),
-    )
+    files = folder / "policy.pt", folder / "log.jsonl"
+    command = common.command_for(f"eggrpo --method {config.method} --name {name}", config)
+    rewards = ", ".join(REWARDS)
+    run = Run(*files, config, device, reference.origin, command, rewards=rewards)
     if not run.steps:
-        print(f"{config.method}: finished earlier, {run.path}")
         return
     policy = copy.deepcopy(reference)
     optimizer = torch.optim.AdamW(
-        policy.parameters(),
-        lr=config.lr,
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-        fused=device.type == "cuda",
+        policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda"
     )
     if run.steps.start == 0:
         # steps count from 0 in the log; -1 is before training
         run.log(step=-1, **evaluate.evaluate_in_training(env, policy, config, folder, 0))
-    begun = time.time()
     bar = run.progress(config.method, policy, optimizer)
     for step in bar:
         started = time.time()
@@ -319,7 +287,7 @@ def main(argv=None):
             stats |= evaluate.evaluate_in_training(env, policy, config, folder, done)
         run.log(step=step, **stats)
         run.save(step, policy, optimizer)
-    print(f"{config.method}: {config.steps} steps, {time.time() - begun:.0f} s; see {folder}")
+    print(f"{config.method}: {config.steps} steps; see {folder}")
 
 
 if __name__ == "__main__":
