@@ -7,7 +7,6 @@ some have neither prompt nor plan, so that guidance has something to compare wit
 """
 
 import math
-import time
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Annotated
@@ -38,7 +37,7 @@ class Config(common.BaseConfig):
     layers: int = 4  # of the policy
     heads: int = 4  # of each layer's attention
     drop_both: Annotated[float, 0, 1] = 0.10  # fraction of sequences without prompt and plan
-    drop_plan: Annotated[float, 0, 1] = 0.15  # fraction of sequences without plan, but with a prompt
+    drop_plan: Annotated[float, 0, 1] = 0.15  # fraction of sequences with a prompt, but no plan
     save_every: float = 2  # minutes between checkpoints
 
     def __post_init__(self):
@@ -58,17 +57,13 @@ PRESETS = {
         width=512,
         layers=8,
         heads=8,
-        save_every=5,
     ),
 }
 
 
-# --- the corpus -----------------------------------------------------------------------------------
-
-
 def corpus_chunk(world, seed, items):
-    """Draw items of the corpus. Returns prompts (n, S), plans (n, C), images (n, h, w,
-    3), all arrays: tensors would be sent through shared memory, of which containers have little."""
+    """Draw items of the corpus. Returns prompts (n, S), plans (n, C), images (n, h, w, 3), all
+    arrays: tensors would be sent through shared memory, of which containers have little."""
     scenes = [corpus_item(world, seed, i) for i in items]
     prompts, plans = encode_scenes(world, scenes)
     images = numpy.stack([render(world, scene) for scene in scenes])
@@ -112,9 +107,6 @@ def training_batch(corpus, config, step, device):
     return prompt, plan, codes
 
 
-# --- training -------------------------------------------------------------------------------------
-
-
 def update(policy, optimizer, prompt, plan, codes):
     """Make one step of maximum likelihood. Returns plan_nll and image_nll, nats per token, and
     grad_norm."""
@@ -137,18 +129,11 @@ def main(argv=None):
     world = WORLDS[config.preset]
     device = common.pick_device(config.device)
     tokenizer = load_tokenizer(config, device)
-    run = Run(
-        folder / "base.pt",
-        folder / "base.jsonl",
-        config,
-        device,
-        tokenizer.origin,
-        common.command_for("pretrain", config),
-    )
+    files = folder / "base.pt", folder / "base.jsonl"
+    command = common.command_for("pretrain", config)
+    run = Run(*files, config, device, tokenizer.origin, command)
     if not run.steps:
-        print(f"base policy: finished earlier, {run.path}")
         return
-    started = time.time()
     corpus = make_corpus(config, world, tokenizer, device)
     with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
         torch.manual_seed(config.seed)
@@ -166,7 +151,6 @@ def main(argv=None):
     print(f"policy: {parameters / 1e6:.2f} M parameters, {policy.slots} slots")
     optimizer = torch.optim.AdamW(
         policy.parameters(),
-        lr=config.lr,
         betas=(0.9, 0.95),
         weight_decay=0.05,
         fused=device.type == "cuda",
@@ -182,11 +166,8 @@ def main(argv=None):
         if step % 20 == 0 or step + 1 == config.steps:
             run.log(step=step, **terms)
             bar.set_postfix({name: f"{value:.2f}" for name, value in terms.items()})
-        if step + 1 == config.steps:
-            run.log(step=config.steps, seconds=time.time() - started)
         run.save(step, policy, optimizer)
-    nll = f"plan {terms['plan_nll']:.2f}, image {terms['image_nll']:.2f} nats per token"
-    print(f"base policy: {nll}, {time.time() - started:.0f} s")
+    print(f"base policy: {config.steps} steps; see {run.path}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ class Quantizer(nn.Module):
         n_i <- m n_i + (1 - m) |assigned|
         s_i <- m s_i + (1 - m) sum(assigned)
         entry_i = s_i / n_i
-    An entry to which almost nothing is assigned is dead; `restart` moves it onto a vector of the
-    batch that is far from its entry.
+    An entry to which almost nothing is assigned is dead, see `restart`.
     """
 
     def __init__(self, codebook_size, dim, decay=0.98):
@@ -41,11 +40,11 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def update(self, z, codes):
         """Move the entries toward the vectors assigned to them. z: (n, dim), codes: (n,)."""
-        z = z.float()
         ones = torch.ones_like(z[:, 0])
         self.counts.mul_(self.decay).index_add_(0, codes, (1 - self.decay) * ones)
         self.sums.mul_(self.decay).index_add_(0, codes, (1 - self.decay) * z)
-        self.codebook.copy_(self.sums / self.counts.clamp(min=1e-5)[:, None])
+        counts = self.counts.clamp(min=1e-5)
+        self.codebook.copy_(self.sums / counts[:, None])
 
     @torch.no_grad()
     def restart(self, z, codes, generator, min_count=0.3):
@@ -55,7 +54,6 @@ class Quantizer(nn.Module):
 
         z: (n, dim), codes: (n,).
         """
-        z = z.float()
         dead = (self.counts < min_count).nonzero()[:, 0]
         if len(dead) == 0:
             return

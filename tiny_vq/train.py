@@ -4,10 +4,8 @@
 
 The images are crowded scenes with every colour-shape pair. The ceiling is the mean reward of true
 evaluation scenes after encoding and decoding: the best that the tokenizer lets a policy reach.
-Of what comes later, paint and reward are in rewards.py; Run (runs.py) keeps checkpoint and log.
 """
 
-import time
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -49,15 +47,6 @@ PRESETS = {
 }
 
 
-def loss_terms(model, images, paint_weight):
-    """Return weighted squared error and commitment, features (n, dim), codes (n,)."""
-    restored, features, codes, commitment = model(images)
-    painted = (paint_coverage(images).sum(1, keepdim=True) > 0).float()
-    weight = 1 + paint_weight * F.max_pool2d(painted, 3, stride=1, padding=1)  # edges are paint too
-    error = ((restored - images) ** 2 * weight).mean() / weight.mean()
-    return error, commitment, features.detach(), codes
-
-
 @torch.no_grad()
 def fit_residuals(model, batches):
     """For each code, add to the decoder's output the mean error that it leaves on its patches.
@@ -82,9 +71,8 @@ def ceiling(model, world, device, number, seed=0):
     images = stack_images([render(world, scene) for scene in scenes]).to(device) / 255
     codes = torch.cat([model.encode(batch) for batch in images.split(64)])
     restored = torch.cat([model.decode(batch) for batch in codes.split(64)])
-    reward, _, exact = compute_rewards(
-        restored, encode_targets(world, scenes, device), world
-    )
+    targets = encode_targets(world, scenes, device)
+    reward, _, exact = compute_rewards(restored, targets, world)
     return dict(
         ceiling=reward.mean().item(),
         ceiling_exact=exact.mean().item(),
@@ -94,7 +82,11 @@ def ceiling(model, world, device, number, seed=0):
 
 def update(model, optimizer, images, config, step, generator):
     """Make one step on images (B, 3, h, w) in [0, 1]. Returns terms to log, and codes."""
-    error, commitment, features, codes = loss_terms(model, images, config.paint_weight)
+    restored, features, codes, commitment = model(images)  # features: (n, dim), codes: (n,)
+    painted = (paint_coverage(images).sum(1, keepdim=True) > 0).float()
+    edges = F.max_pool2d(painted, 3, stride=1, padding=1)  # are paint too
+    weight = 1 + config.paint_weight * edges
+    error = ((restored - images) ** 2 * weight).mean() / weight.mean()
     # 20 brings an error of squared [0, 1] pixels to the commitment's size
     (20 * error + config.commitment * commitment).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
@@ -123,9 +115,7 @@ def main(argv=None):
         common.command_for("tiny_vq.train", config),
     )
     if not run.steps:
-        print(f"tokenizer: finished earlier, {run.path}")
         return
-    started = time.time()
     indices = tqdm(range(config.images), "render", leave=False)
     images = stack_images([render(world, random_scene(world, config.seed, i)) for i in indices])
     with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
@@ -133,7 +123,9 @@ def main(argv=None):
         model = VQVAE(world.patch, config.width, config.blocks, config.codebook_size, config.dim)
     model = model.to(device)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01
+        model.parameters(),
+        betas=(0.9, 0.99),
+        weight_decay=0.01,
     )
     for step in run.progress("tokenizer", model, optimizer):
         generator = common.generator(config.seed, "tokenizer", step)
@@ -149,10 +141,9 @@ def main(argv=None):
         if last:
             fit_residuals(model, (part.to(device) / 255 for part in images.split(256)))
             results = ceiling(model, world, device, config.scored)
-            run.log(step=config.steps, **results, seconds=time.time() - started)
+            run.log(step=config.steps, **results)
         run.save(step, model, optimizer)
-    used = f"{results['codes_in_use']} of {config.codebook_size} codes in use"
-    print(f"tokenizer: ceiling {results['ceiling']:.3f}, {used}, {time.time() - started:.0f} s")
+    print(f"tokenizer: ceiling {results['ceiling']:.3f}; see {run.path}")
 
 
 if __name__ == "__main__":

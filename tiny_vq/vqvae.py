@@ -15,8 +15,6 @@ from .quantizer import Quantizer
 
 
 class Block(nn.Module):
-    """Residual block of the decoder."""
-
     def __init__(self, width):
         super().__init__()
         self.norm = nn.GroupNorm(8, width)
