@@ -19,6 +19,7 @@ import common
 from lab import figures, study
 from lab.findings import describe_correlations, describe_crossings, describe_passes
 from lab.findings import describe_settings, describe_spread
+from lab.one_sided_report import describe_one_sided, draw_dose, draw_gap, read_one_sided
 from lab.stats import average, over_bases, paired_difference
 from lab.tables import FELL, FOUND, MAIN_ROWS, SCORES, SETTINGS, counterpart, report
 from scenes import RARE_PAIRS, WORLDS
@@ -262,12 +263,16 @@ def main(argv=None):
     command = common.command_for("lab.study", config)
     common.check(runs, f"no study in {folder}: make it by `{command}`")
     numbers = analyze(runs, records, passes)
+    numbers["one_sided"] = describe_one_sided(read_one_sided(config.out, config.preset))
     content = json.dumps(common.to_jsonable(numbers), indent=1)
     numbers = json.loads(content)  # rounded, so that the tables are those of the file
     tables = report(numbers)
     common.write(folder / "study.json", f"{content}\n".encode())
     common.write(folder / "study.md", tables.encode())
     draw_figures(folder / "figures", numbers, records)
+    if numbers["one_sided"]:
+        draw_gap(folder / "figures/guidance-gap.png", numbers["one_sided"])
+        draw_dose(folder / "figures/guidance-dose.png", numbers["one_sided"])
     print(tables)
     print(f"figures: {folder / 'figures'}")
 

@@ -13,6 +13,11 @@ from lab.tables import show
 SERIES = ("kl_q_p", "exact", "entropy_codes", "entropy_q", "entropy_words", "kl_ref_codes")
 DECADE = 10  # steps that a point of a series is the mean of
 BROKEN = 0.1  # exact at the training guidance below which a run has failed
+PREDICTED = {  # runs made after the dose had been chosen
+    *(f"bonus-g3-kappa{kappa}" for kappa in (0.2, 0.35, 0.5, 0.8)),
+    "every-g3-kappa1",
+    "every-g1.5-kappa2",
+}
 CURVES = {  # of the first figure
     "grpo": ("GRPO", "#0072b2", "-."),
     "bonus": ("bonus", "#000000", "-"),
@@ -60,7 +65,7 @@ def reduce_run(record):
         numbers["R0"] = sum(rates) * numbers["w on codes"] * slope * mean("sigma", log[:5])
         numbers["dose"] = numbers["D0"] / slope  # separates runs that fail: docs/guidance.md
     tens = range(0, len(log), DECADE)
-    series = {key: [mean(key, log[i : i + DECADE]) for i in tens] for key in SERIES}
+    series = {key: [round(mean(key, log[i : i + DECADE]), 4) for i in tens] for key in SERIES}
     return dict(numbers=numbers, series=series, kappa=config["kappa"], made=record["made"])
 
 
@@ -68,8 +73,10 @@ def read_one_sided(folder, preset):
     """Read the finished runs of a study: {name: {base: reduced run}}."""
     runs = {}
     for path in sorted(Path(folder).glob(f"*/{preset}/one-sided/*.json")):
-        base = path.parts[-4]
-        runs.setdefault(path.stem, {})[base] = reduce_run(json.loads(path.read_text()))
+        reduced = reduce_run(json.loads(path.read_text()))
+        if path.stem not in CURVES:
+            del reduced["series"]
+        runs.setdefault(path.stem, {})[path.parts[-4]] = reduced
     return runs
 
 
@@ -120,8 +127,9 @@ def draw_gap(path, found):
     """KL(q || p), exact and image entropy against the step: means over base policies."""
     figure = Figure(figsize=(8.3, 3.6), layout="constrained")
     panels = dict(kl_q_p="KL(q || p), nats", exact="exact, as sampled", entropy_codes="image entropy")
+    curves = {name: style for name, style in CURVES.items() if name in found}
     for axis, (key, title) in zip(figure.subplots(1, 3), panels.items()):
-        for name, (label, colour, dashes) in CURVES.items():
+        for name, (label, colour, dashes) in curves.items():
             series = [run["series"][key] for run in found[name]["runs"].values()]
             mean = np.mean(series, 0)
             steps = DECADE * np.arange(len(mean)) + DECADE / 2
@@ -137,18 +145,19 @@ def draw_dose(path, found):
     figure = Figure(figsize=(8.3, 4), layout="constrained")
     axis = figure.subplots()
     marks = {"bonus": "o", "every": "s", "random": "^", "low": "v", "eggrpo": "D"}
+    for name, run in found.items():
+        kind = name.split("-")[0]
+        if kind not in marks or name.endswith("300"):
+            continue
+        grpo = found.get(rival(name), found["grpo"])["runs"]
+        for base, own in run["runs"].items():
+            if "dose" in own["numbers"] and base in grpo:
+                exact = own["numbers"]["exact at own"] - grpo[base]["numbers"]["exact at own"]
+                fill = "full" if name in PREDICTED else "none"
+                axis.plot(own["numbers"]["dose"], exact, "k" + marks[kind], fillstyle=fill)
     for kind, mark in marks.items():
-        points = []
-        for name, run in found.items():
-            if name.split("-")[0] != kind or name.endswith("300"):
-                continue
-            for base, own in run["runs"].items():
-                grpo = found[rival(name)]["runs"].get(base)
-                if grpo and "dose" in own["numbers"]:
-                    exact = [x["numbers"]["exact at own"] for x in (own, grpo)]
-                    points.append((own["numbers"]["dose"], exact[0] - exact[1]))
         label = {"bonus": "on high tokens", "eggrpo": "EG-GRPO, both rules"}.get(kind, f"on {kind}")
-        axis.plot(*zip(*points), mark, fillstyle="none", linestyle="none", label=label)
+        axis.plot([], [], "k" + mark, fillstyle="none", label=label)
     axis.axhline(0, color="0.6", linewidth=0.8)
     axis.set(xscale="log", xlabel="dose: (sum of lr) x mean of w |q - p|² / (g - 1), at the start")
     axis.set_ylabel("exact minus GRPO's")
