@@ -30,9 +30,6 @@ class Config(common.BaseConfig):
     out: Path = Path("out/study")  # folder of the study
 
 
-# --- runs -----------------------------------------------------------------------------------------
-
-
 def area(run):
     """Mean of exact on rare pairs over training: the area under its curve, as a fraction."""
     steps = np.array([point["step"] for point in run["curve"]])
@@ -163,9 +160,6 @@ def describe_training(runs):
     found["fell"] = sum(fall > FELL for fall in falls)
     found["largest_fall"] = max(falls)
     return found
-
-
-# --- the study ------------------------------------------------------------------------------------
 
 
 def read_run(path):

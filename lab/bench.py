@@ -72,9 +72,6 @@ def median_time(call, seconds):
     return timer.blocked_autorange(min_run_time=seconds).median
 
 
-# --- floors ---------------------------------------------------------------------------------------
-
-
 def count_flops(call):
     """Count the FLOPs of a call, with attention in parts: the counter misses its fused kernels."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -34,9 +34,6 @@ def finish(path, figure, axis, note):
     save_figure(figure, path)
 
 
-# --- records --------------------------------------------------------------------------------------
-
-
 def density(points, x_grid, y_grid):
     """Smooth points (n, 2) by a Gaussian of Scott's width, at least a fiftieth of the range."""
     kernels = []
@@ -113,9 +110,6 @@ def draw_joint(path, records, key):
     note = f"{name}; half of the images inside the thick line, nine tenths inside the thin one; "
     figure.suptitle(f"{note}base policies: {len(bases)}", fontsize=9)
     save_figure(figure, path)
-
-
-# --- runs -----------------------------------------------------------------------------------------
 
 
 def draw_line(axis, x, intervals, name, runs=None):

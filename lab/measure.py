@@ -62,9 +62,6 @@ def score(env, policy, prompts, **options):
     return scores
 
 
-# --- of lab.one_sided -----------------------------------------------------------------------------
-
-
 def scores_by_setting(run):
     """Score a lab.one_sided.Run at guidance 1, its own and twice that, and at its temperature."""
     config = run.config

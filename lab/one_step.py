@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import common
@@ -31,9 +32,6 @@ class Config(common.BaseConfig):
     seed: int = 0  # of the training run whose step is shown
 
 
-# --- numbers --------------------------------------------------------------------------------------
-
-
 def choose_prompt(batch):
     """Return the prompt of a step with the most distinct rewards, among those with at most two
     objects and an exact image if there are any."""
@@ -50,23 +48,19 @@ def describe_tokens(batch, low, high, shaped, objects, row):
     """List the valid tokens of a sequence: {modality: {field: list}}, and the words of the plan."""
     rollout = batch.rollout
     c = rollout.plan.shape[1]
+    of_plan = rollout.valid[row, :c]
     fields = dict(
-        entropy=rollout.entropy[row],
-        probability=rollout.logp[row].exp(),  # of the sampled token
-        low=low[row],
-        high=high[row],
-        eggrpo=shaped[row],
+        entropy=rollout.entropy,
+        probability=rollout.logp.exp(),  # of the sampled token
+        low=low,
+        high=high,
+        eggrpo=shaped,
     )
-    valid = rollout.valid[row]
-    of_plan = valid[:c]
-    found = dict(plan={}, image={})
-    for name, values in fields.items():
-        found["plan"][name] = values[:c][of_plan].tolist()
-        found["image"][name] = values[c:].tolist()
-    found["image"]["object"] = objects[row].tolist()
-    words = rollout.plan[row][of_plan]
-    found["words"] = [WORDS[word] for word in words]
-    return found
+    plan = {name: values[row, :c][of_plan].tolist() for name, values in fields.items()}
+    image = {name: values[row, c:].tolist() for name, values in fields.items()}
+    image["object"] = objects[row].tolist()
+    words = [WORDS[word] for word in rollout.plan[row][of_plan]]
+    return dict(plan=plan, image=image, words=words)
 
 
 def measure_update(policy, env, settings, batch, masks, rows):
@@ -106,9 +100,8 @@ def measure(config):
     objects = object_tokens(batch.images, env.world)
     tokens = [describe_tokens(batch, low, high, shaped, objects, i * g + k) for k in range(g)]
     masks = dict(all=valid, low=low, high=high)
-    components = {}
+    components = dict(good={}, bad={})
     for name, k in chosen.items():
-        components[name] = {}
         for key, values in batch.components.items():
             if not values[i, k].isnan():  # it applies to the prompt
                 components[name][key] = values[i, k].item()
@@ -139,9 +132,6 @@ def measure(config):
     return data, batch.images[sequences]
 
 
-# --- page -----------------------------------------------------------------------------------------
-
-
 def page(data):
     """Fill lab/one_step_page.md with the numbers of one-step.json. Returns docs/one-step.md."""
     fields = dict(data)
@@ -151,41 +141,40 @@ def page(data):
     if data["rare"]:
         fields["rare"] = "a rare pair, " + " and ".join(data["rare"])
     for name, k in data["chosen"].items():
-        image = data["tokens"][name]["image"]
-        most_uncertain = image["entropy"].index(max(image["entropy"]))
-        fields[name] = data["advantages"][k]
+        image = {key: np.array(values) for key, values in data["tokens"][name]["image"].items()}
+        top = image["entropy"].argmax()  # the most uncertain token
         components = [f"{key} {x:.2f}" for key, x in data["components"][name].items()]
-        fields[f"{name}_components"] = ", ".join(components)
-        fields[f"{name}_reward"] = data["rewards"][k]
-        fields[f"{name}_top"] = image["entropy"][most_uncertain]
-        fields[f"{name}_token"] = image["eggrpo"][most_uncertain]
-        fields[f"{name}_p"] = image["probability"][most_uncertain]
+        fields |= {
+            name: data["advantages"][k],
+            f"{name}_components": ", ".join(components),
+            f"{name}_reward": data["rewards"][k],
+            f"{name}_top": image["entropy"][top],
+            f"{name}_token": image["eggrpo"][top],
+            f"{name}_p": image["probability"][top],
+        }
 
     good = data["tokens"]["good"]
-    low_tokens = []
+    low_tokens = [0.0]
     for name in ("plan", "image"):
-        tokens = good[name]
-        entropy = tokens["entropy"]
-        fields[f"{name}_n"] = len(entropy)
-        fields[f"{name}_h"] = sum(entropy) / len(entropy)
-        fields[f"{name}_low"] = sum(tokens["low"])
-        fields[f"{name}_high"] = sum(tokens["high"])
-        fields[f"{name}_top"] = max(entropy)
-        low_tokens += [h for h, low in zip(entropy, tokens["low"]) if low]
-    fields["low_top"] = max(low_tokens, default=0.0)
-    most_uncertain = good["plan"]["entropy"].index(fields["plan_top"])
-    fields["word"] = good["words"][most_uncertain]
+        of = {key: np.array(values) for key, values in good[name].items()}
+        fields |= {
+            f"{name}_n": len(of["entropy"]),
+            f"{name}_h": of["entropy"].mean(),
+            f"{name}_low": of["low"].sum(),
+            f"{name}_high": of["high"].sum(),
+            f"{name}_top": of["entropy"].max(),
+        }
+        low_tokens += [*of["entropy"][of["low"]]]
+    fields["low_top"] = max(low_tokens)
+    fields["word"] = good["words"][np.argmax(good["plan"]["entropy"])]
     fields["bonus"] = data["lambda"] * fields["good_top"]
 
-    image = good["image"]
-    on_object = [h for h, is_object in zip(image["entropy"], image["object"]) if is_object]
-    on_sky = [h for h, is_object in zip(image["entropy"], image["object"]) if not is_object]
-    fields["object_n"] = len(on_object)
-    fields["object_h"] = sum(on_object) / max(len(on_object), 1)
-    fields["sky_h"] = sum(on_sky) / max(len(on_sky), 1)
-    pairs = [*zip(image["object"], image["low"], image["high"])]
-    fields["object_low"] = sum(is_object and low for is_object, low, _ in pairs)
-    fields["object_high"] = sum(is_object and high for is_object, _, high in pairs)
+    on_object = of["object"]
+    fields["object_n"] = on_object.sum()
+    fields["object_h"] = of["entropy"][on_object].sum() / max(on_object.sum(), 1)
+    fields["sky_h"] = of["entropy"][~on_object].sum() / max((~on_object).sum(), 1)
+    fields["object_low"] = (on_object & of["low"]).sum()
+    fields["object_high"] = (on_object & of["high"]).sum()
 
     # of the log-prob of the most uncertain image token, by its logit, in the loss's weight
     fields["weight"] = (fields["plan_n"] + fields["image_n"]) * data["sequences"]
@@ -195,8 +184,7 @@ def page(data):
     rows = []
     for name in ("good", "bad"):
         for part in ("all", "low", "high"):
-            changes = [change[name][part] for change in data["update"].values()]
-            shown = [f"{x:+.4f}" for x in changes]
+            shown = [f"{change[name][part]:+.4f}" for change in data["update"].values()]
             rows.append([f"{name} rollout, sum over {part} tokens", *shown])
     fields["table"] = markdown_table(["", "GRPO", "EG-GRPO"], rows)
     template = Path(__file__).with_name("one_step_page.md").read_text(encoding="utf-8")

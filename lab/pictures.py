@@ -44,9 +44,6 @@ def to_square(tokens):
     return tokens.view(side, side).cpu().numpy()
 
 
-# --- entropy after training -----------------------------------------------------------------------
-
-
 def draw_policy(figure, title, rollout, pixels, masks):
     """Draw what one policy samples for two prompts: image, and entropy of its tokens and words."""
     C = rollout.plan.shape[1]
@@ -89,9 +86,6 @@ def draw_entropy(path, config):
     note = "Entropy, fraction of log V: hatched the lowest 20 %, framed the highest 50 %"
     figure.suptitle(f'{note}\nleft: "{usual}", right: "{rare}" (a rare pair)', fontsize=9)
     save_figure(figure, path)
-
-
-# --- the way of the data --------------------------------------------------------------------------
 
 
 def draw_words(axis, words):
@@ -152,9 +146,6 @@ def draw_data(path, config):
     draw_entropies(axes[6], entropy, low, high)
     draw_advantages(axes[7], to_square(shaped[row, image]), A[i, k].item(), numbers=False)
     save_figure(figure, path)
-
-
-# --- kinds of prompts -----------------------------------------------------------------------------
 
 
 def draw_categories(path, config):

@@ -10,8 +10,8 @@
     low_, high_on_objects        share of the low- and high-entropy image tokens that are on objects
     gradient                     norm of each part of EG-GRPO's gradient over that of GRPO's without
                                  KL term, means over training batches
-    ceiling, ceiling_exact       mean reward and exact of true scenes after encoding and decoding
-    exact_plan, exact_no_plan    fraction of held-out prompts that the base policy draws right
+
+Reward and exact of true scenes after encoding and decoding are in tokenizer.jsonl.
 """
 
 import contextlib
@@ -24,14 +24,12 @@ import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector
 
 import common
-from evaluate import draw_noise, evaluate, load_base, load_env, sample_images
+from evaluate import draw_noise, load_base, load_env, sample_images
 from lab.batch import step_config, token_advantages, training_batch
 from model import score
 from objective import entropy_masks, policy_loss
 from rewards import paint_coverage
 from scenes import WORLDS, encode_scenes, make_scene
-from tiny_vq.train import ceiling
-
 
 OBJECT_PAINT = 0.3  # least paint of a pixel that makes its patch a part of an object
 
@@ -41,10 +39,9 @@ class Config(common.BaseConfig):
     prompts: int = 1200  # held-out prompts; one image each
     batch: int = 128  # prompts per forward pass
     batches: int = 8  # training batches whose gradients are measured
-    scored: int = 420  # true scenes that the ceiling is the mean of
 
 
-PRESETS = {name: {} for name in WORLDS} | {"smoke": dict(prompts=24, batches=1, scored=24)}
+PRESETS = {name: {} for name in WORLDS} | {"smoke": dict(prompts=24, batches=1)}
 
 
 def object_tokens(images, world):
@@ -85,9 +82,6 @@ def entropy_figures(entropy, objects):
         high_on_objects=objects[high].float().mean(),
     )
     return {name: value.item() for name, value in figures.items()}
-
-
-# --- gradients ------------------------------------------------------------------------------------
 
 
 def gradient_parts(batch, config):
@@ -143,13 +137,6 @@ def main(argv=None):
     env = load_env(config, device)
     policy = load_base(config, env)
     figures = entropy_figures(*sample_tokens(env, policy, config))
-    restored = ceiling(env.tokenizer, env.world, device, config.scored)
-    figures["ceiling"] = restored["ceiling"]
-    figures["ceiling_exact"] = restored["ceiling_exact"]
-    for name, no_plan in (("exact_plan", False), ("exact_no_plan", True)):
-        numbers = config.prompts, config.batch, config.seed
-        scores = evaluate(env, policy, "eval", *numbers, no_plan=no_plan)
-        figures[name] = scores.exact.mean().item()
     settings = step_config(config.preset, "eggrpo", config.seed)
     figures["gradient"] = gradient_sizes(env, policy, settings, config.batches)
     print(json.dumps(common.to_jsonable(figures)))

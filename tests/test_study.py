@@ -342,7 +342,7 @@ def test_the_world_is_measured_in_one_line_of_json(small, capsys):
     world.main(["--preset", "smoke", "--out", str(small / "base-0")])
     found = json.loads(capsys.readouterr().out)
     assert 0 <= found["q10"] <= found["q50"] <= found["q90"] <= 1
-    assert {"objects", "ceiling_exact", "exact_no_plan", "gradient"} < set(found)
+    assert {"objects", "high_on_objects", "gradient"} < set(found)
 
 
 @pytest.mark.slow
