@@ -1,12 +1,12 @@
-"""The policy: a decoder-only transformer over one sequence of words and image codes.
+"""The policy: a GPT-2 style decoder-only transformer over one sequence of words and image codes.
 
     | prompt words, padded to S | <plan> | plan words, <end>, padded to C | <image> | L codes |
 
 Every token has a fixed slot, so shapes never change; padding is masked out of attention. Words and
-codes are two modalities with a head each. Sampler and learner must be one policy: both take words
-by Policy.word_logits and codes by policy_logits, which guidance is part of; generate samples slot
-by slot with a key-value cache, Policy.forward computes all slots at once, and the tests compare
-them. There is no dropout.
+codes are two modalities with an embedding and a head each. Sampler and learner must be one policy:
+generate samples slot by slot with a key-value cache, Policy.forward computes all slots at once,
+both take codes by policy_logits, which guidance is part of, and the tests compare them. There is no
+dropout.
 
 Dimension letters: P prompts, G sequences of each, B = P * G sequences, S prompt slots, C plan
 slots, L image tokens, T = C + L sampled slots, N = S + C + L + 1 inputs, V vocabulary of a
@@ -27,9 +27,6 @@ from scenes import END, IMAGE, PAD, PLAN, WORDS  # PAD, PLAN, IMAGE are placed, 
 KERNEL_SIZE = 8  # of the convolution over words: about one phrase of a plan
 
 
-# --- the network ----------------------------------------------------------------------------------
-
-
 class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
@@ -42,12 +39,9 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x, mask, cache=None, slot=0):
-        """Process n slots at once.
-
-        x: (B, n, D); mask: (B, 1, n or 1, slots so far), bool, True where a slot may attend, or
-        what is added to the scores. cache: keys and values of a sequence's slots, (2, B, heads,
-        N, D/heads): those of the n slots from `slot` on are written to it, those before are read.
-        """
+        """Process n slots at once. x: (B, n, D); mask: (B, 1, n or 1, slots so far), bool, True
+        where a slot may attend, or what is added to the scores; cache: (2, B, heads, N, D/heads),
+        keys and values: those of the n slots from `slot` on are written, those before are read."""
         b, n, d = x.shape
         qkv = self.qkv(self.norm1(x))  # (B, n, 3 D)
         qkv = qkv.view(b, n, 3, self.heads, -1)
@@ -65,8 +59,6 @@ class Block(nn.Module):
 
 
 class Policy(nn.Module):
-    """A GPT-2 style transformer with two embeddings and two heads, for words and for codes."""
-
     def __init__(
         self,
         world,  # gives S, C and L
@@ -108,12 +100,10 @@ class Policy(nn.Module):
                 nn.init.normal_(parameter, std=std)
 
     def embed_words(self, words):
-        """Embed words, (B, n) -> (B, n, D), followed by a depthwise causal convolution.
-
-        The last word of a phrase such as "red circle at row 1 column 3" then carries the whole
-        phrase, and image tokens can attend to it in one layer. Without the convolution, after the
-        same pretraining, the right attributes were drawn in the wrong pairing.
-        """
+        """Embed words, (B, n) -> (B, n, D), followed by a depthwise causal convolution: the last
+        word of a phrase such as "red circle at row 1 column 3" then carries the whole phrase, and
+        image tokens can attend to it in one layer. Without it, after the same pretraining, the
+        right attributes were drawn in the wrong pairing."""
         is_word = words != PAD
         embedded = self.word_embedding(words) * is_word[..., None]
         padded = F.pad(embedded, (0, 0, KERNEL_SIZE - 1, 0))
@@ -122,11 +112,9 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def set_codebook(self, codebook):
-        """Copy the tokenizer's codebook (V, code_dim), standardised per dimension.
-
-        Codes of similar patches then have similar embeddings and logits. Janus uses the codebook in
-        the embedding too, but not in the head. Without it, rare pairs were learned a third as fast.
-        """
+        """Copy the tokenizer's codebook (V, code_dim), standardised per dimension. Codes of similar
+        patches then have similar embeddings and logits; without it, rare pairs were learned a third
+        as fast. Janus uses the codebook in the embedding too, but not in the head."""
         centred = codebook - codebook.mean(0)
         self.codebook.copy_(centred / codebook.std(0))
 
@@ -134,11 +122,10 @@ class Policy(nn.Module):
         """Embed codes, (...) -> (..., D): own vectors plus projected codebook vectors."""
         return self.code_embedding(codes) + self.code_aligner(self.codebook[codes])
 
-    # Both heads are float32 in any case: bf16 would round logits before the softmax, which was four
-    # fifths of the difference between sampler and learner.
-
     def word_logits(self, x):
-        """Logits of words from END on, (..., D) -> (..., V), float32."""
+        """Logits of words from END on, (..., D) -> (..., V). Both heads are float32 in any case:
+        bf16 would round logits before the softmax, which was four fifths of the difference between
+        sampler and learner."""
         with torch.autocast(x.device.type, enabled=False):
             return self.word_head(x.float())
 
@@ -196,16 +183,10 @@ def precision(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-# --- scoring --------------------------------------------------------------------------------------
-
-
 def policy_logits(raw, guidance=1.0):
-    """Compute the logits of codes, for sampling and scoring alike. Those of words are never guided:
-    Policy.word_logits are the policy's.
-
+    """Compute the logits of codes, for sampling and scoring alike; those of words are never guided.
     raw: (B, ..., V), float32, or (2B, ..., V) with classifier-free guidance: without prompt and
-    plan in the second half, `empty`. Returns empty + guidance * (raw - empty), (B, ..., V).
-    """
+    plan in the second half, `empty`. Returns empty + guidance * (raw - empty), (B, ..., V)."""
     if guidance == 1.0:
         return raw
     raw, empty = raw.chunk(2)
@@ -235,9 +216,6 @@ def score(policy, prompt, plan, codes, guidance=1.0):
     return torch.cat([word_logp, code_logp[..., 0]], 1)
 
 
-# --- sampling -------------------------------------------------------------------------------------
-
-
 class Rollout(NamedTuple):
     """A batch of sampled sequences, from sampling to the loss."""
 
@@ -249,17 +227,13 @@ class Rollout(NamedTuple):
     valid: Tensor  # (B, T) bool: plan words up to and including END, and every code
 
     def rows(self, index):
-        """Return some of the sequences."""
         return Rollout(*(x[index] for x in self))
 
 
 def sample_token(logits, noise):
     """Sample by inverting the cumulative distribution. logits (B, V), noise (B,) in [0, 1) ->
-    tokens (B,), logp (B,) in nats, entropy (B,) of the distribution as a fraction of log V.
-
-    One number per token makes the noise small, the same on every device, and shareable between
-    policies.
-    """
+    tokens (B,), logp (B,) in nats, entropy (B,) of the distribution as a fraction of log V. One
+    number per token makes the noise small, the same on every device, and shareable by policies."""
     logp = logits.log_softmax(-1)
     cumulative = logp.exp().cumsum(-1)
     total = cumulative[:, -1:]
@@ -272,11 +246,8 @@ def sample_token(logits, noise):
 
 
 class Decoder:
-    """State of B sequences that are being sampled: words, padding, keys and values.
-
-    `hidden` (B, D) is the output at the last slot that was fed. The cache has 2 * layers * B * N *
-    D elements; with guidance a sequence has two rows.
-    """
+    """State of B sequences that are being sampled: words, padding, keys and values, and `hidden`
+    (B, D), the output at the last slot that was fed. With guidance a sequence has two rows."""
 
     def __init__(self, policy, words, repeats=1):
         """Feed the first n slots at once. words: (P, n), each row shared by `repeats` sequences."""
@@ -366,7 +337,6 @@ def generate(policy, prompt, noise, guidance=1.0, no_plan=False):
                 decoder.feed_code(code)
     tokens, logp, entropy = (torch.stack(column, 1) for column in zip(*slots))  # (B, T) each
     plan, codes = tokens.split([policy.C, policy.L], 1)
-    every_code = torch.ones_like(codes, dtype=torch.bool)
-    valid = torch.cat([plan != PAD, every_code], 1)
+    valid = F.pad(plan != PAD, (0, policy.L), value=True)
     prompt = prompt.repeat_interleave(repeats, 0)  # (B, S)
     return Rollout(prompt, plan, codes, logp * valid, entropy * valid, valid)
