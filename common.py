@@ -1,8 +1,5 @@
-"""Shared helpers: errors, command line, device, random streams, files.
-
-Nothing here is needed to understand the method. User errors print one line to stderr and exit with
-status 2; bugs keep their traceback.
-"""
+"""Shared helpers: errors, command line, device, random streams, files. Nothing here is needed to
+understand the method."""
 
 import argparse
 import contextlib
@@ -33,7 +30,8 @@ def check(condition, message):
 
 
 def run(main):
-    """Run a command's main(), and print what the user can correct as one line."""
+    """Run a command's main(). User errors print one line to stderr and exit with status 2; bugs
+    keep their traceback."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None if closed, as by >&-
     sys.stderr = sys.stderr or open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
@@ -74,9 +72,6 @@ def stage(lower="--preset"):
         torch.set_default_dtype(dtype)
 
 
-# --- command line ---------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class BaseConfig:
     """The flags of every command. The comment beside a field is the help of its flag. A number may
@@ -90,10 +85,8 @@ class BaseConfig:
 
 def parse(config_class, presets, description, argv=None, methods=None):
     """Build a config from defaults, preset, method and flags, each overriding those before it.
-
-    config_class: subclass of BaseConfig; presets: {name: {field: value}}; methods: {name: Method},
-    whose values are fields of the config, chosen by its field `method`.
-    """
+    presets: {name: {field: value}}; methods: {name: Method}, whose values are fields of the config,
+    chosen by its field `method`."""
     comments = {}
     for base in reversed(config_class.__mro__[:-1]):
         comments |= re.findall(r"^    (\w+): .*?  # (.*)", inspect.getsource(base), re.M)
@@ -154,9 +147,6 @@ def command_for(script, config):
     return f"bash train.sh {script} --preset {config.preset}{out}"
 
 
-# --- device and random streams --------------------------------------------------------------------
-
-
 OTHER_BUILD = (
     "update the driver, or install a build for older drivers and cards by `pip install "
     "--force-reinstall torch --index-url https://download.pytorch.org/whl/cu126`"
@@ -211,8 +201,6 @@ def network_dtype(device):
 
 def cores():
     """Number of cores that this process may use."""
-    if hasattr(os, "process_cpu_count"):  # from Python 3.13
-        return os.process_cpu_count()
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -220,9 +208,6 @@ def generator(*key):
     """Return a CPU generator seeded by a key such as (seed, "rollout", step) and nothing else."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-
-
-# --- files ----------------------------------------------------------------------------------------
 
 
 def write(path, data):

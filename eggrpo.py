@@ -90,9 +90,6 @@ METHODS = {  # all share one step and one loss
 }
 
 
-# --- one step -------------------------------------------------------------------------------------
-
-
 def training_scenes(world, config, step):
     """Make the P scenes of a step. Every third has a rare pair."""
     scenes = []
@@ -193,9 +190,6 @@ def train_step(policy, reference, optimizer, env, config, step):
     return stats
 
 
-# --- what is logged, and checked ------------------------------------------------------------------
-
-
 def entropy_moments(entropy, valid):
     """Mean and std of each row's entropy over its valid tokens. (B, T) -> (B,), (B,)."""
     n = valid.sum(1).clamp(min=1)
@@ -246,9 +240,6 @@ def check_one_policy(difference, config, device):
     bound *= abs(config.guidance) + abs(1 - config.guidance)
     excess = f"logp_diff_mean is {difference:.1e}, more than {bound:.0e}"
     check(not difference > bound, f"{excess}: sampler and learner are not the same policy")
-
-
-# --- the run --------------------------------------------------------------------------------------
 
 
 @common.stage("--micro-batch of eggrpo, then --prompts")

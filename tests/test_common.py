@@ -171,11 +171,8 @@ def test_a_command_runs_where_stdout_is_a_notebooks(monkeypatch, capsys):
 
 
 def test_cores_are_those_that_this_process_may_use(monkeypatch):
-    if hasattr(os, "process_cpu_count"):
-        assert common.cores() == os.process_cpu_count()
-    else:
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 6}, raising=False)
-        assert common.cores() == 3
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 6}, raising=False)
+    assert common.cores() == 3
 
 
 @pytest.mark.parametrize("name", ["meta", "abacus", "cuda:99", ""])
