@@ -32,9 +32,11 @@ def load_checkpoint(path, origin, command):
     missing or damaged, or was made from other files."""
     check(path.is_file(), f"{path} is not there: make it by `{command}`")
     again = f"remove it and run `{command}`"
+    content = path.read_bytes()
     try:
-        whole = zipfile.ZipFile(path).testzip() is None  # torch.load does not compare checksums
-        record = torch.load(path, map_location="cpu", weights_only=True)
+        # torch.load does not compare checksums
+        whole = zipfile.ZipFile(io.BytesIO(content)).testzip() is None
+        record = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
         whole = False
     check(whole and "origin" in record, f"{path} is damaged, or of another version: {again}")
