@@ -83,13 +83,6 @@ def load_run(path, config, env, base):
 BLOCK = 128  # prompts whose noise has one key, so that it depends on neither batch nor number
 
 
-class Scores(NamedTuple):
-    scenes: list  # (n,) of Scene
-    rewards: torch.Tensor  # (n,)
-    components: dict  # {name: (n,)}, NaN if a component does not apply
-    exact: torch.Tensor  # (n,) 0 or 1
-
-
 def draw_noise(policy, number, *key):
     """Draw the noise of sequences, (number, T) in [0, 1). key: as for common.generator."""
     return torch.rand(number, policy.C + policy.L, generator=common.generator(*key))
@@ -112,7 +105,9 @@ def sample_and_score(env, policy, scenes, noise, **options):
 
 
 def evaluate(env, policy, split, prompts, batch=BLOCK, seed=0, **options):
-    """Score one image for each of the first `prompts` scenes of a split. Returns Scores."""
+    """Draw and score an image for each of the first `prompts` scenes of a split. Returns a dict:
+    means of reward and exact with half-widths of normal 95 % intervals, those of components,
+    and of reward and exact by category and by rare pair."""
     scenes = [make_scene(env.world, split, seed, i) for i in range(prompts)]
     blocks = range(0, prompts, BLOCK)
     noise = [draw_noise(policy, BLOCK, seed, "evaluate", split, i) for i in blocks]
@@ -123,40 +118,33 @@ def evaluate(env, policy, split, prompts, batch=BLOCK, seed=0, **options):
         _, *scores = sample_and_score(env, policy, scenes[part], noise[part], **options)
         scored.append(scores)
     reward, components, exact = zip(*scored)
-    reward = torch.cat(reward).cpu()
-    exact = torch.cat(exact).cpu()
-    components = {name: torch.cat([c[name] for c in components]).cpu() for name in components[0]}
-    return Scores(scenes, reward, components, exact)
+    scores = dict(reward=torch.cat(reward).cpu(), exact=torch.cat(exact).cpu())
+
+    means = dict(n=prompts)
+    for name, values in scores.items():
+        spread = values.std().item() if prompts > 1 else math.nan
+        means[name] = values.mean().item()
+        means[f"{name}_half"] = 1.96 * spread / prompts**0.5
+    means["components"] = {}
+    for name in components[0]:
+        values = torch.cat([of_batch[name] for of_batch in components]).cpu()
+        means["components"][name] = values.nanmean().item()
+    categories = [scene.category for scene in scenes]
+    pairs = [min(rare_pairs(scene.objects), default=()) for scene in scenes]  # one or none
+    means["categories"] = group_means(scores, categories)
+    means["rare_pairs"] = group_means(scores, [" ".join(pair) for pair in pairs])
+    return means
 
 
-def summarize_groups(scores, names):
-    """Average reward and exact over the scenes of each name. names: (n,) of str, "" for none."""
+def group_means(scores, names):
+    """Average scores, {name: (n,)}, over the scenes of each group. names: n groups, "" for none."""
     groups = {}
-    for name in dict.fromkeys(filter(None, names)):
-        rows = torch.tensor([other == name for other in names])
-        reward = scores.rewards[rows].mean().item()
-        exact = scores.exact[rows].mean().item()
-        groups[name] = dict(n=int(rows.sum()), reward=reward, exact=exact)
+    for group in dict.fromkeys(filter(None, names)):
+        rows = torch.tensor([name == group for name in names])
+        groups[group] = dict(n=int(rows.sum()))
+        for name, values in scores.items():
+            groups[group][name] = values[rows].mean().item()
     return groups
-
-
-def summarize(scores):
-    """Reduce Scores to numbers: the means of reward and exact with half-widths of normal 95 %
-    intervals, components, and both by category and by rare pair."""
-    n = len(scores.rewards)
-    found = dict(n=n)
-    for name, values in (("reward", scores.rewards), ("exact", scores.exact)):
-        spread = values.std().item() if n > 1 else math.nan
-        found[name] = values.mean().item()
-        found[f"{name}_half"] = 1.96 * spread / n**0.5
-    components = {name: values.nanmean().item() for name, values in scores.components.items()}
-    categories = [scene.category for scene in scores.scenes]
-    pairs = [min(rare_pairs(scene.objects), default=()) for scene in scores.scenes]  # one or none
-    return found | dict(
-        components=components,
-        categories=summarize_groups(scores, categories),
-        rare_pairs=summarize_groups(scores, [" ".join(pair) for pair in pairs]),
-    )
 
 
 # --- tables and pictures --------------------------------------------------------------------------
@@ -173,20 +161,23 @@ def markdown_table(head, rows):
 
 
 def results_table(results):
-    """Format {policy: {"eval": summary, "rare": summary}} as Markdown tables."""
-    rows, by_category, by_pair = [], [], []
+    """Format {policy: {split: means}} as Markdown tables."""
+    rows = []
+    by_category = []
+    by_pair = []
     for name, splits in results.items():
-        for split, s in splits.items():
+        for split, means in splits.items():
             label = name if split == "eval" else f"{name}, rare pairs"
-            reward = f"{s['reward']:.3f} ± {s['reward_half']:.3f}"
-            exact = f"{s['exact']:.3f} ± {s['exact_half']:.3f}"
-            components = [f"{mean:.3f}" for mean in s["components"].values()]
-            rows.append([f"{label} (n = {s['n']})", reward, exact, *components])
+            row = [f"{label} (n = {means['n']})"]
+            row.append(f"{means['reward']:.3f} ± {means['reward_half']:.3f}")
+            row.append(f"{means['exact']:.3f} ± {means['exact_half']:.3f}")
+            row += [f"{value:.3f}" for value in means["components"].values()]
+            rows.append(row)
         categories = splits["eval"]["categories"]
         pairs = splits["rare"]["rare_pairs"]
         by_category.append([name, *(f"{c['exact']:.2f}" for c in categories.values())])
         by_pair.append([name, *(f"{c['exact']:.2f}" for c in pairs.values())])
-    pair_heads = [f"{pair} ({RARE_PAIRS[tuple(pair.split())]:.1%})" for pair in pairs]
+    pair_heads = [f"{' '.join(pair)} ({share:.1%})" for pair, share in RARE_PAIRS.items()]
     tables = (
         markdown_table(["held-out prompts", "reward", "exact", *REWARDS], rows),
         markdown_table(["exact, by category", *categories], by_category),
@@ -269,10 +260,9 @@ def evaluate_in_training(env, policy, config, folder, step):
     batch = config.eval_prompts if env.device.type == "cuda" else BLOCK
     numbers = {}
     for split in ("eval", "rare"):
-        scores = evaluate(env, policy, split, config.eval_prompts, batch, **options)
-        summary = summarize(scores)
-        numbers[f"{split}_reward"] = summary["reward"]
-        numbers[f"{split}_exact"] = summary["exact"]
+        means = evaluate(env, policy, split, config.eval_prompts, batch, **options)
+        for name in ("reward", "exact"):
+            numbers[f"{split}_{name}"] = means[name]
     figure = draw_gallery(env, {f"{folder.name}, step {step}": (policy, options)})
     save_figure(figure, folder / f"gallery-{step:05d}.png")
     if step == config.steps:
@@ -282,7 +272,7 @@ def evaluate_in_training(env, policy, config, folder, step):
         frames[0].save(folder / "training.gif", **animation)
     shown = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
     tqdm.write(f"step {step}: {shown}")
-    by_pair = {pair: values["exact"] for pair, values in summary["rare_pairs"].items()}
+    by_pair = {pair: values["exact"] for pair, values in means["rare_pairs"].items()}
     return numbers | dict(rare_exact_by_pair=by_pair)
 
 
@@ -322,8 +312,8 @@ def main(argv=None):
     for name, (policy, options) in tqdm(policies.items(), "evaluation"):
         results[name] = {}
         for split, number in numbers.items():
-            scores = evaluate(env, policy, split, number, config.batch, config.seed, **options)
-            results[name][split] = summarize(scores)
+            means = evaluate(env, policy, split, number, config.batch, config.seed, **options)
+            results[name][split] = means
     save_figure(draw_gallery(env, policies), folder / "before-after.png")
     numbers = json.dumps(common.to_jsonable(results), indent=1)
     common.write(folder / "results.json", numbers.encode())

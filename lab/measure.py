@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from evaluate import draw_noise, evaluate, sample_and_score, summarize
+from evaluate import draw_noise, evaluate, sample_and_score
 from lab.batch import step_config
 from lab.world import gradient_sizes
 from objective import token_entropy
@@ -57,8 +57,7 @@ def score(env, policy, prompts, **options):
     numbers = {"eval": prompts, "rare": max(prompts // 2, len(RARE_PAIRS))}
     scores = {}
     for split, number in numbers.items():
-        scored = evaluate(env, policy, split, number, **options)
-        scores[split] = summarize(scored)
+        scores[split] = evaluate(env, policy, split, number, **options)
     return scores
 
 
