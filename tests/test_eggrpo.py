@@ -132,13 +132,6 @@ def test_a_sampler_that_is_not_the_learner_is_named_and_leaves_the_weights_alone
     assert equal(before, step.policy.parameters())
 
 
-def random_rollout():
-    """Advantages (6,), and a rollout with plans of 12 slots and images of 20 tokens."""
-    a, h, valid = random_batch(b=6, t=32)
-    words = torch.zeros(6, 12, dtype=torch.long)
-    return a, Rollout(words, words, words, h, h, valid)
-
-
 def by_hand(method, a, rollout):
     """The advantage of each token, by the definition of each method."""
     h, valid = rollout.entropy, rollout.valid
@@ -167,7 +160,9 @@ def by_hand(method, a, rollout):
 @pytest.mark.parametrize("method", list(METHODS))
 def test_what_a_method_does_to_advantages_and_what_the_log_tells_of_it(method):
     """Plan and image apart: entropies of one modality do not move the thresholds of the other."""
-    a, rollout = random_rollout()
+    a, entropy, valid = random_batch(b=6, t=32)
+    words = torch.zeros(6, 12, dtype=torch.long)  # plans of 12 slots, images of 20 tokens
+    rollout = Rollout(words, words, words, entropy, entropy, valid)
     config = Config(method=method, **METHODS[method].values)
     low, high = method_masks(rollout, config)
     shaped = method_advantages(a, rollout, low, high, config)
