@@ -242,7 +242,7 @@ def draw_figures(folder, numbers, records):
     if compared:
         figures.draw_differences(folder / "differences.png", compared)
     if records:
-        figures.draw_joint(folder / "entropy-mean.png", records, "image_entropy")
+        figures.draw_joint(folder / "entropy-mean.png", records)
     if numbers["passes"]:
         figures.draw_passes(folder / "pass-at-k.png", numbers["passes"])
 
@@ -264,7 +264,7 @@ def main(argv=None):
     common.write(folder / "study.json", f"{content}\n".encode())
     common.write(folder / "study.md", tables.encode())
     draw_figures(folder / "figures", numbers, records)
-    if numbers["one_sided"]:
+    if {"grpo", "bonus"} <= numbers["one_sided"].keys():
         draw_gap(folder / "figures/guidance-gap.png", numbers["one_sided"])
         draw_dose(folder / "figures/guidance-dose.png", numbers["one_sided"])
     print(tables)

@@ -35,62 +35,51 @@ def finish(path, figure, axis, note):
 
 
 def density(points, x_grid, y_grid):
-    """Smooth points (n, 2) by a Gaussian of Scott's width, at least a fiftieth of the range."""
+    """Smooth points (n, 2) by a Gaussian of Scott's width, at least a fiftieth of the range. Those
+    whose y is near 1, the largest reward, are reflected there: no density is lost above it."""
+    x, y = points.T
+    x = np.concatenate([x, x])
+    y = np.concatenate([y, 2 - y])
     kernels = []
-    for values, grid in zip(points.T, (x_grid, y_grid)):
+    for values, grid in ((x, x_grid), (y, y_grid)):
         scott = values.std() * len(values) ** (-1 / 6)
         width = max(scott, (grid[-1] - grid[0]) / 50)
         distance = (grid[:, None] - values) / width
         kernels.append(np.exp(-(distance**2) / 2) / width)
-    return kernels[1] @ kernels[0].T / len(points)
-
-
-def reflect(points):
-    """Add to points (n, 2) their reflections at reward 1, so that no density is lost above it."""
-    entropy, reward = points.T
-    mirrored = np.stack([entropy, 2 - reward], 1)
-    return np.concatenate([points, mirrored])
-
-
-def contour_levels(height):
-    """Return the heights above which lie nine tenths and half of a density."""
-    descending = np.sort(height.ravel())[::-1]
-    share = np.cumsum(descending) / descending.sum()
-    return sorted({descending[np.searchsorted(share, s)] for s in (0.9, 0.5)})
+    return kernels[1] @ kernels[0].T / len(x)
 
 
 def draw_setting(top, joint, setting, points, x_grid):
-    """Draw one setting of draw_joint: contours, and the histogram above. points: (n, 2)."""
+    """Draw one setting of draw_joint: contours of the densest half and nine tenths, and the
+    histogram above. points: (n, 2)."""
     colour = STYLES[setting]["color"]
     dashes = STYLES[setting]["linestyle"]
     y_grid = np.linspace(0, 1, 120)
-    height = density(reflect(points), x_grid, y_grid)
-    levels = contour_levels(height)
+    height = density(points, x_grid, y_grid)
+    descending = np.sort(height.ravel())[::-1]
+    share = np.cumsum(descending) / descending.sum()
+    levels = {descending[np.searchsorted(share, part)] for part in (0.9, 0.5)}
     joint.contour(
         x_grid,
         y_grid,
         height,
-        levels,
+        sorted(levels),
         colors=colour,
         linestyles=dashes,
         linewidths=(1, 2.2),
     )
     joint.plot([], [], color=colour, linestyle=dashes, label=setting)
     bins = np.linspace(x_grid[0], x_grid[-1], 41)
-    entropy = points[:, 0]
-    top.hist(entropy, bins, histtype="step", color=colour, linestyle=dashes)
+    top.hist(points[:, 0], bins, histtype="step", color=colour, linestyle=dashes)
 
 
-def draw_joint(path, records, key):
-    """Reward against an entropy, as in the paper's figure, for each two settings in succession."""
+def draw_joint(path, records):
+    """Reward against image entropy, as in the paper's figure, for successive pairs of settings."""
     pooled = {}
-    bases = set()
     for setting, of_bases in records.items():
-        points = []
-        for base, rows in of_bases.items():
-            bases.add(base)
-            points += [(row[key], row["reward"]) for row in rows]
-        pooled[setting] = np.array(points)
+        rows = [row for rows in of_bases.values() for row in rows]
+        pooled[setting] = np.array([(row["image_entropy"], row["reward"]) for row in rows])
+    bases = len(set().union(*records.values()))
     settings = list(pooled)
     panels = list(zip(settings, settings[1:])) or [settings]
     entropies = np.concatenate([*pooled.values()])[:, 0]
@@ -106,9 +95,8 @@ def draw_joint(path, records, key):
         joint.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
         top.axis("off")
     axes[1, 0].set_ylabel("reward")
-    name = key.replace("_", " ")
-    note = f"{name}; half of the images inside the thick line, nine tenths inside the thin one; "
-    figure.suptitle(f"{note}base policies: {len(bases)}", fontsize=9)
+    note = "half of the images inside the thick line, nine tenths inside the thin one"
+    figure.suptitle(f"image entropy; {note}; base policies: {bases}", fontsize=9)
     save_figure(figure, path)
 
 

@@ -1,7 +1,7 @@
 """Findings 1 to 3 of the paper, measured on what single policies drew, for lab.analyze.
 
-Rows are dicts of lab.records, of one policy, which is described by itself. A setting is what drew
-them (base policy without and with plan, GRPO, EG-GRPO), once per base policy.
+Rows are those of lab.measure.record_rows, of one policy, which is described by itself. A setting is
+what drew them (base policy without and with plan, GRPO, EG-GRPO), once per base policy.
 """
 
 import numpy as np

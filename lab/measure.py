@@ -1,14 +1,13 @@
-"""What the study measures of a finished policy beside its scores."""
+"""What the study measures of a policy, and records of what it draws."""
 
 import numpy as np
 import torch
 
-from evaluate import draw_noise, evaluate, sample_and_score
-from lab.batch import step_config
-from lab.world import gradient_sizes
+from eggrpo import entropy_moments
+from evaluate import draw_noise, evaluate, sample_and_score, sample_images
 from objective import token_entropy
-from rewards import detect
-from scenes import RARE_PAIRS, make_scene
+from rewards import compute_rewards, detect, encode_targets
+from scenes import RARE_PAIRS, decode_words, encode_scenes, make_scene
 
 DIVERSITY_SEED = 6000  # of the prompts
 
@@ -46,12 +45,6 @@ def diversity(env, policy, config, **options):
     return dict(vendi=float(np.mean(vendi)), reward_std=float(np.mean(spread)))
 
 
-def gradient(env, policy, config):
-    """Return {part: norm of its gradient over that of GRPO's} of a policy, see lab.world."""
-    settings = step_config(config.preset, "eggrpo", config.seed)
-    return gradient_sizes(env, policy, settings, config.gradient_batches)
-
-
 def score(env, policy, prompts, **options):
     """Summarize a policy on held-out prompts, half as many of rare pairs. options: of evaluate."""
     numbers = {"eval": prompts, "rare": max(prompts // 2, len(RARE_PAIRS))}
@@ -59,6 +52,52 @@ def score(env, policy, prompts, **options):
     for split, number in numbers.items():
         scores[split] = evaluate(env, policy, split, number, **options)
     return scores
+
+
+@torch.no_grad()
+def record_rows(config, env, policy, scene, number, **options):
+    """Draw a prompt's plans, and some images for each plan. Returns a dict per image.
+
+    Entropies are those of the distributions that were sampled from, as fractions of log V.
+    distance: mean root mean square difference to the prompt's other images, 0 to 1. paint: painted
+    fraction of the image.
+    """
+    n = config.plans * config.images
+    noise = draw_noise(policy, n, config.seed, "records", number)
+    of_plans = noise[:: config.images, : policy.C]
+    noise[:, : policy.C] = of_plans.repeat_interleave(config.images, 0)
+    prompt, _ = encode_scenes(env.world, [scene])
+    rollout, images = sample_images(env, policy, prompt, noise, **options)
+    targets = encode_targets(env.world, [scene] * n, env.device)
+    reward, _, exact = compute_rewards(images, targets, env.world)
+    pixels = images.shape[2] * images.shape[3]
+    paint = detect(images, env.world).paint / pixels
+
+    flat = images.flatten(1)
+    total = torch.cdist(flat, flat).sum(1)
+    others = max(n - 1, 1)
+    distance = total / (others * flat.shape[1] ** 0.5)
+    plan = slice(None, policy.C)
+    image = slice(policy.C, None)
+    plan_entropy, _ = entropy_moments(rollout.entropy[:, plan], rollout.valid[:, plan])
+    moments = entropy_moments(rollout.entropy[:, image], rollout.valid[:, image])
+    image_entropy, image_entropy_std = moments
+    columns = dict(
+        plan=map(decode_words, rollout.plan),
+        plan_index=[i // config.images for i in range(n)],
+        reward=reward.tolist(),
+        exact=exact.tolist(),
+        distance=distance.tolist(),
+        paint=paint.tolist(),
+        plan_entropy=plan_entropy.tolist(),
+        image_entropy=image_entropy.tolist(),
+        image_entropy_std=image_entropy_std.tolist(),
+    )
+    of_prompt = dict(number=number, category=scene.category)
+    rows = []
+    for values in zip(*columns.values()):
+        rows.append(of_prompt | dict(zip(columns, values)))
+    return rows
 
 
 def scores_by_setting(run):

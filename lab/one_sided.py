@@ -1,6 +1,6 @@
 """Train a policy that is sampled under guidance, or at another temperature, and scored without.
 
-    bash train.sh lab.study --only base-0/one-sided/bonus      one run; names: lab.study.ONE_SIDED
+    bash train.sh lab.study --only base-0/one-sided/bonus      one run; all: lab/one_sided.json
 
 z are the logits of the scored policy p, u those of its empty branch (no prompt, no plan). Codes are
 sampled from q = softmax((u + g (z - u)) / temperature), words from p. A bonus w that depends on the

@@ -149,7 +149,7 @@ def draw_dose(path, found):
         kind = name.split("-")[0]
         if kind not in marks or name.endswith("300"):
             continue
-        grpo = found.get(rival(name), found["grpo"])["runs"]
+        grpo = found.get(rival(name), dict(runs={}))["runs"]
         for base, own in run["runs"].items():
             if "dose" in own["numbers"] and base in grpo:
                 exact = own["numbers"]["exact at own"] - grpo[base]["numbers"]["exact at own"]

@@ -34,8 +34,9 @@ import pretrain
 import tiny_vq.train
 from evaluate import draw_noise, load_base, load_env, load_run, sample_and_score
 from lab import one_sided
-from lab.measure import diversity, gradient, score
-from lab.records import record_rows
+from lab.batch import step_config
+from lab.measure import diversity, record_rows, score
+from lab.world import gradient_sizes
 from runs import check_settings
 from scenes import make_scene
 
@@ -47,67 +48,9 @@ BASES = {"base-no-plan": dict(no_plan=True), "base": {}}  # settings of a base p
 SPLIT = ("grpo-0", "eggrpo-0")  # runs whose gradient is split
 RECORDED = (*BASES, *SPLIT)  # policies
 RECORD_SEED = 5000  # of the prompts that base policy 0 is recorded on; b more for base policy b
-
-
-def one_sided_runs():
-    """List the runs of lab.one_sided, most informative first: {name: values of its Config}."""
-    runs = {
-        "start": dict(method="grpo", steps=0),
-        "bonus": {},
-        "bonus-text": dict(on="words"),
-        "bonus-image": dict(on="codes"),
-        "weights-bonus": dict(weights="bonus"),
-        "weights-all": dict(weights="all"),
-        "pull-exact": dict(pull="exact"),
-        "frozen-teacher": dict(pull="frozen"),
-        "frozen-empty": dict(empty="frozen"),
-        "negative": dict(kappa=-1.0),
-        "hot": dict(match="hot"),
-        "cold": dict(match="cold"),
-        "no-kl": dict(beta=0.0),
-        "exact-kl-.01": dict(kl="exact"),
-        "exact-kl-.3": dict(kl="exact", beta=0.3),
-    }
-    runs |= {method: dict(method=method) for method in FIVE}
-    doses = {
-        1.5: (0.2, 0.5, 1.0, 2.0),
-        2.0: (0.2, 0.5, 0.7, 2.0),  # 1.0 is `bonus`
-        3.0: (0.2, 0.35, 0.5, 0.8),
-        4.0: (0.2, 0.5, 1.0, 2.0),
-    }
-    for guidance, kappas in doses.items():
-        for kappa in kappas:
-            runs[f"bonus-g{guidance:g}-kappa{kappa:g}"] = dict(guidance=guidance, kappa=kappa)
-        if guidance != 2.0:
-            runs[f"grpo-g{guidance:g}"] = dict(method="grpo", guidance=guidance)
-    for equal, match in (("mean", "none"), ("pull", "pull")):
-        for where in ("low", "random", "every"):
-            runs[f"{where}-equal-{equal}"] = dict(where=where, match=match)
-    runs["every-g3-kappa1"] = dict(where="every", guidance=3.0)
-    runs["every-g1.5-kappa2"] = dict(where="every", guidance=1.5, kappa=2.0)
-    runs["random-g1.5-kappa1"] = dict(where="random", guidance=1.5)
-    runs["low-g2-kappa4"] = dict(where="low", kappa=4.0)
-    for guidance in (1, 2, 4, 8, 16, 32):  # what guidance alone does: no update
-        runs[f"base-g{guidance}"] = dict(method="grpo", lr=0.0, steps=10, guidance=float(guidance))
-    runs["eggrpo-released-300"] = dict(method="eggrpo-released", steps=300)
-    cells = {  # on-policy: a setting in which EG-GRPO is better than GRPO?
-        "group-2": dict(group_size=2, prompts=32),
-        "group-4": dict(group_size=4, prompts=16),
-        "only-exact": dict(reward="exact"),
-        "noisy": dict(reward="noisy"),
-        "lr-x3": dict(lr=1.5e-3),
-        "two-prompts": dict(prompts=2),
-        "low-half": dict(low_frac=0.5, kappa=0.2),
-        "default": {},
-    }
-    for cell, values in cells.items():
-        for method in ("grpo", "eggrpo", "exclude"):
-            runs[f"search-{cell}-{method}"] = dict(values, method=method, guidance=1.0)
-    return runs
-
-
-FIVE = ("grpo", "eggrpo", "eggrpo-released", "exclude")  # runs on five base policies, others on 3
-ONE_SIDED = one_sided_runs()
+# runs of lab.one_sided, most informative first: {name: values of its Config}
+ONE_SIDED = json.loads(Path(__file__).with_name("one_sided.json").read_text())
+FIVE = ("grpo", "eggrpo", "eggrpo-released", "exclude")  # on five base policies, others on 3
 
 
 @dataclass(frozen=True)
@@ -207,9 +150,6 @@ def plan(config):
     return jobs
 
 
-# --- one job --------------------------------------------------------------------------------------
-
-
 def result_path(config, job):
     """Return the file that a job writes last. config.out: the study's folder."""
     names = {
@@ -237,7 +177,8 @@ def score_policy(config, name):
     scored = score(env, policy, config.prompts, seed=config.seed, **options)
     scored["diversity"] = diversity(env, policy, config, **options)
     if name in SPLIT:
-        scored["gradient"] = gradient(env, policy, config)
+        settings = step_config(config.preset, "eggrpo", config.seed)
+        scored["gradient"] = gradient_sizes(env, policy, settings, config.gradient_batches)
     return scored
 
 
@@ -309,9 +250,6 @@ def do(config, job):
     rows = found if isinstance(found, list) else [found]
     lines = [json.dumps(common.to_jsonable(row)) + "\n" for row in rows]
     common.write(result_path(config, job), "".join(lines).encode())
-
-
-# --- all jobs -------------------------------------------------------------------------------------
 
 
 def read_lines(path):

@@ -49,17 +49,12 @@ def counterpart(variant):
 
 def show(x, signed=False):
     """Format an interval, a number or a text; "-" for what is missing."""
-    form = "+.3f" if signed else ".3f"
-    if x is None:
-        return "-"
+    if isinstance(x, dict):
+        mean = show(x["mean"], signed)
+        return mean if x["mean"] is None or x["n"] == 1 else f"{mean} ± {x['half']:.3f}"
     if isinstance(x, float):
-        return format(x, form)
-    if not isinstance(x, dict):
-        return str(x)
-    if x["mean"] is None:
-        return "-"
-    mean = format(x["mean"], form)
-    return mean if x["n"] == 1 else f"{mean} ± {x['half']:.3f}"
+        return format(x, "+.3f" if signed else ".3f")
+    return "-" if x is None else str(x)
 
 
 def table(head, rows, signed=False):
