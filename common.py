@@ -53,15 +53,16 @@ def run(main):
 
 @contextlib.contextmanager
 def stage(lower="--preset"):
-    """Decorate main(): torch is as when imported, whatever a notebook has set, and memory that runs
-    out is one line. lower: what helps then."""
+    """Decorate main(): torch is as when imported, whatever a notebook has set; the caller's random
+    state is left alone; memory that runs out is one line. lower: what helps then."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     usual = torch.get_default_device().type == "cpu"  # if set again, each call takes longer
     device = contextlib.nullcontext() if usual else torch.device("cpu")
     try:
         with torch.inference_mode(False), torch.enable_grad(), device:
-            yield
+            with torch.random.fork_rng(devices=[]):
+                yield
     except (MemoryError, RuntimeError) as error:
         # torch has no class for the host's memory, nor for a process that was killed to free it
         of_host = re.search(r"can't allocate memory|DataLoader worker \(pid", str(error))

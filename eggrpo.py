@@ -129,11 +129,9 @@ def method_advantages(advantage, rollout, low, high, config):
 
 
 def train_step(policy, reference, optimizer, env, config, step):
-    """Make one step of reinforcement learning, from prompts to optimizer.step.
-
-    Returns a dict of floats to log. Raises UserError, with the weights unchanged, if a reward is
-    not finite or sampler and learner are not one policy.
-    """
+    """Make one step of reinforcement learning, from prompts to optimizer.step. Returns a dict of
+    floats to log. Raises UserError, with the weights unchanged, if a reward is not finite or
+    sampler and learner are not one policy."""
     P = config.prompts
     G = config.group_size
     B = P * G

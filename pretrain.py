@@ -135,16 +135,15 @@ def main(argv=None):
     if not run.steps:
         return
     corpus = make_corpus(config, world, tokenizer, device)
-    with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
-        torch.manual_seed(config.seed)
-        codebook = tokenizer.quantizer.codebook.cpu()  # (V, code_dim)
-        policy = Policy(
-            world,
-            *codebook.shape,
-            width=config.width,
-            layers=config.layers,
-            heads=config.heads,
-        )
+    torch.manual_seed(config.seed)
+    codebook = tokenizer.quantizer.codebook.cpu()  # (V, code_dim)
+    policy = Policy(
+        world,
+        *codebook.shape,
+        width=config.width,
+        layers=config.layers,
+        heads=config.heads,
+    )
     policy.set_codebook(codebook)
     policy = policy.to(device)
     parameters = sum(p.numel() for p in policy.parameters())

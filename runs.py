@@ -57,8 +57,7 @@ def load_model(model_class, path, origin, command):
     done, steps = record["step"], record["config"]["steps"]
     if done < steps:
         raise Unfinished(f"{path} stands at step {done} of {steps}: go on by `{command}`")
-    with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
-        model = model_class(**record["model_config"])
+    model = model_class(**record["model_config"])
     model.load_state_dict(record["model"])
     digest = hashlib.sha256(origin.encode())
     for value in record["model"].values():
@@ -83,15 +82,12 @@ def check_finite(step, terms):
 
 
 class Run:
-    """Checkpoint and log of one run, which an earlier process may have begun.
+    """Checkpoint and log of one run, which an earlier process may have begun. The checkpoint has
+    the log too, so that a run that goes on writes it again as it was then. origin: see load_model;
+    command: how to go on, for messages; more: settings besides those of the config. Raises
+    UserError if the run was begun with other settings or files."""
 
-    origin: see load_model; command: how to go on, for messages; more: settings besides those of the
-    config. Raises UserError if the run was begun with other settings or files. The checkpoint has
-    the log too, so that a run that goes on writes it again as it was then.
-    """
-
-    # fields of a config that do not change results
-    FREE = ("device", "out", "name", "micro_batch", "save_every", "eval_every")
+    FREE = ("device", "out", "name", "micro_batch", "save_every", "eval_every")  # change no result
 
     def __init__(self, path, log_path, config, device, origin, command, **more):
         self.path = path

@@ -118,9 +118,8 @@ def main(argv=None):
         return
     indices = tqdm(range(config.images), "render", leave=False)
     images = stack_images([render(world, random_scene(world, config.seed, i)) for i in indices])
-    with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
-        torch.manual_seed(config.seed)
-        model = VQVAE(world.patch, config.width, config.blocks, config.codebook_size, config.dim)
+    torch.manual_seed(config.seed)
+    model = VQVAE(world.patch, config.width, config.blocks, config.codebook_size, config.dim)
     model = model.to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(),
