@@ -12,7 +12,6 @@ noise.
 import contextlib
 import io
 import json
-import math
 import textwrap
 from dataclasses import dataclass
 from functools import partial
@@ -43,9 +42,6 @@ PRESETS = {
     "small": dict(),
     "large": dict(prompts=2304, batch=256),
 }
-
-
-# --- loading --------------------------------------------------------------------------------------
 
 
 class Env(NamedTuple):
@@ -106,8 +102,8 @@ def sample_and_score(env, policy, scenes, noise, **options):
 
 def evaluate(env, policy, split, prompts, batch=BLOCK, seed=0, **options):
     """Draw and score an image for each of the first `prompts` scenes of a split. Returns a dict:
-    means of reward and exact with half-widths of normal 95 % intervals, those of components,
-    and of reward and exact by category and by rare pair."""
+    means of reward and exact with half-widths of normal 95 % intervals, those of components, and
+    of reward and exact by category and by rare pair."""
     scenes = [make_scene(env.world, split, seed, i) for i in range(prompts)]
     blocks = range(0, prompts, BLOCK)
     noise = [draw_noise(policy, BLOCK, seed, "evaluate", split, i) for i in blocks]
@@ -118,21 +114,23 @@ def evaluate(env, policy, split, prompts, batch=BLOCK, seed=0, **options):
         _, *scores = sample_and_score(env, policy, scenes[part], noise[part], **options)
         scored.append(scores)
     reward, components, exact = zip(*scored)
-    scores = dict(reward=torch.cat(reward).cpu(), exact=torch.cat(exact).cpu())
+    reward = torch.cat(reward).cpu()
+    exact = torch.cat(exact).cpu()
+    scores = dict(reward=reward, exact=exact)
 
     means = dict(n=prompts)
     for name, values in scores.items():
-        spread = values.std().item() if prompts > 1 else math.nan
         means[name] = values.mean().item()
-        means[f"{name}_half"] = 1.96 * spread / prompts**0.5
+        means[f"{name}_half"] = 1.96 * values.std().item() / prompts**0.5
     means["components"] = {}
     for name in components[0]:
         values = torch.cat([of_batch[name] for of_batch in components]).cpu()
         means["components"][name] = values.nanmean().item()
     categories = [scene.category for scene in scenes]
     pairs = [min(rare_pairs(scene.objects), default=()) for scene in scenes]  # one or none
+    pair_names = [" ".join(pair) for pair in pairs]
     means["categories"] = group_means(scores, categories)
-    means["rare_pairs"] = group_means(scores, [" ".join(pair) for pair in pairs])
+    means["rare_pairs"] = group_means(scores, pair_names)
     return means
 
 
@@ -157,11 +155,16 @@ MARKS = (("✗", "#c8321e", "--"), ("✓", "#1e8c32", "-"))  # of wrong and of e
 def markdown_table(head, rows):
     """Format rows of cells as a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    joined = [" | ".join(map(str, line)) for line in lines]
+    return "\n".join(f"| {line} |" for line in joined)
 
 
 def results_table(results):
     """Format {policy: {split: means}} as Markdown tables."""
+
+    def show_exact(groups):
+        return [f"{means['exact']:.2f}" for means in groups.values()]
+
     rows = []
     by_category = []
     by_pair = []
@@ -175,8 +178,8 @@ def results_table(results):
             rows.append(row)
         categories = splits["eval"]["categories"]
         pairs = splits["rare"]["rare_pairs"]
-        by_category.append([name, *(f"{c['exact']:.2f}" for c in categories.values())])
-        by_pair.append([name, *(f"{c['exact']:.2f}" for c in pairs.values())])
+        by_category.append([name, *show_exact(categories)])
+        by_pair.append([name, *show_exact(pairs)])
     pair_heads = [f"{' '.join(pair)} ({share:.1%})" for pair, share in RARE_PAIRS.items()]
     tables = (
         markdown_table(["held-out prompts", "reward", "exact", *REWARDS], rows),
@@ -192,12 +195,10 @@ def run_title(name):
     return f"{NAMES[method]}, seed {seed}" if method in NAMES else name
 
 
-def gallery(rows, prompts, titles=None, exact=None):
-    """Draw images in a grid, a prompt above each column. Returns a matplotlib figure.
-
-    rows: list of (n, 3, h, w) in [0, 1]; titles: a name for each row; exact: list of (n,). Exact
-    images have a solid green frame and a tick, others a dashed red frame and a cross.
-    """
+def gallery(rows, prompts, titles=(), exact=None):
+    """Draw images in a grid, a prompt above each column. rows: list of (n, 3, h, w) in [0, 1];
+    titles: a name for each row; exact: list of (n,). Exact images have a solid green frame and a
+    tick, others a dashed red frame and a cross. Returns a matplotlib figure."""
     heads = [textwrap.fill(prompt, 13) for prompt in prompts]
     lines = max(len(head.splitlines()) for head in heads)
     width = 0.95 * len(prompts) + (0.7 if titles else 0)  # inches of 100 pixels
@@ -207,11 +208,11 @@ def gallery(rows, prompts, titles=None, exact=None):
     axes = figure.subplots(len(rows), len(prompts), squeeze=False)
     for axis, head in zip(axes[0], heads):
         axis.set_title(head, loc="left", fontsize=8.5)
+    for axis, title in zip(axes[:, 0], titles):
+        name = textwrap.fill(title, 9)
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8.5)
     for row, images in enumerate(rows):
-        if titles:
-            title = textwrap.fill(titles[row], 9)
-            axes[row, 0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8.5)
-        pixels = images.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()  # (n, h, w, 3)
+        pixels = images.permute(0, 2, 3, 1).cpu()  # (n, h, w, 3)
         for column, axis in enumerate(axes[row]):
             axis.imshow(pixels[column], interpolation="nearest")
             axis.set(xticks=[], yticks=[])
@@ -261,8 +262,8 @@ def evaluate_in_training(env, policy, config, folder, step):
     numbers = {}
     for split in ("eval", "rare"):
         means = evaluate(env, policy, split, config.eval_prompts, batch, **options)
-        for name in ("reward", "exact"):
-            numbers[f"{split}_{name}"] = means[name]
+        numbers[f"{split}_reward"] = means["reward"]
+        numbers[f"{split}_exact"] = means["exact"]
     figure = draw_gallery(env, {f"{folder.name}, step {step}": (policy, options)})
     save_figure(figure, folder / f"gallery-{step:05d}.png")
     if step == config.steps:
@@ -288,8 +289,9 @@ def plot_curves(path, logs):
     axes = figure.subplots(2, 2).flatten()
     for name, log in logs.items():
         for axis, (key, title) in zip(axes, panels.items()):
-            points = [(record["step"] + 1, record[key]) for record in log if key in record]
-            axis.plot(*zip(*points), label=run_title(name))
+            records = [record for record in log if key in record]
+            steps = [record["step"] + 1 for record in records]
+            axis.plot(steps, [record[key] for record in records], label=run_title(name))
             axis.set(title=title, xlabel="step")
     figure.legend(handles=axes[0].get_lines(), loc="outside lower center", ncols=4)
     save_figure(figure, path)
@@ -306,8 +308,10 @@ def main(argv=None):
     for path in sorted(folder.glob("*/policy.pt")):
         with contextlib.suppress(Unfinished):
             runs[path.parent.name] = load_run(path, config, env, base)
-    policies = {"base, no plan": (base, dict(no_plan=True)), "base + plan": (base, {}), **runs}
-    numbers = {"eval": config.prompts, "rare": max(config.prompts // 2, len(RARE_PAIRS))}
+    policies = {"base, no plan": (base, dict(no_plan=True)), "base + plan": (base, {})}
+    policies |= runs
+    rare = max(config.prompts // 2, len(RARE_PAIRS))
+    numbers = {"eval": config.prompts, "rare": rare}
     results = {}
     for name, (policy, options) in tqdm(policies.items(), "evaluation"):
         results[name] = {}
@@ -315,8 +319,8 @@ def main(argv=None):
             means = evaluate(env, policy, split, number, config.batch, config.seed, **options)
             results[name][split] = means
     save_figure(draw_gallery(env, policies), folder / "before-after.png")
-    numbers = json.dumps(common.to_jsonable(results), indent=1)
-    common.write(folder / "results.json", numbers.encode())
+    content = json.dumps(common.to_jsonable(results), indent=1)
+    common.write(folder / "results.json", content.encode())
     table = results_table(results)
     common.write(folder / "results.md", (table + "\n").encode())
     print(table)
