@@ -193,16 +193,17 @@ def test_a_run_that_diverges_is_stopped_and_what_was_saved_is_kept(stage, monkey
     assert all(x.isfinite().all() for x in torch.load(path)["model"].values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("stage", ["eggrpo"], indirect=True)
-def test_what_a_notebook_has_set_changes_nothing(stage):
+def test_what_a_notebook_has_set_changes_nothing(stage, dtype):
     """Nor is what it has set changed."""
     plain = stage("plain", "--steps 2")
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(dtype)
     try:
         with torch.inference_mode(), torch.device("meta"):
             assert stage("set", "--steps 2")[1:] == plain[1:]
             assert torch.empty(1).is_meta and not torch.is_grad_enabled()
-        assert torch.get_default_dtype() == torch.float64
+        assert torch.get_default_dtype() == dtype
     finally:
         torch.set_default_dtype(torch.float32)
 
