@@ -298,11 +298,9 @@ class Decoder:
 
 @torch.no_grad()
 def generate(policy, prompt, noise, guidance=1.0, no_plan=False):
-    """Sample plans and codes slot by slot, without waiting for the device.
-
-    prompt: (P, S); noise: (B, T) in [0, 1), B a multiple of P: each prompt is continued B / P times
-    in a row. no_plan: leave the plan empty (the paper's base setting). Returns a Rollout.
-    """
+    """Sample plans and codes slot by slot, without waiting for the device. prompt: (P, S); noise:
+    (B, T) in [0, 1), B a multiple of P: each prompt is continued B / P times in a row. no_plan:
+    leave the plan empty (the paper's base setting). Returns a Rollout."""
     repeats = len(noise) // len(prompt)
     pad = prompt.new_full((len(noise),), PAD)  # (B,)
     none = torch.zeros_like(noise[:, 0])

@@ -46,13 +46,11 @@ def load_checkpoint(path, origin, command):
 
 
 def load_model(model_class, path, origin, command):
-    """Read a finished run. Returns its model, with the attribute `log`, and its settings.
-
-    Files that do not belong together are refused: a checkpoint names by one string, its origin,
-    what it was made from, and that must be at hand. A tokenizer is made from a preset's world
-    (scenes.py), a policy from a model, whose attribute `origin` is a digest of its weights and of
-    its own origin. Parameters keep requires_grad: without it autocast casts them at each use.
-    """
+    """Read a finished run. Returns its model, with the attribute `log`, and its settings. Files
+    that do not belong together are refused: a checkpoint names by one string, its origin, what it
+    was made from, and that must be at hand. A tokenizer is made from a preset's world (scenes.py),
+    a policy from a model, whose attribute `origin` is a digest of its weights and of its own
+    origin. Parameters keep requires_grad: without it autocast casts them at each use."""
     record = load_checkpoint(path, origin, command)
     done, steps = record["step"], record["config"]["steps"]
     if done < steps:

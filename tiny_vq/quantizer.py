@@ -49,11 +49,9 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def restart(self, z, codes, generator, min_count=0.3):
         """Move dead entries, those with a count below `min_count` vectors per batch, onto vectors
-        of z, drawn with probability proportional to the squared distance from their entry (as
-        k-means++ does): frequent vectors, such as the background's, have one already.
-
-        z: (n, dim), codes: (n,).
-        """
+        of z (n, dim), drawn with probability proportional to the squared distance from the entry of
+        their codes (n,), as k-means++ does: frequent vectors, such as the background's, have one
+        already."""
         dead = (self.counts < min_count).nonzero()[:, 0]
         if len(dead) == 0:
             return

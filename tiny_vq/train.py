@@ -49,11 +49,9 @@ PRESETS = {
 
 @torch.no_grad()
 def fit_residuals(model, batches):
-    """For each code, add to the decoder's output the mean error that it leaves on its patches.
-
-    A star differs by one pixel from the sky around it: it has a code of its own, but too little of
-    the error for 500 steps to teach the decoder. batches: of images (B, 3, h, w) in [0, 1].
-    """
+    """For each code, add to the decoder's output the mean error that it leaves on its patches. A
+    star differs by one pixel from the sky around it: it has a code of its own, but too little of
+    the error for 500 steps to teach the decoder. batches: of images (B, 3, h, w) in [0, 1]."""
     sums = torch.zeros_like(model.residuals)  # (V, channels)
     counts = torch.zeros_like(sums[:, :1])
     for images in batches:
