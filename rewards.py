@@ -78,12 +78,9 @@ def _saturate(contrast):
 
 
 def paint_coverage(images):
-    """How much of each pixel is painted in each colour. (B, 3, h, w) -> (B, colours, h, w), in
-    [0, 1].
-
+    """How much of each pixel is painted in each colour, 0 to 1. (B, 3, h, w) -> (B, colours, h, w).
     A pixel is background + contrast * (colour - background); it belongs to the colour that leaves
-    the smallest residual.
-    """
+    the smallest residual."""
     images = images.float()
     background = images.new_tensor(BACKGROUND) / 255  # (3,)
     colours = images.new_tensor(list(COLOURS.values())) / 255  # (colours, 3)
@@ -102,9 +99,8 @@ def object_templates(world):
     """Coverage of every texture and shape at mean brightness, in its place in a cell: (textures *
     shapes, cell, cell)."""
     masks = []
-    for texture in world.textures:
-        for shape in SHAPES:
-            masks.append(torch.tensor(shape_mask(shape, texture, world.object_size)))
+    for texture, shape in itertools.product(world.textures, SHAPES):
+        masks.append(torch.tensor(shape_mask(shape, texture, world.object_size)))
     contrast = torch.stack(masks).float() * sum(world.brightness) / 2
     gap = world.cell - world.object_size
     return F.pad(_saturate(contrast), (0, gap, 0, gap))
@@ -126,7 +122,6 @@ def detect(images, world):
     A cell has an object of the kind whose template has the largest Dice overlap with the paint of
     its colour, 2 sum(paint * template) / (sum(paint^2) + sum(template^2)), if that is above
     MATCH_THRESHOLD. sum(paint^2) is over the box that objects fill, where no neighbour's edge is.
-
     An object ends with its box: a pixel beside the box that has END_THRESHOLD of paint or more, in
     any colour, makes it none. So connected paint is at most one object, however large it is.
     """
@@ -226,32 +221,28 @@ REWARDS = {
 }
 
 
-def call_reward(name, function, images, detections, targets):
-    """Call a reward function, which may be the user's. Returns (B,) float32. Raises UserError with
-    its name if it fails or breaks the rules of this module's docstring."""
-    where = f"the reward function {name!r} in rewards.REWARDS"
-    try:
-        value = function(images, detections, targets)
-        value = torch.as_tensor(value, dtype=torch.float32, device=images.device)
-    except Exception as error:  # a user's code may raise anything
-        raise UserError(f"{where} raised {type(error).__name__}: {error}") from error
-    shape = (len(images),)
-    check(value.shape == shape, f"{where} must return {shape} numbers, not {tuple(value.shape)}")
-    in_range = (value >= 0) & (value <= 1)
-    in_range |= value.isnan()
-    check(in_range.all(), f"{where} must return numbers from 0 to 1, or NaN")
-    return value
-
-
 @torch.no_grad()
 def compute_rewards(images, targets, world):
     """Score images (B, 3, h, w) in [0, 1]. Returns rewards (B,), components {name: (B,)} and exact
-    (B,), 0 or 1."""
+    (B,), 0 or 1. Raises UserError with the name of a user's function that fails or breaks the rules
+    of this module's docstring."""
     check(REWARDS, "rewards.REWARDS is empty: there is no reward to learn from")
     detections = detect(images, world)
+    shape = (len(images),)
     components = {}
     for name, function in REWARDS.items():
-        components[name] = call_reward(name, function, images, detections, targets)
+        where = f"the reward function {name!r} in rewards.REWARDS"
+        try:
+            value = function(images, detections, targets)
+            value = torch.as_tensor(value, dtype=torch.float32, device=images.device)
+        except Exception as error:  # a user's code may raise anything
+            raise UserError(f"{where} raised {type(error).__name__}: {error}") from error
+        problem = f"{where} must return {shape} numbers, not {tuple(value.shape)}"
+        check(value.shape == shape, problem)
+        in_range = (value >= 0) & (value <= 1)
+        in_range |= value.isnan()
+        check(in_range.all(), f"{where} must return numbers from 0 to 1, or NaN")
+        components[name] = value
     rewards = torch.stack(list(components.values())).nanmean(0)
     one_applies = rewards.isfinite().all()
     check(one_applies, "rewards.REWARDS: all functions returned NaN for some image")

@@ -379,8 +379,7 @@ def _contradict(world, scene, rng):
 
 
 def corpus_item(world, seed, index):
-    """Make one item of the noisy pretraining corpus, a Scene. In CAPTION_FAULTS of all, image and
-    plan contradict the prompt; in PLAN_FAULTS of the rest, the plan contradicts both."""
+    """Make one item of the noisy pretraining corpus, a Scene."""
     rng = _rng("corpus", seed, index)
     pairs, fractions = zip(*RARE_PAIRS.items())
     rank = np.searchsorted(np.cumsum(fractions), rng.rand(), side="right")
@@ -409,8 +408,8 @@ def shape_mask(shape, texture, size):
     elif shape == "square":
         draw.rectangle((0, 0, n - 1, n - 1), fill=255)
     elif shape == "cross":
-        draw.rectangle((0, 3 * n // 9, n - 1, 6 * n // 9 - 1), fill=255)
-        draw.rectangle((3 * n // 9, 0, 6 * n // 9 - 1, n - 1), fill=255)
+        draw.rectangle((0, n // 3, n - 1, 2 * n // 3 - 1), fill=255)
+        draw.rectangle((n // 3, 0, 2 * n // 3 - 1, n - 1), fill=255)
     elif shape == "triangle":
         draw.polygon([(n / 2, 0), (n - 1, n - 1), (0, n - 1)], fill=255)
     else:
@@ -451,8 +450,7 @@ def render(world, scene):
     brightness = rng.uniform(*world.brightness, size=(world.side, world.side))
     brightness = brightness.repeat(world.patch, 0).repeat(world.patch, 1)  # (h, w)
     noise = world.noise_std * rng.standard_normal((*brightness.shape, 3))
-    image = np.zeros((*brightness.shape, 3))
-    image += np.array(BACKGROUND) + stars[..., None]
+    image = np.array(BACKGROUND) + stars[..., None]  # (h, w, 3)
     for o in scene.objects:
         top = o.row * world.cell
         left = o.column * world.cell
