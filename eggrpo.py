@@ -29,7 +29,7 @@ import objective
 from common import check
 from model import generate, score
 from rewards import REWARDS, compute_rewards, encode_targets
-from runs import Run, check_finite
+from runs import Run
 from scenes import encode_scenes, make_scene
 
 
@@ -49,7 +49,6 @@ class Config(common.BaseConfig):
     micro_batch: int = 16  # sequences per forward pass: changes memory, not results
     eval_every: int = 50  # steps between held-out evaluations, each with a gallery
     eval_prompts: int = 192  # per split: usual and rare pairs
-    save_every: float = 2  # minutes between checkpoints
 
     def __post_init__(self):
         fractions = f"--low-frac {self.low_frac}, --high-frac {self.high_frac}"
@@ -260,21 +259,19 @@ def main(argv=None):
     )
     if run.steps.start == 0:
         # steps count from 0 in the log; -1 is before training
-        run.log(step=-1, **evaluate.evaluate_in_training(env, policy, config, folder, 0))
+        run.log(-1, **evaluate.evaluate_in_training(env, policy, config, folder, 0))
     bar = run.progress(config.method, policy, optimizer)
     for step in bar:
         started = time.time()
         rate = config.lr * min((step + 1) / 10, 1 - step / config.steps)
         optimizer.param_groups[0]["lr"] = rate
         stats = train_step(policy, reference, optimizer, env, config, step)
-        # a component of the reward that no prompt of the batch asks for is NaN
-        check_finite(step, {k: v for k, v in stats.items() if not k.startswith("reward/")})
         stats["seconds"] = time.time() - started
         bar.set_postfix({name: f"{stats[name]:.2f}" for name in ("reward", "exact", "kl")})
         done = step + 1
         if done % config.eval_every == 0 or done == config.steps:
             stats |= evaluate.evaluate_in_training(env, policy, config, folder, done)
-        run.log(step=step, **stats)
+        run.log(step, **stats)
         run.save(step, policy, optimizer)
     print(f"{config.method}: {config.steps} steps; see {folder}")
 

@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 import common
 from model import Policy, score
-from runs import Run, check_finite
+from runs import Run
 from scenes import PAD, WORLDS, corpus_item, encode_scenes, render
 from tiny_vq import load_tokenizer, stack_images
 
 CHUNK = 100  # items of the corpus that are drawn and encoded at a time
-FEW = 5000  # items that one process draws as soon as many
+FEW = 5000  # items that are soon drawn by one process
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,6 @@ class Config(common.BaseConfig):
     heads: int = 4  # of each layer's attention
     drop_both: Annotated[float, 0, 1] = 0.10  # fraction of sequences without prompt and plan
     drop_plan: Annotated[float, 0, 1] = 0.15  # fraction of sequences with a prompt, but no plan
-    save_every: float = 2  # minutes between checkpoints
 
     def __post_init__(self):
         multiple = f"--width {self.width}: must be a multiple of --heads {self.heads}"
@@ -81,8 +80,7 @@ def make_corpus(config, world, tokenizer, device):
     )
     encoded = []
     for prompts, plans, images in tqdm(loader, "corpus", leave=False):
-        codes = tokenizer.encode(stack_images(images).to(device) / 255)
-        codes = codes.cpu().to(torch.int16)
+        codes = tokenizer.encode(stack_images(images).to(device) / 255).to("cpu", torch.int16)
         encoded.append((torch.from_numpy(prompts), torch.from_numpy(plans), codes))
     return [torch.cat(column) for column in zip(*encoded)]
 
@@ -108,8 +106,7 @@ def training_batch(corpus, config, step, device):
 
 
 def update(policy, optimizer, prompt, plan, codes):
-    """Make one step of maximum likelihood. Returns plan_nll and image_nll, nats per token, and
-    grad_norm."""
+    """Make one step of maximum likelihood. Returns what is logged; nll are nats per token."""
     logp = score(policy, prompt, plan, codes)  # (B, T)
     plan_nll = -logp[:, : policy.C].sum() / (plan != PAD).sum().clamp(min=1)
     image_nll = -logp[:, policy.C :].sum() / codes.numel()
@@ -125,10 +122,10 @@ def update(policy, optimizer, prompt, plan, codes):
 @common.stage("--batch of pretrain")
 def main(argv=None):
     config = common.parse(Config, PRESETS, __doc__, argv)
-    folder = config.out / config.preset
     world = WORLDS[config.preset]
     device = common.pick_device(config.device)
     tokenizer = load_tokenizer(config, device)
+    folder = config.out / config.preset
     files = folder / "base.pt", folder / "base.jsonl"
     command = common.command_for("pretrain", config)
     run = Run(*files, config, device, tokenizer.origin, command)
@@ -146,8 +143,7 @@ def main(argv=None):
     )
     policy.set_codebook(codebook)
     policy = policy.to(device)
-    parameters = sum(p.numel() for p in policy.parameters())
-    print(f"policy: {parameters / 1e6:.2f} M parameters, {policy.slots} slots")
+    print(f"policy: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters")
     optimizer = torch.optim.AdamW(
         policy.parameters(),
         betas=(0.9, 0.95),
@@ -161,10 +157,8 @@ def main(argv=None):
         optimizer.param_groups[0]["lr"] = config.lr * warm_up * (0.55 + 0.45 * cosine)
         batch = training_batch(corpus, config, step, device)
         terms = update(policy, optimizer, *batch)
-        check_finite(step, terms)
-        if step % 20 == 0 or step + 1 == config.steps:
-            run.log(step=step, **terms)
-            bar.set_postfix({name: f"{value:.2f}" for name, value in terms.items()})
+        bar.set_postfix({name: f"{value:.2f}" for name, value in terms.items()})
+        run.log(step, **terms)
         run.save(step, policy, optimizer)
     print(f"base policy: {config.steps} steps; see {run.path}")
 

@@ -72,25 +72,18 @@ def check_settings(path, old, new):
         check(old.get(name) == value, f"{problem}: use that, another --out, or remove it")
 
 
-def check_finite(step, terms):
-    """Raise UserError unless all terms of a step, {name: float}, are finite."""
-    for name, value in terms.items():
-        problem = f"step {step}: {name} is {value}"
-        check(math.isfinite(value), f"{problem}: lower --lr, and use another --name or --out")
-
-
 class Run:
     """Checkpoint and log of one run, which an earlier process may have begun. The checkpoint has
     the log too, so that a run that goes on writes it again as it was then. origin: see load_model;
     command: how to go on, for messages; more: settings besides those of the config. Raises
     UserError if the run was begun with other settings or files."""
 
-    FREE = ("device", "out", "name", "micro_batch", "save_every", "eval_every")  # change no result
+    FREE = ("device", "out", "name", "micro_batch", "eval_every")  # change no result
+    PAUSE = 180  # seconds between checkpoints
 
     def __init__(self, path, log_path, config, device, origin, command, **more):
         self.path = path
         self.log_path = log_path
-        self.save_every = config.save_every
         self.saved = time.monotonic()
         settings = dataclasses.asdict(config) | more
         settings = {name: settings[name] for name in settings if name not in self.FREE}
@@ -125,18 +118,23 @@ class Run:
         check(mine, f"another process goes on with {self.log_path}: this one ends")
         return file
 
-    def log(self, **values):
-        """Append a line to the log."""
-        values = common.to_jsonable(values)
+    def log(self, step, **values):
+        """Append a line to the log. Raises UserError if a value is not finite, except of a component
+        of the reward, which may not apply."""
+        for name, value in values.items():
+            finite = not isinstance(value, float) or math.isfinite(value)
+            problem = f"step {step}: {name} is {value}: lower --lr, and use another --name or --out"
+            check(finite or name.startswith("reward/"), problem)
+        values = common.to_jsonable(dict(step=step, **values))
         with self.open_log() as file:
             file.seek(0, os.SEEK_END)
             file.write(json.dumps(values) + "\n")
         self.record["log"].append(values)
 
     def save(self, step, model, optimizer):
-        """Write the checkpoint after the last step, and before it every save_every minutes."""
+        """Write the checkpoint after the last step, and before it every PAUSE seconds."""
         last = step + 1 == self.steps.stop
-        if not last and time.monotonic() - self.saved < 60 * self.save_every:
+        if not last and time.monotonic() - self.saved < self.PAUSE:
             return
         self.open_log().close()
         self.record["step"] = step + 1

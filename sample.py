@@ -58,8 +58,8 @@ def main(argv=None):
     )
     plans = [decode_words(plan) or "(no plan)" for plan in rollout.plan]
     print("\n".join(plans))
-    name = file_name(config.prompt, config.seed)
-    path = config.out / config.preset / "samples" / name
+    folder = config.out / config.preset / "samples"
+    path = folder / file_name(config.prompt, config.seed)
     save_figure(gallery([images], plans), path)
     print(f"image: {path}")
 

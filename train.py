@@ -25,29 +25,22 @@ class Config(common.BaseConfig):
     method: str = "both"  # of reinforcement learning, whose seed --seed is
 
 
-def stages(config):
-    """Return the stages as tuples: title, main(), its flags."""
-    reinforce = []
-    for method in ("eggrpo", "grpo") if config.method == "both" else (config.method,):
-        title = f"reinforcement learning, {method}"
-        reinforce.append((title, eggrpo.main, ["--method", method, "--seed", str(config.seed)]))
-    return [
-        ("tokenizer", tiny_vq.train.main, []),
-        ("base policy", pretrain.main, []),
-        *reinforce,
-        ("evaluation", evaluate.main, []),
-    ]
-
-
 def main(argv=None):
     config = common.parse(Config, {name: {} for name in WORLDS}, __doc__, argv, METHODS)
     common.pick_device(config.device)  # what cannot be used is refused before the first stage
+    stages = [
+        ("tokenizer", tiny_vq.train.main, []),
+        ("base policy", pretrain.main, []),
+    ]
+    for method in ("eggrpo", "grpo") if config.method == "both" else (config.method,):
+        flags = ["--method", method, "--seed", str(config.seed)]
+        stages.append((f"reinforcement learning, {method}", eggrpo.main, flags))
+    stages.append(("evaluation", evaluate.main, []))
     shared = ["--preset", config.preset, "--device", config.device]
     if config.out != Config.out:
         shared += ["--out", str(config.out)]
-    todo = stages(config)
-    for number, (title, stage, flags) in enumerate(todo, 1):
-        print(f"stage {number} of {len(todo)}: {title}", flush=True)
+    for number, (title, stage, flags) in enumerate(stages, 1):
+        print(f"stage {number} of {len(stages)}: {title}", flush=True)
         stage([*shared, *flags])
 
 

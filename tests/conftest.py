@@ -86,9 +86,9 @@ def killed_after(step, monkeypatch):
     """Kill a run after a step was logged, before its checkpoint is saved."""
     log = runs.Run.log
 
-    def killed(run, **values):
-        log(run, **values)
-        if values["step"] >= step:
+    def killed(run, logged, **values):
+        log(run, logged, **values)
+        if logged >= step:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

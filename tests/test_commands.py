@@ -13,6 +13,7 @@ import eggrpo
 import evaluate
 import pretrain
 import rewards
+import runs
 import sample
 import scenes
 from common import UserError
@@ -42,17 +43,18 @@ def call(module, folder, flags=""):
 
 
 @pytest.fixture
-def stage(out, tmp_path, request):
+def stage(out, tmp_path, request, monkeypatch):
     """A function: folder, flags -> run the stage in a folder that has its inputs. Returns its
     checkpoint, its log without header and seconds, and its pictures."""
     module, path, short = STAGES[request.param]
+    monkeypatch.setattr(runs.Run, "PAUSE", 0)  # seconds: save at every step
 
     def make(name, flags=""):
         folder = tmp_path / name
         if not folder.exists():
             inputs(out, folder)
             (folder / "smoke" / path).unlink(missing_ok=True)
-        call(module, folder, f"{short} --steps 5 --save-every 0 {flags}")
+        call(module, folder, f"{short} --steps 5 {flags}")
         checkpoint = folder / "smoke" / path
         records = read_log(folder / "smoke" / path.replace("policy", "log").replace("pt", "jsonl"))
         log = [{k: v for k, v in r.items() if k != "seconds"} for r in records[1:]]

@@ -39,7 +39,6 @@ COMMANDS = sorted(
 class Config(common.BaseConfig):
     steps: int = 5  # of training
     rate: float = 0.5  # 100 % or less
-    save_every: float = 0  # minutes: at every step
 
 
 PRESETS = {"smoke": dict(rate=0.1), "small": {}}
@@ -84,7 +83,7 @@ def test_flags_override_methods_override_presets_override_defaults():
         (eggrpo, "--seed -1", "--seed -1: must be at least 0"),
         (pretrain, "--lr inf", "--lr inf: must be at least 0 and at most"),
         (pretrain, "--steps 99999999999", "--steps 99999999999: must be at least 1 and at most"),
-        (pretrain, "--save-every -1", "--save-every -1.0: must be at least 0"),
+        (pretrain, "--drop-both -1", "--drop-both -1.0: must be at least 0"),
         (pretrain, "--drop-plan 1.1", "--drop-plan 1.1: must be at least 0 and at most 1"),
         (pretrain, "--width 65", "--width 65: must be a multiple of --heads 4"),
         (tiny_vq_train, "--width 20", "--width 20: must be a multiple of 8"),
@@ -219,14 +218,16 @@ def make_model():
 
 def make_run(folder, origin="world", **settings):
     path, log_path = folder / "deep" / "a.pt", folder / "deep" / "log.jsonl"
-    return runs.Run(path, log_path, Config(**settings), "cpu", origin, COMMAND)
+    run = runs.Run(path, log_path, Config(**settings), "cpu", origin, COMMAND)
+    run.PAUSE = 0  # seconds: save at every step
+    return run
 
 
 def go_on(run, model, optimizer, steps=range(5)):
     """Train, as far as files are concerned."""
     for step in run.progress("", model, optimizer):
         if step in steps:
-            run.log(step=step, x=step / 3)
+            run.log(step, x=step / 3)
             run.save(step, model, optimizer)
 
 
@@ -236,7 +237,7 @@ def begun(tmp_path):
     run = make_run(tmp_path)
     model, optimizer = make_model()
     go_on(run, model, optimizer, range(2))
-    run.log(step=2, x=1.0)
+    run.log(2, x=1.0)
     with open(run.log_path, "a") as file:
         file.write('{"step": 3, "x"')
     return tmp_path, model, optimizer, run.path
@@ -312,7 +313,7 @@ def test_a_run_goes_on_with_its_own_settings_and_files_only(begun):
         make_run(folder, rate=0.6)
     with pytest.raises(UserError, match=f"made from other files .* remove it and run `{COMMAND}`"):
         make_run(folder, "another world")
-    free = dict(save_every=1, device="cpu", out="elsewhere")  # these change no result
+    free = dict(device="cpu", out="elsewhere")  # these change no result
     assert make_run(folder, **free).steps == range(2, 5)
 
 
@@ -323,8 +324,10 @@ def test_a_run_that_goes_on_writes_its_log_again_whatever_is_left_of_it(begun, d
     log.write_bytes(damage) if damage else log.unlink()
     run = make_run(folder)
     assert read_steps(folder) == [0, 1]
-    run.log(step=2, x=float("nan"))
-    assert read_log(log)[-1] == dict(step=2, x=None)  # JSON has no NaN
+    run.log(2, **{"reward/x": float("nan")})
+    assert read_log(log)[-1] == {"step": 2, "reward/x": None}  # JSON has no NaN
+    with pytest.raises(UserError, match="step 3: loss is inf: lower --lr"):
+        run.log(3, norm=1.0, loss=float("inf"))
 
 
 def test_of_two_processes_in_one_folder_the_first_ends(begun):
@@ -332,7 +335,7 @@ def test_of_two_processes_in_one_folder_the_first_ends(begun):
     first, second = make_run(folder), make_run(folder)
     words = "another process goes on with .*log.jsonl: this one ends"
     with pytest.raises(UserError, match=words):
-        first.log(step=2)
+        first.log(2)
     with pytest.raises(UserError, match=words):
         first.save(2, model, optimizer)
     go_on(second, model, optimizer)

@@ -12,6 +12,7 @@ import common
 import eggrpo
 import evaluate
 import pretrain
+import runs
 import sample
 from conftest import difference, killed_after, one_line, read_log, tiny_policy
 from eggrpo import LOGP_DIFF_BOUND
@@ -21,7 +22,7 @@ from tiny_vq import train as tiny_vq_train
 
 pytestmark = pytest.mark.gpu
 
-RUN = "--steps 4 --prompts 2 --group-size 4 --eval-prompts 6 --eval-every 4 --save-every 0"
+RUN = "--steps 4 --prompts 2 --group-size 4 --eval-prompts 6 --eval-every 4"
 
 
 def call(module, folder, flags, *prompt, preset="smoke"):
@@ -75,6 +76,7 @@ def test_a_run_that_stopped_goes_on(out, tmp_path, monkeypatch):
     for name in ("tokenizer.pt", "base.pt"):
         (tmp_path / "smoke").mkdir(exist_ok=True)
         (tmp_path / "smoke" / name).write_bytes((out / "smoke" / name).read_bytes())
+    monkeypatch.setattr(runs.Run, "PAUSE", 0)  # seconds: save at every step
     with killed_after(2, monkeypatch):
         call(eggrpo, tmp_path, RUN)
     call(eggrpo, tmp_path, RUN)

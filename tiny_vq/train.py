@@ -3,7 +3,7 @@
     python -m tiny_vq.train          -> out/small/tokenizer.pt
 
 The images are crowded scenes with every colour-shape pair. The ceiling is the mean reward of true
-evaluation scenes after encoding and decoding: the best that the tokenizer lets a policy reach.
+evaluation scenes, encoded and decoded (rewards.py). Run (runs.py) keeps checkpoint and log.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import common
 from rewards import compute_rewards, encode_targets, paint_coverage
-from runs import Run, check_finite
+from runs import Run
 from scenes import WORLDS, make_scene, random_scene, render
 from tiny_vq import stack_images
 from tiny_vq.vqvae import VQVAE
@@ -34,7 +34,6 @@ class Config(common.BaseConfig):
     paint_weight: float = 8.0  # how much more a painted pixel's error weighs than the background's
     commitment: float = 0.25  # weight of the commitment loss
     scored: int = 420  # true scenes that the ceiling is the mean of
-    save_every: float = 2  # minutes between checkpoints
 
     def __post_init__(self):
         common.check(self.width % 8 == 0, f"--width {self.width}: must be a multiple of 8")
@@ -79,7 +78,7 @@ def ceiling(model, world, device, number, seed=0):
 
 
 def update(model, optimizer, images, config, step, generator):
-    """Make one step on images (B, 3, h, w) in [0, 1]. Returns terms to log, and codes."""
+    """Make one step on images (B, 3, h, w) in [0, 1]. Returns terms to log."""
     restored, features, codes, commitment = model(images)  # features: (n, dim), codes: (n,)
     painted = (paint_coverage(images).sum(1, keepdim=True) > 0).float()
     edges = F.max_pool2d(painted, 3, stride=1, padding=1)  # are paint too
@@ -88,14 +87,13 @@ def update(model, optimizer, images, config, step, generator):
     # 20 brings an error of squared [0, 1] pixels to the commitment's size
     (20 * error + config.commitment * commitment).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    values = torch.stack([error, commitment, norm]).tolist()
-    terms = dict(zip(("error", "commitment", "grad_norm"), values))
     optimizer.step()
     optimizer.zero_grad()
     model.quantizer.update(features, codes)
     if step % 20 == 0 and step < 0.7 * config.steps:  # after that the codebook settles
         model.quantizer.restart(features, codes, generator)
-    return terms, codes
+    values = torch.stack([error, commitment, norm]).tolist()
+    return dict(zip(("error", "commitment", "grad_norm"), values))
 
 
 @common.stage("--batch of tiny_vq.train")
@@ -104,14 +102,9 @@ def main(argv=None):
     folder = config.out / config.preset
     world = WORLDS[config.preset]
     device = common.pick_device(config.device)
-    run = Run(
-        folder / "tokenizer.pt",
-        folder / "tokenizer.jsonl",
-        config,
-        device,
-        world.origin(),
-        common.command_for("tiny_vq.train", config),
-    )
+    files = folder / "tokenizer.pt", folder / "tokenizer.jsonl"
+    command = common.command_for("tiny_vq.train", config)
+    run = Run(*files, config, device, world.origin(), command)
     if not run.steps:
         return
     indices = tqdm(range(config.images), "render", leave=False)
@@ -130,15 +123,12 @@ def main(argv=None):
         batch = images[rows].to(device) / 255
         rate = config.lr * min((step + 1) / 50, 1 - step / config.steps)
         optimizer.param_groups[0]["lr"] = rate
-        terms, codes = update(model, optimizer, batch, config, step, generator)
-        check_finite(step, terms)
-        last = step + 1 == config.steps
-        if step % 20 == 0 or last:
-            run.log(step=step, **terms, codes_in_use=len(codes.unique()))
-        if last:
+        terms = update(model, optimizer, batch, config, step, generator)
+        run.log(step, **terms)
+        if step + 1 == config.steps:
             fit_residuals(model, (part.to(device) / 255 for part in images.split(256)))
             results = ceiling(model, world, device, config.scored)
-            run.log(step=config.steps, **results)
+            run.log(config.steps, **results)
         run.save(step, model, optimizer)
     print(f"tokenizer: ceiling {results['ceiling']:.3f}; see {run.path}")
 
