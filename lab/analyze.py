@@ -21,7 +21,7 @@ from lab.findings import describe_correlations, describe_crossings, describe_pas
 from lab.findings import describe_settings, describe_spread
 from lab.one_sided_report import describe_one_sided, draw_dose, draw_gap, read_one_sided
 from lab.stats import average, over_bases, paired_difference
-from lab.tables import FELL, FOUND, MAIN_ROWS, SCORES, SETTINGS, counterpart, report
+from lab.tables import FELL, FOUND, MAIN_ROWS, SCORES, counterpart, label, report
 from scenes import RARE_PAIRS, WORLDS
 
 
@@ -197,13 +197,13 @@ def read_study(config):
             variant, _, number = job.last.rpartition("-")
             runs.setdefault(variant, {})[job.base, int(number)] = read_run(path)
         if job.kind == "records":
-            setting = records.setdefault(SETTINGS[job.last], {})
-            setting[job.base] = study.read_lines(path)
+            policy = label(job.last.removesuffix("-0"))
+            records.setdefault(policy, {})[job.base] = study.read_lines(path)
         if job.kind == "passes":
+            policy = label(job.last.removesuffix("-0"))
             for row in study.read_lines(path):
-                of_split = passes.setdefault(row["split"], {})
-                setting = of_split.setdefault(SETTINGS[job.last], {})
-                setting.setdefault(job.base, []).append(row)
+                of_policy = passes.setdefault(row["split"], {}).setdefault(policy, {})
+                of_policy.setdefault(job.base, []).append(row)
     return runs, records, passes
 
 

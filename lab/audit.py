@@ -78,9 +78,6 @@ RULES = {  # the first is what the others are compared with
 }
 
 
-# --- policies -------------------------------------------------------------------------------------
-
-
 class Instance(NamedTuple):
     """A random policy, the same policy without its prompt, and rewards."""
 
@@ -175,9 +172,6 @@ def rule_loss(theta, instance, tokens, rule):
     logp_ref, _ = logp_and_nats(instance.theta, tokens)
     loss, _ = policy_loss(logp, logp_ref, shaped, valid)
     return loss, turned.sum() / valid.sum()
-
-
-# --- the audit ------------------------------------------------------------------------------------
 
 
 def batch_gradients(instance, tokens):

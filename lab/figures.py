@@ -26,14 +26,6 @@ def plain(variant):
     return label(variant).replace("`", "")
 
 
-def finish(path, figure, axis, note):
-    """Put the legend of an axis below a figure, under a note, and write the figure."""
-    lines, names = axis.get_legend_handles_labels()
-    place = dict(loc="outside lower center", ncols=3, frameon=False)
-    figure.legend(lines, names, title=note, **place)
-    save_figure(figure, path)
-
-
 def density(points, x_grid, y_grid):
     """Smooth points (n, 2) by a Gaussian of Scott's width, at least a fiftieth of the range. Those
     whose y is near 1, the largest reward, are reflected there: no density is lost above it."""
@@ -58,12 +50,13 @@ def draw_setting(top, joint, setting, points, x_grid):
     height = density(points, x_grid, y_grid)
     descending = np.sort(height.ravel())[::-1]
     share = np.cumsum(descending) / descending.sum()
-    levels = {descending[np.searchsorted(share, part)] for part in (0.9, 0.5)}
+    index = np.searchsorted(share, (0.9, 0.5))
+    levels = np.unique(descending[index])
     joint.contour(
         x_grid,
         y_grid,
         height,
-        sorted(levels),
+        levels,
         colors=colour,
         linestyles=dashes,
         linewidths=(1, 2.2),
@@ -78,7 +71,8 @@ def draw_joint(path, records):
     pooled = {}
     for setting, of_bases in records.items():
         rows = [row for rows in of_bases.values() for row in rows]
-        pooled[setting] = np.array([(row["image_entropy"], row["reward"]) for row in rows])
+        pairs = [(row["image_entropy"], row["reward"]) for row in rows]
+        pooled[setting] = np.array(pairs)
     bases = len(set().union(*records.values()))
     settings = list(pooled)
     panels = list(zip(settings, settings[1:])) or [settings]
@@ -100,28 +94,64 @@ def draw_joint(path, records):
     save_figure(figure, path)
 
 
-def draw_line(axis, x, intervals, name, runs=None):
-    """Draw means with their intervals. name: of a variant or setting; runs: their number."""
-    intervals = list(intervals)
-    mean = [interval["mean"] for interval in intervals]
-    half = [interval["half"] or 0.0 for interval in intervals]  # None if n = 1
-    label = f"{name} ({runs})" if runs else name
-    axis.errorbar(x, mean, half, label=label, markersize=3, **STYLES[name])
+def draw_lines(path, panels, note, size, xlabel, ylabel="", ticks=None):
+    """Draw means with their intervals. panels: {title: {name: {x: interval}}}; name: of a style, and
+    what else the legend says in brackets; ticks: of x, in logarithms."""
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (title, lines) in zip(axes, panels.items()):
+        for i, (name, points) in enumerate(lines.items()):
+            intervals = points.values()
+            x = np.array([float(number) for number in points])
+            shift = i - len(lines) // 2  # so that intervals do not cover each other
+            x = x * 1.03**shift if ticks else x + shift * x[-1] / 100
+            mean = [interval["mean"] for interval in intervals]
+            half = [interval["half"] or 0.0 for interval in intervals]  # None if n = 1
+            style, _, _ = name.partition(" (")
+            axis.errorbar(x, mean, half, label=name, markersize=3, **STYLES[style])
+        axis.set(title=title, xlabel=xlabel, ylim=(0, 1))
+        if ticks:
+            axis.set_xscale("log")
+            axis.set_xticks(ticks, [f"{number:g}" for number in ticks], fontsize=9)
+            axis.set_xticks([], minor=True)
+    axes[0].set_ylabel(ylabel)
+    lines, names = axes[0].get_legend_handles_labels()
+    place = dict(loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(lines, names, title=f"bars: {INTERVALS}{note}", **place)
+    save_figure(figure, path)
 
 
 def draw_curves(path, variants):
     """Held-out exact against the training step: mean over runs and its interval."""
-    figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    titles = dict(eval_exact="exact, usual pairs", rare_exact="exact, rare pairs")
-    for axis, (key, title) in zip(axes, titles.items()):
-        for i, (variant, numbers) in enumerate(variants.items()):
-            steps = np.array([int(step) for step in numbers[key]])
-            shift = (i - 1) * steps[-1] / 100  # so that intervals do not cover each other
-            curve = numbers[key].values()
-            draw_line(axis, steps + shift, curve, plain(variant), numbers["runs"])
-        axis.set(title=title, xlabel="step", ylim=(0, 1))
-    finish(path, figure, axes[0], f"bars: {INTERVALS}; in brackets: runs")
+    panels = {"exact, usual pairs": {}, "exact, rare pairs": {}}
+    for variant, numbers in variants.items():
+        name = f"{plain(variant)} ({numbers['runs']})"
+        usual, rare = panels.values()
+        usual[name] = numbers["eval_exact"]
+        rare[name] = numbers["rare_exact"]
+    draw_lines(path, panels, "; in brackets: runs", (WIDTH, 3.8), "step")
+
+
+def draw_discovery(path, variants):
+    """Exact of rare pairs against their frequency in the corpus: means over runs, intervals."""
+    lines = {}
+    for variant, numbers in variants.items():
+        exact = {}
+        for frequency, found in numbers["discovery"].items():
+            exact[frequency.rstrip("%")] = found["exact"]
+        lines[f"{plain(variant)} ({numbers['runs']})"] = exact
+    ticks = [float(frequency) for frequency in exact]
+    labels = dict(xlabel="frequency in the corpus, %", ylabel="exact")
+    draw_lines(path, {"": lines}, "; in brackets: runs", (6, 4), ticks=ticks, **labels)
+
+
+def draw_passes(path, passes):
+    """pass@k against k for usual and rare pairs: mean over base policies and its interval."""
+    panels = {}
+    for split, title in (("eval", "usual pairs"), ("rare", "rare pairs")):
+        of_split = passes.get(split, {})
+        panels[title] = {name: of for name, of in of_split.items() if name in STYLES}
+    draw_lines(path, panels, "", (WIDTH, 3.8), "k", "pass@k", ticks=PASS_AT)
 
 
 def draw_differences(path, variants):
@@ -146,37 +176,3 @@ def draw_differences(path, variants):
     axes[0].set_ylim(len(names) - 0.5, -0.5)
     figure.supxlabel(f"bars: {INTERVALS}; in brackets: pairs of runs", fontsize=9)
     save_figure(figure, path)
-
-
-def draw_discovery(path, variants):
-    """Exact of rare pairs against their frequency in the corpus: means over runs, intervals."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.subplots()
-    for i, (variant, numbers) in enumerate(variants.items()):
-        found = numbers["discovery"]
-        frequency = np.array([float(name.rstrip("%")) for name in found])
-        shift = 1.03 ** (i - 2)  # so that intervals do not cover each other
-        exact = [of_frequency["exact"] for of_frequency in found.values()]
-        draw_line(axis, frequency * shift, exact, plain(variant), numbers["runs"])
-    axis.set(xscale="log", ylim=(0, 1), ylabel="exact", xlabel="frequency in the corpus, %")
-    axis.set_xticks(frequency, [f"{x:g}" for x in frequency])
-    axis.set_xticks([], minor=True)
-    finish(path, figure, axis, f"bars: {INTERVALS}; in brackets: runs")
-
-
-def draw_passes(path, passes):
-    """pass@k against k for usual and rare pairs: mean over base policies and its interval."""
-    figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    titles = dict(eval="usual pairs", rare="rare pairs")
-    for axis, (split, title) in zip(axes, titles.items()):
-        settings = [name for name in passes.get(split, {}) if name in STYLES]  # no differences
-        for i, setting in enumerate(settings):
-            found = passes[split][setting]
-            k = np.array([int(number) for number in found])
-            draw_line(axis, k * 1.03 ** (i - 1), found.values(), setting)
-        axis.set(title=title, xlabel="k", xscale="log", ylim=(0, 1))
-        axis.set_xticks(PASS_AT, PASS_AT, fontsize=9)
-        axis.set_xticks([], minor=True)
-    axes[0].set_ylabel("pass@k")
-    finish(path, figure, axes[0], f"bars: {INTERVALS}")

@@ -7,7 +7,7 @@ what drew them (base policy without and with plan, GRPO, EG-GRPO), once per base
 import numpy as np
 
 from lab.stats import average, correlation, pass_at_k, slope, within
-from lab.tables import SETTINGS
+from lab.tables import NAMES
 
 
 def describe_settings(records, describe, changes=False):
@@ -133,10 +133,10 @@ def describe_crossings(passes):
     """Find the least number of images with which base + plan solves more prompts than a trained
     policy, in the mean over the base policies that both have. passes: {setting: {base: rows}}.
     Returns {setting: k, or None if there is none}."""
-    before = passes.get(SETTINGS["base"], {})
+    before = passes.get(NAMES["base"], {})
     found = {}
-    for name in ("grpo-0", "eggrpo-0"):
-        after = passes.get(SETTINGS[name], {})
+    for name in (NAMES["grpo"], NAMES["eggrpo"]):
+        after = passes.get(name, {})
         both = before.keys() & after.keys()
         if not both:
             continue
@@ -145,5 +145,5 @@ def describe_crossings(passes):
             ahead = sum(mean_pass(before[base], k) - mean_pass(after[base], k) for base in both)
             if ahead > 0:
                 crossings.append(k)
-        found[SETTINGS[name]] = crossings[0] if crossings else None
+        found[name] = crossings[0] if crossings else None
     return found

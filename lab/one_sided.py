@@ -54,9 +54,6 @@ class Config(eggrpo.Config):
     prompts_scored: int = 1200  # held-out prompts; half as many of rare pairs
 
 
-# --- mechanisms -----------------------------------------------------------------------------------
-
-
 def sampler_logits(z, u, guidance, temperature=1.0):
     """Logits of q: guidance, then temperature. z, u: (..., V)."""
     return (u + guidance * (z - u)) / temperature
@@ -121,9 +118,6 @@ def sample(policy, prompt, noise, guidance, temperature=1.0, empty_policy=None):
                 decoder.feed_code(code)
                 empty_decoder.feed_code(code)
     return rollout
-
-
-# --- a batch --------------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -200,9 +194,6 @@ def token_logp(words, codes, rollout):
     of_words = words.log_softmax(-1).gather(-1, word)[..., 0]
     of_codes = codes.log_softmax(-1).gather(-1, rollout.codes[..., None])[..., 0]
     return torch.cat([of_words, of_codes], 1) * rollout.valid
-
-
-# --- training -------------------------------------------------------------------------------------
 
 
 def token_advantages(batch, config, step):

@@ -6,13 +6,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from evaluate import markdown_table, save_figure
+from evaluate import save_figure
 from lab.stats import mean_t_ci
-from lab.tables import show
 
 SERIES = ("kl_q_p", "exact", "entropy_codes", "entropy_q", "entropy_words", "kl_ref_codes")
 DECADE = 10  # steps that a point of a series is the mean of
-BROKEN = 0.1  # exact at the training guidance below which a run has failed
 PREDICTED = {  # runs made after the dose had been chosen
     *(f"bonus-g3-kappa{kappa}" for kappa in (0.2, 0.35, 0.5, 0.8)),
     "every-g3-kappa1",
@@ -49,8 +47,8 @@ def reduce_run(record):
     if not log:
         return dict(numbers=numbers, series={})
     mean = lambda key, part: float(np.mean([line[key] for line in part]))
-    for key in (*SERIES, "gap", "grad_norm", "k3"):
-        if key in log[0] and key != "exact":
+    for key in (*SERIES, "grad_norm", "k3"):
+        if key != "exact":
             numbers[key] = mean(key, log[-10:])
     numbers["kl_q_p on p"] = record["own"][-1]["kl_q_p"]
     numbers["w on codes"] = mean("w_codes", log[:5])
@@ -106,21 +104,6 @@ def rival(name):
         return f"{name.removesuffix('-eggrpo').removesuffix('-exclude').removesuffix('-grpo')}-grpo"
     guidance = next((part for part in name.split("-") if part in ("g1.5", "g3", "g4")), "")
     return f"grpo-{guidance}" if guidance else "grpo"
-
-
-def one_sided_table(found):
-    """Lay the runs out as Markdown."""
-    rows = []
-    for name, run in found.items():
-        numbers = run["numbers"]
-        row = [f"`{name}`", len(run["runs"])]
-        row += [show(numbers.get(f"exact at {at}")) for at in ("1", "own", "twice")]
-        row += [show(run["minus GRPO"].get("exact at own"), signed=True)]
-        keys = ("rare at own", "kl_q_p", "kl_ref_codes", "entropy_codes", "entropy_words")
-        rows.append(row + [show(numbers.get(key)) for key in keys])
-    head = ["", "base policies", "exact at 1", "at its own", "at twice", "own, minus GRPO's"]
-    head += ["rare pairs", "KL(q, p)", "KL(p, base)", "image entropy", "plan entropy"]
-    return markdown_table(head, rows)
 
 
 def draw_gap(path, found):

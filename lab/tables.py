@@ -13,12 +13,6 @@ not vary. The findings in words: [results.md](results.md). Runs of these commits
 SCORES = ("reward", "exact", "rare exact")
 FELL = 0.05  # of held-out exact, from its best evaluation in training to its last
 FOUND = 0.3  # exact of a rare pair, above which in two evaluations a run has found it
-SETTINGS = {  # whose images are recorded
-    "base-no-plan": "base, no plan",
-    "base": "base + plan",
-    "grpo-0": "GRPO",
-    "eggrpo-0": "EG-GRPO",
-}
 NAMES = {
     "base-no-plan": "base, no plan",
     "base": "base + plan",

@@ -179,7 +179,7 @@ def test_a_study_that_was_stopped_early_leaves_tables_and_figures(small):
     assert max(drawn.values()) < 50_000
     numbers = json.loads((small / "smoke/study.json").read_text())
     assert list(numbers["variants"]) == ["base-no-plan", "base", "grpo", "eggrpo"]
-    assert set(numbers["spread"]) > set(tables.SETTINGS.values())
+    assert set(numbers["spread"]) > set(tables.NAMES.values())
     page = (small / "smoke/study.md").read_text()
     assert page == tables.report(numbers)
     assert "| EG-GRPO | 1 | 0.000 |" in page and "| plan entropy, within prompts |" in page
