@@ -12,6 +12,7 @@ noise.
 import contextlib
 import io
 import json
+import math
 import textwrap
 from dataclasses import dataclass
 from functools import partial
@@ -120,8 +121,9 @@ def evaluate(env, policy, split, prompts, batch=BLOCK, seed=0, **options):
 
     means = dict(n=prompts)
     for name, values in scores.items():
+        spread = values.std().item() if prompts > 1 else math.nan
         means[name] = values.mean().item()
-        means[f"{name}_half"] = 1.96 * values.std().item() / prompts**0.5
+        means[f"{name}_half"] = 1.96 * spread / prompts**0.5
     means["components"] = {}
     for name in components[0]:
         values = torch.cat([of_batch[name] for of_batch in components]).cpu()
@@ -212,7 +214,7 @@ def gallery(rows, prompts, titles=(), exact=None):
         name = textwrap.fill(title, 9)
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8.5)
     for row, images in enumerate(rows):
-        pixels = images.permute(0, 2, 3, 1).cpu()  # (n, h, w, 3)
+        pixels = images.permute(0, 2, 3, 1).cpu().numpy()  # (n, h, w, 3)
         for column, axis in enumerate(axes[row]):
             axis.imshow(pixels[column], interpolation="nearest")
             axis.set(xticks=[], yticks=[])
