@@ -17,10 +17,17 @@ import numpy as np
 
 import common
 from lab import figures, study
-from lab.findings import describe_correlations, describe_crossings, describe_passes
-from lab.findings import describe_settings, describe_spread
 from lab.one_sided_report import describe_one_sided, draw_dose, draw_gap, read_one_sided
-from lab.stats import average, over_bases, paired_difference
+from lab.stats import (
+    average,
+    describe_correlations,
+    describe_crossings,
+    describe_passes,
+    describe_settings,
+    describe_spread,
+    over_bases,
+    paired_difference,
+)
 from lab.tables import FELL, FOUND, MAIN_ROWS, SCORES, counterpart, label, report
 from scenes import RARE_PAIRS, WORLDS
 

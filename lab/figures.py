@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from evaluate import save_figure
-from lab.findings import PASS_AT
+from lab.stats import PASS_AT
 from lab.tables import SCORES, label
 
 WIDTH = 8.3  # inches of 100 pixels: GitHub's pages show 830 pixels
@@ -95,8 +95,8 @@ def draw_joint(path, records):
 
 
 def draw_lines(path, panels, note, size, xlabel, ylabel="", ticks=None):
-    """Draw means with their intervals. panels: {title: {name: {x: interval}}}; name: of a style, and
-    what else the legend says in brackets; ticks: of x, in logarithms."""
+    """Draw means with their intervals. panels: {title: {name: {x: interval}}}; name: of a style,
+    and in brackets what else the legend says; ticks: of x, in logarithms."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (title, lines) in zip(axes, panels.items()):

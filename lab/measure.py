@@ -30,7 +30,7 @@ def vendi_score(kinds):
 def diversity(env, policy, config, **options):
     """Draw several plans and images for each of some held-out prompts. Returns means over prompts:
     vendi, and reward_std, the spread of rewards within a prompt."""
-    n = config.diverse_images
+    n = config.plans
     vendi = []
     spread = []
     for start in range(0, config.diverse_prompts, 10):

@@ -26,14 +26,8 @@ import runs
 from lab.batch import training_batch
 from lab.measure import describe, divergence, scores_by_setting
 from model import Decoder, Rollout, forward_logits, generate, precision, sample_token
-from objective import (
-    bonus_coefficient,
-    entropy_masks,
-    group_advantages,
-    policy_loss,
-    shape_advantages_released,
-    token_entropy,
-)
+from objective import bonus_coefficient, entropy_masks, group_advantages, policy_loss
+from objective import shape_advantages_released, token_entropy
 from scenes import END, PAD
 
 
@@ -96,15 +90,13 @@ def place_bonus(batch, config, step):
 
 
 @torch.no_grad()
-def sample(policy, prompt, noise, guidance, temperature=1.0, empty_policy=None):
+def sample(policy, prompt, noise, guidance, temperature, empty_policy):
     """Sample codes from q, which may be guided against the empty branch of another policy; plans as
     model.generate does. Arguments and result as there; logp and entropy are of q."""
     rollout = generate(policy, prompt, noise)  # its codes are replaced
     words = policy.concat_words(rollout.prompt, rollout.plan)
-    no_words = policy.concat_words(
-        torch.full_like(prompt[:1], PAD), torch.full_like(rollout.plan[:1], PAD)
-    )
-    empty_policy = empty_policy or policy
+    pad = torch.full_like(words[:1], PAD)
+    no_words = policy.concat_words(pad[:, : policy.S], pad[:, : policy.C])
     with precision(prompt.device):
         decoder = Decoder(policy, words)
         empty_decoder = Decoder(empty_policy, no_words, len(noise))
@@ -231,8 +223,7 @@ def update(run, optimizer, step):
             u = empty_logits(run.reference, batch.rollout).detach()
             teacher = sampler_logits(batch.z_ref, u, config.guidance, config.temperature)
             teacher = teacher.log_softmax(-1)
-        pull = pull_loss(batch.z, teacher, w[:, c:])
-        loss = loss + (weight[:, c:] * pull).sum()
+        loss = loss + (weight[:, c:] * pull_loss(batch.z, teacher, w[:, c:])).sum()
     kl = batch.kl if config.kl == "exact" else batch.k3
     loss = loss + config.beta * (weight * kl).sum()
     loss.backward()

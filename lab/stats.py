@@ -1,12 +1,16 @@
-"""Statistics of the study: intervals, paired differences, correlations, pass@k.
+"""Statistics of the study: intervals, correlations, and by them findings 1 to 3 of the paper.
 
 Intervals are 95 % by Student's t, over base policies: `mean`, `half` (the half-width) and `n`.
 Values of runs are {(base policy, number): value}; groups are lists of (n, columns), one per prompt.
+Rows are those of lab.measure.record_rows, of one policy, which is described by itself; a setting is
+what drew them (base policy without and with plan, GRPO, EG-GRPO), once per base policy.
 """
 
 import math
 
 import numpy as np
+
+from lab.tables import NAMES
 
 # two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom
 T95 = (
@@ -85,3 +89,142 @@ def slope(groups):
     if x.std() < 1e-9:
         return np.nan
     return float(x @ y / (x @ x))
+
+
+def describe_settings(records, describe, changes=False):
+    """Describe what each setting's policies drew, and with `changes` the differences of successive
+    settings, paired by base policy. records: {setting: {base: rows}}; describe: rows of one policy
+    -> {name: value}. Returns {setting: {name: interval}}."""
+    described = {}
+    for setting, of_bases in records.items():
+        described[setting] = {(base, 0): describe(rows) for base, rows in of_bases.items()}
+    found = {setting: average(of_bases) for setting, of_bases in described.items()}
+    settings = list(described)
+    for before, after in zip(settings, settings[1:] if changes else []):
+        old, new = described[before], described[after]
+        differences = {}
+        for key in old.keys() & new.keys():
+            differences[key] = {name: new[key][name] - old[key][name] for name in new[key]}
+        if differences:
+            found[f"{after} - {before}"] = average(differences)
+    return found
+
+
+def group_by(rows, *keys):
+    """Collect rows that have some values in common. Returns a list of lists of rows."""
+    groups = {}
+    for row in rows:
+        common = tuple(row[key] for key in keys)
+        groups.setdefault(common, []).append(row)
+    return list(groups.values())
+
+
+def by_prompt(rows, *keys):
+    """Collect columns of rows by prompt. Returns a list of (n, keys)."""
+    columns = []
+    for group in group_by(rows, "number"):
+        columns.append(np.array([[row[key] for key in keys] for row in group], float))
+    return columns
+
+
+def average_plans(rows):
+    """Average the images of each plan. Returns a dict per plan."""
+    plans = []
+    for group in group_by(rows, "number", "plan_index"):
+        plan = dict(number=group[0]["number"])
+        for key in ("reward", "plan_entropy", "image_entropy_std"):
+            plan[key] = float(np.mean([row[key] for row in group]))
+        plans.append(plan)
+    return plans
+
+
+def describe_correlations(rows):
+    """Relate reward to the mean and the std of image entropy: over all images, within prompts, and
+    with the painted area held; and to plan entropy, see correlate_plans."""
+    found = {}
+    for key in ("image_entropy", "image_entropy_std"):
+        name = key.replace("_", " ")
+        groups = by_prompt(rows, key, "reward", "paint")
+        pairs = [group[:, :2] for group in groups]
+        found[name] = correlation(pairs)
+        found[f"{name}, within prompts"] = correlation(within(pairs))
+        found[f"{name}, paint held"] = correlation(groups)
+        found[f"{name}, within prompts, paint held"] = correlation(within(groups))
+        found[f"slope on {name}"] = slope(pairs)
+        found[f"slope on {name}, within prompts"] = slope(within(pairs))
+    return found | correlate_plans(rows)
+
+
+def correlate_plans(rows):
+    """Relate the mean reward of a plan's images to the plan's entropy: over all plans, within
+    prompts, and within prompts and thirds of the std of image entropy; and their interaction."""
+    plans = average_plans(rows)
+    pairs = by_prompt(plans, "plan_entropy", "reward")
+    found = {
+        "plan entropy": correlation(pairs),
+        "plan entropy, within prompts": correlation(within(pairs)),
+    }
+    stds = [plan["image_entropy_std"] for plan in plans]
+    thirds = np.searchsorted(np.quantile(stds, (1 / 3, 2 / 3)), stds)
+    for third, label in enumerate(("lowest", "middle", "highest")):
+        inside = [plan for plan, its in zip(plans, thirds) if its == third]
+        if inside:
+            name = f"plan entropy, within prompts, {label} third of image entropy std"
+            found[name] = correlation(within(by_prompt(inside, "plan_entropy", "reward")))
+    columns = within(by_prompt(plans, "plan_entropy", "image_entropy_std", "reward"))
+    entropy, std, reward = np.concatenate(columns).T
+    both = np.stack([entropy * std, reward, entropy, std], 1)
+    found["plan entropy x image entropy std, within prompts"] = correlation([both])
+    return found
+
+
+PASS_AT = (1, 2, 4, 8, 16, 32, 64, 100)
+
+SPREADS = {  # of the images of a prompt
+    "reward": lambda rows: np.mean([row["reward"] for row in rows]),
+    "std of reward": lambda rows: np.std([row["reward"] for row in rows], ddof=1),
+    "distance of images": lambda rows: np.mean([row["distance"] for row in rows]),
+    "distinct plans": lambda rows: len({row["plan"] for row in rows}),
+    "plan entropy": lambda rows: np.mean([row["plan_entropy"] for row in rows]),
+    "image entropy": lambda rows: np.mean([row["image_entropy"] for row in rows]),
+    "its std over tokens": lambda rows: np.mean([row["image_entropy_std"] for row in rows]),
+    "its std over images": lambda rows: np.std([row["image_entropy"] for row in rows], ddof=1),
+}
+
+
+def describe_spread(rows):
+    """Describe the images that a policy draws for a prompt: means over prompts."""
+    found = {}
+    for name, function in SPREADS.items():
+        found[name] = float(np.mean([function(group) for group in group_by(rows, "number")]))
+    return found
+
+
+def mean_pass(rows, k):
+    """pass@k: the fraction of prompts that k images would solve."""
+    return float(np.mean([pass_at_k(row["n"], row["exact"], k) for row in rows]))
+
+
+def describe_passes(rows):
+    """Describe pass@k of a policy."""
+    return {k: mean_pass(rows, k) for k in PASS_AT if k <= rows[0]["n"]}
+
+
+def describe_crossings(passes):
+    """Find the least number of images with which base + plan solves more prompts than a trained
+    policy, in the mean over the base policies that both have. passes: {setting: {base: rows}}.
+    Returns {setting: k, or None if there is none}."""
+    before = passes.get(NAMES["base"], {})
+    found = {}
+    for name in (NAMES["grpo"], NAMES["eggrpo"]):
+        after = passes.get(name, {})
+        both = before.keys() & after.keys()
+        if not both:
+            continue
+        crossings = []
+        for k in range(1, min(row["n"] for base in both for row in before[base]) + 1):
+            ahead = sum(mean_pass(before[base], k) - mean_pass(after[base], k) for base in both)
+            if ahead > 0:
+                crossings.append(k)
+        found[name] = crossings[0] if crossings else None
+    return found

@@ -62,8 +62,7 @@ class Config(common.BaseConfig):
     eval_every: int = 25  # steps between evaluations in training
     eval_prompts: int = 600  # of each, per split: 100 for each rare pair
     prompts: int = 1200  # evaluation prompts per policy; half as many of rare pairs
-    diverse_prompts: int = 100  # whose images' diversity is measured
-    diverse_images: int = 10  # of each
+    diverse_prompts: int = 100  # whose diversity is measured, of as many images as plans
     gradient_batches: int = 4  # training batches whose gradient is split
     per_category: int = 10  # prompts of each category that are recorded, per base policy
     plans: int = 10  # per recorded prompt, as in the paper
@@ -84,7 +83,6 @@ PRESETS = {
         eval_prompts=12,
         prompts=12,
         diverse_prompts=2,
-        diverse_images=3,
         gradient_batches=1,
         per_category=1,
         plans=2,

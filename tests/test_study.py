@@ -16,7 +16,7 @@ import eggrpo
 import rewards
 from common import UserError
 from conftest import ROOT, run, tiny_policy, vary
-from lab import analyze, batch, bench, figures, findings, measure, one_step
+from lab import analyze, batch, bench, figures, measure, one_step
 from lab import one_step_figure, pictures, stats, study, tables, world
 from objective import bonus_coefficient
 from scenes import RARE_PAIRS, WORLDS, make_scene
@@ -273,7 +273,7 @@ def test_pass_at_k_by_hand():
     assert [stats.pass_at_k(4, 1, k) for k in (1, 2, 4)] == [0.25, 0.5, 1.0]
     assert stats.pass_at_k(4, 0, 4) == 0
     rows = [dict(n=4, exact=1), dict(n=4, exact=0)]
-    assert findings.describe_passes(rows) == {1: 0.125, 2: 0.25, 4: 0.5}
+    assert stats.describe_passes(rows) == {1: 0.125, 2: 0.25, 4: 0.5}
 
 
 def test_where_curves_of_pass_at_k_cross():
@@ -282,14 +282,14 @@ def test_where_curves_of_pass_at_k_cross():
     before = {0: [dict(n=4, exact=1), dict(n=4, exact=1)], 1: [dict(n=4, exact=0)]}
     after = {0: [dict(n=4, exact=4), dict(n=4, exact=0)]}
     passes = {"base + plan": before, "GRPO": after, "EG-GRPO": {0: [dict(n=4, exact=4)]}}
-    assert findings.describe_crossings(passes) == {"GRPO": 3, "EG-GRPO": None}
+    assert stats.describe_crossings(passes) == {"GRPO": 3, "EG-GRPO": None}
 
 
 def test_intervals_of_records_are_over_base_policies():
     """Each base policy is described by itself; a change is that of the same base policy."""
     total = lambda rows: dict(total=sum(rows))
     records = {"before": {0: [1], 1: [2]}, "after": {0: [1, 2], 1: [5, 1], 2: [9]}}
-    found = findings.describe_settings(records, total, changes=True)
+    found = stats.describe_settings(records, total, changes=True)
     assert found["before"]["total"]["mean"] == 1.5 and found["after"]["total"]["mean"] == 6
     change = found["after - before"]["total"]  # 2 and 4
     assert change["mean"] == 3 and change["n"] == 2 and abs(change["half"] - 12.706) < 1e-9
