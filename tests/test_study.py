@@ -295,6 +295,13 @@ def test_intervals_of_records_are_over_base_policies():
     assert change["mean"] == 3 and change["n"] == 2 and abs(change["half"] - 12.706) < 1e-9
 
 
+def test_a_study_goes_on_with_its_own_settings_only(small):
+    """A finished job was once skipped whatever the flags, and stayed as it was."""
+    flags = ["--preset", "smoke", "--out", str(small), "--only", "base-0", "--prompts", "24"]
+    with pytest.raises(UserError, match="settings.json was made with --prompts 12, not 24"):
+        study.main(flags)
+
+
 def test_a_study_that_is_not_there_is_named():
     with pytest.raises(UserError, match="no study in nowhere/small: make it by"):
         analyze.main(["--out", "nowhere"])
