@@ -202,6 +202,8 @@ def network_dtype(device):
 
 def cores():
     """Number of cores that this process may use."""
+    if hasattr(os, "process_cpu_count"):  # from Python 3.13
+        return os.process_cpu_count()
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 

@@ -5,8 +5,7 @@
     -> out/small/results.json, results.md (the printed table), before-after.png, curves.png
 
 `eval` and `rare` prompts never occur in training, not even as paraphrases; every `rare` prompt
-has one rare colour-shape pair (scenes.py). All policies answer the same prompts with the same
-noise.
+has one rare colour-shape pair (scenes.py). All policies have the same prompts and the same noise.
 """
 
 import contextlib
@@ -72,9 +71,6 @@ def load_run(path, config, env, base):
     command = common.command_for("eggrpo", config)
     policy, trained = load_model(partial(Policy, env.world), path, base.origin, command)
     return policy.to(env.device), dict(guidance=trained["guidance"])
-
-
-# --- scoring --------------------------------------------------------------------------------------
 
 
 BLOCK = 128  # prompts whose noise has one key, so that it depends on neither batch nor number
@@ -145,9 +141,6 @@ def group_means(scores, names):
         for name, values in scores.items():
             groups[group][name] = values[rows].mean().item()
     return groups
-
-
-# --- tables and pictures --------------------------------------------------------------------------
 
 
 NAMES = {"grpo": "GRPO", "eggrpo": "EG-GRPO"}
@@ -329,9 +322,6 @@ def main(argv=None):
     if runs:
         logs = {name: policy.log for name, (policy, _) in runs.items()}
         plot_curves(folder / "curves.png", logs)
-    else:
-        command = common.command_for("eggrpo", config)
-        print(f"no finished run in {folder}: only the base policy is scored; make one: `{command}`")
     print("A single pair of runs decides nothing between two methods: see docs/results.md.")
     print(f"pictures: {folder / 'before-after.png'}")
 

@@ -134,21 +134,11 @@ def main(argv=None):
     corpus = make_corpus(config, world, tokenizer, device)
     torch.manual_seed(config.seed)
     codebook = tokenizer.quantizer.codebook.cpu()  # (V, code_dim)
-    policy = Policy(
-        world,
-        *codebook.shape,
-        width=config.width,
-        layers=config.layers,
-        heads=config.heads,
-    )
+    policy = Policy(world, *codebook.shape, config.width, config.layers, config.heads)
     policy.set_codebook(codebook)
     policy = policy.to(device)
-    print(f"policy: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters")
     optimizer = torch.optim.AdamW(
-        policy.parameters(),
-        betas=(0.9, 0.95),
-        weight_decay=0.05,
-        fused=device.type == "cuda",
+        policy.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=device.type == "cuda"
     )
     bar = run.progress("base policy", policy, optimizer)
     for step in bar:

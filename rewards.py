@@ -68,9 +68,6 @@ def encode_targets(world, scenes, device="cpu"):
     return Targets(counts.to(device), relation.to(device), pair.to(device))
 
 
-# --- detection ------------------------------------------------------------------------------------
-
-
 def _saturate(contrast):
     """Map contrast to coverage: 0 below NO_PAINT, 1 above FULL_PAINT, linear in between."""
     span = FULL_PAINT - NO_PAINT
@@ -153,9 +150,6 @@ def detect(images, world):
         paint=paint.sum((1, 2, 3)),
         explained=torch.einsum("bijcyx,bijyx,bijc->b", cells, cover, colour),
     )
-
-
-# --- the components of the reward -----------------------------------------------------------------
 
 
 def _overlap(found, wanted):

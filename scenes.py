@@ -87,9 +87,6 @@ PLAN_FAULTS = 0.20  # fraction of the rest whose plan contradicts prompt and ima
 HELD_OUT = 6  # one canonical form in six is held out for evaluation
 
 
-# --- words ----------------------------------------------------------------------------------------
-
-
 def _vocabulary():
     words = set("a and both shape in the colour of at row column ; 1 2 3 4".split())
     words |= {"solid", "striped", "hollow", *COLOURS, *SHAPES, *NUMBERS}
@@ -132,9 +129,6 @@ def decode_words(ids):
     """Decode word ids to text, up to the end token and without padding."""
     kept = itertools.takewhile(lambda i: i != END, ids)
     return " ".join(WORDS[i] for i in kept if i != PAD)
-
-
-# --- the world ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -227,9 +221,6 @@ def plan_text(objects):
     the image tokens (in the order of the prompt the policy learned more slowly, docs/notes.md)."""
     objects = sorted(objects, key=lambda o: (o.row, o.column))
     return " ; ".join(f"{_name(o)} at row {o.row + 1} column {o.column + 1}" for o in objects)
-
-
-# --- scenes ---------------------------------------------------------------------------------------
 
 
 def _rng(*key):
@@ -392,9 +383,6 @@ def corpus_item(world, seed, index):
     if rng.rand() < PLAN_FAULTS:
         return scene._replace(plan=_contradict(world, scene, rng).plan)
     return scene
-
-
-# --- images ---------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=None)

@@ -118,11 +118,7 @@ def main(argv=None):
         config.dim,
     )
     model = model.to(device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        betas=(0.9, 0.99),
-        weight_decay=0.01,
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     for step in run.progress("tokenizer", model, optimizer):
         generator = common.generator(config.seed, "tokenizer", step)
         rows = torch.randint(len(images), (config.batch,), generator=generator)
