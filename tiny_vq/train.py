@@ -110,13 +110,7 @@ def main(argv=None):
     indices = tqdm(range(config.images), "render", leave=False)
     images = stack_images([render(world, random_scene(world, config.seed, i)) for i in indices])
     torch.manual_seed(config.seed)
-    model = VQVAE(
-        world.patch,
-        config.width,
-        config.blocks,
-        config.codebook_size,
-        config.dim,
-    )
+    model = VQVAE(world.patch, config.width, config.blocks, config.codebook_size, config.dim)
     model = model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     for step in run.progress("tokenizer", model, optimizer):
