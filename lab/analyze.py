@@ -4,9 +4,8 @@
 
     -> out/study/small/study.json (every number), study.md (the tables), figures/*.png
 
-A study that was stopped early is analysed as far as it went. Intervals are 95 % by Student's t over
-base policies, of the means of each one's runs. A difference is paired: both methods have the base
-policy, the training prompts and the noise of the rollouts in common.
+Intervals are 95 % by Student's t over base policies, of the means of each one's runs. A difference
+is paired: both methods have base policy, training prompts and noise of the rollouts in common.
 """
 
 import json
@@ -106,16 +105,14 @@ def describe_variant(runs, grpo):
 
 def step_found(curve, pair):
     """Return the step of the second of two evaluations in succession with a pair above FOUND."""
-    above = [point["rare_exact_by_pair"][pair] > FOUND for point in curve]
-    for i in range(1, len(curve)):
-        if above[i - 1] and above[i]:
-            return curve[i]["step"]
+    for points in zip(curve, curve[1:]):
+        if all(point["rare_exact_by_pair"][pair] > FOUND for point in points):
+            return points[1]["step"]
     return None
 
 
 def describe_discovery(runs):
-    """Describe exact on rare pairs by their frequency in the corpus; of trained policies also how
-    many of the pairs were found, and after how many steps in the mean."""
+    """Describe exact on rare pairs by their frequency in the corpus, and when they were found."""
     discovery = {}
     for frequency in dict.fromkeys(RARE_PAIRS.values()):
         pairs = [" ".join(pair) for pair, its in RARE_PAIRS.items() if its == frequency]
@@ -159,10 +156,8 @@ def describe_training(runs):
             curve = run["curve"]
             curves[key] = {point["step"]: point[name] for point in curve}
         found[name] = average(curves)
-    falls = []
-    for run in runs.values():
-        exact = [point["eval_exact"] for point in run["curve"]]
-        falls.append(max(exact) - exact[-1])
+    curves = [[point["eval_exact"] for point in run["curve"]] for run in runs.values()]
+    falls = [max(curve) - curve[-1] for curve in curves]
     found["worst_reward"] = min(measure(runs, MEASURES["reward"]).values())
     found["fell"] = sum(fall > FELL for fall in falls)
     found["largest_fall"] = max(falls)
@@ -225,13 +220,13 @@ def analyze(runs, records, passes):
         made |= {run["made"] for run in own.values() if "made" in run}
     solved = {}
     for split, own in passes.items():
-        solved[split] = describe_settings(own, describe_passes, changes=True)
+        solved[split] = describe_settings(own, describe_passes, paired=True)
     return dict(
         made=sorted(made),
         variants=variants,
         interactions=describe_interactions(runs),
         correlations=describe_settings(records, describe_correlations),
-        spread=describe_settings(records, describe_spread, changes=True),
+        spread=describe_settings(records, describe_spread, paired=True),
         passes=solved,
         crossings={split: describe_crossings(own) for split, own in passes.items()},
     )

@@ -2,12 +2,10 @@
 
     python -m lab.audit             one to two minutes; prints tables (docs/audit.md)
 
-A rule turns a Batch into one advantage per token; RULES has those that people use, and one's own
-are added in three lines (docs/audit.md). What a rule adds to GRPO is measured on policies that are
-tables of logits, of token t after token t - 1, with rewards that are random sums over tokens and
-pairs of neighbours: on-policy, and one-sided (drawn under guidance, scored without). Rules and loss
-see one batch at a time, in float64; torch.vmap runs them over batches, or over trained policies.
-
+A rule turns a Batch into one advantage per token; RULES has those that people use. What they add to
+GRPO is measured on policies that are tables of logits, of token t after token t - 1, with rewards
+that are random sums over tokens and pairs of neighbours: on-policy, and one-sided (drawn under
+guidance, scored without). Rules and loss see one batch at a time, in float64; torch.vmap runs them.
 Letters: I instances, N batches, R rules, B = P * G sequences (P groups), T tokens, V vocabulary.
 """
 
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 import common
+from lab.one_sided import sampler_logits
 from lab.stats import mean_t_ci
 from lab.tables import show, table, transposed
 from objective import entropy_masks, group_advantages, policy_loss
@@ -124,11 +123,6 @@ def rewards(instance, tokens):
     return (look_up(instance.reward, tokens) * valid_tokens(instance, tokens)).sum(-1)
 
 
-def guided(instance, theta, guidance):
-    """Return the logits under classifier-free guidance; at 1 these are theta."""
-    return instance.empty + guidance * (theta - instance.empty)
-
-
 def sample(theta, uniform):
     """Sample sequences by inverting cumulative distributions. uniform: (..., T) in [0, 1)."""
     length, _, vocabulary = theta.shape
@@ -193,7 +187,8 @@ def enumerate_groups(number, instance, guidance):
     sequences = every_sequence(instance)
     index = torch.arange(len(sequences))
     tokens = sequences[torch.cartesian_prod(index, index)]  # (N, 2, T)
-    logp = look_up(guided(instance, instance.theta, guidance).log_softmax(-1), tokens)
+    logits = sampler_logits(instance.theta, instance.empty, guidance)
+    logp = look_up(logits.log_softmax(-1), tokens)
     return tokens, logp.sum((1, 2)).exp(), math.inf
 
 
@@ -202,7 +197,7 @@ def sample_groups(number, instance, guidance):
     draw = common.generator("bonus", number, "groups")
     shape = BATCHES, GROUP, len(instance.theta)
     uniform = torch.rand(shape, generator=draw, dtype=torch.float64)
-    tokens = sample(guided(instance, instance.theta, guidance), uniform)
+    tokens = sample(sampler_logits(instance.theta, instance.empty, guidance), uniform)
     return tokens, torch.full((BATCHES,), 1 / BATCHES, dtype=torch.float64), BATCHES
 
 
@@ -271,7 +266,8 @@ def train(instances, rule, guidance, steps):
         shape = len(theta), GROUPS, GROUP, theta.shape[1]
         uniform = torch.rand(shape, generator=draw, dtype=torch.float64)
         with torch.no_grad():
-            tokens = torch.vmap(sample)(guided(stacked, theta, guidance), uniform)
+            logits = sampler_logits(theta, stacked.empty, guidance)
+            tokens = torch.vmap(sample)(logits, uniform)
         optimizer.zero_grad()
         loss, _ = losses(theta, stacked, tokens)
         loss.sum().backward()

@@ -6,9 +6,8 @@ The model is the preset's with random weights. Times are medians; on a shared ma
 ratios are meaningful. A floor is what one resource alone would take, at a rate measured here: FLOPs
 as torch counts them, at that of a large matrix product; bytes of weights and cached keys and values
 whenever they are needed, at the bandwidth of a large copy. On a CPU the second does not hold for
-what fits into the caches; on a GPU launching operations often takes longer than both.
-
-The overhead of EG-GRPO is the time of its masks and its shaping, all that it adds to GRPO.
+what fits into the caches; on a GPU launching operations often takes longer than both. EG-GRPO adds
+the time of its masks and its shaping to GRPO.
 """
 
 import copy
@@ -25,7 +24,7 @@ import pretrain
 import tiny_vq.train
 from eggrpo import train_step
 from evaluate import Env, draw_noise, markdown_table, sample_images
-from lab.batch import step_config, token_advantages, training_batch
+from lab.measure import step_config, token_advantages, training_batch
 from model import Policy
 from scenes import WORLDS, encode_scenes
 from tiny_vq.vqvae import VQVAE

@@ -42,8 +42,7 @@ def density(points, x_grid, y_grid):
 
 
 def draw_setting(top, joint, setting, points, x_grid):
-    """Draw one setting of draw_joint: contours of the densest half and nine tenths, and the
-    histogram above. points: (n, 2)."""
+    """Draw the contours of the densest half and nine tenths of points (n, 2), a histogram above."""
     colour = STYLES[setting]["color"]
     dashes = STYLES[setting]["linestyle"]
     y_grid = np.linspace(0, 1, 120)

@@ -1,23 +1,73 @@
-"""What the study measures of a policy, and records of what it draws."""
+"""Measurements: a training batch, a policy's images and scores, the batches of lab.one_sided."""
+
+import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from eggrpo import entropy_moments
+import eggrpo
 from evaluate import draw_noise, evaluate, sample_and_score, sample_images
-from objective import token_entropy
+from model import Rollout
+from objective import group_advantages, token_entropy
 from rewards import compute_rewards, detect, encode_targets
 from scenes import RARE_PAIRS, decode_words, encode_scenes, make_scene
 
 DIVERSITY_SEED = 6000  # of the prompts
 
 
-def vendi_score(kinds):
-    """Vendi score of n images (Friedman and Dieng, 2022): the effective number of different ones.
+class Batch(NamedTuple):
+    scenes: list  # (P,) of Scene
+    rollout: Rollout  # of B = P * G sequences
+    images: Tensor  # (B, 3, h, w)
+    rewards: Tensor  # (P, G)
+    components: dict  # {name: (P, G)}, NaN if a component does not apply
+    exact: Tensor  # (P, G)
+    advantage: Tensor  # (B,)
 
-    kinds: (n, cells), what is detected in each cell. The similarity K of two images is the fraction
-    of cells with equal detections; the score is exp of the entropy of the eigenvalues of K / n.
-    """
+
+def step_config(preset, method, seed=0):
+    """Return the settings of a run of eggrpo.py."""
+    values = eggrpo.PRESETS[preset] | eggrpo.METHODS[method].values
+    return eggrpo.Config(preset=preset, method=method, seed=seed, **values)
+
+
+@torch.no_grad()
+def training_batch(env, policy, config, step):
+    """Sample and score the rollouts that train_step would at this step. Returns a Batch."""
+    scenes = eggrpo.training_scenes(env.world, config, step)
+    prompts, _ = encode_scenes(env.world, scenes)
+    shape = config.prompts, config.group_size
+    noise = draw_noise(policy, math.prod(shape), config.seed, "rollout", step)
+    rollout, images = sample_images(env, policy, prompts, noise, guidance=config.guidance)
+
+    repeated = [scene for scene in scenes for _ in range(config.group_size)]
+    targets = encode_targets(env.world, repeated, env.device)
+    rewards, components, exact = compute_rewards(images, targets, env.world)
+    rewards = rewards.view(shape)
+    return Batch(
+        scenes=scenes,
+        rollout=rollout,
+        images=images,
+        rewards=rewards,
+        components={name: values.view(shape) for name, values in components.items()},
+        exact=exact.view(shape),
+        advantage=group_advantages(rewards).flatten(),
+    )
+
+
+def token_advantages(batch, config):
+    """Find the low and high tokens of a method, and shape advantages by it: (B, T) each."""
+    low, high = eggrpo.method_masks(batch.rollout, config)
+    shaped = eggrpo.method_advantages(batch.advantage, batch.rollout, low, high, config)
+    return low, high, shaped
+
+
+def vendi_score(kinds):
+    """Vendi score of n images (Friedman and Dieng, 2022), the effective number of different ones:
+    exp of the entropy of the eigenvalues of K / n. kinds: (n, cells), what is detected. K, the
+    similarity of two images, is the fraction of equal cells."""
     kinds = np.asarray(kinds)
     similarity = (kinds[:, None] == kinds).mean(2)
     eigenvalues = np.linalg.eigvalsh(similarity / len(kinds))
@@ -28,8 +78,7 @@ def vendi_score(kinds):
 
 @torch.no_grad()
 def diversity(env, policy, config, **options):
-    """Draw several plans and images for each of some held-out prompts. Returns means over prompts:
-    vendi, and reward_std, the spread of rewards within a prompt."""
+    """Draw images of held-out prompts. Returns means of vendi_score and of the std of reward."""
     n = config.plans
     vendi = []
     spread = []
@@ -39,10 +88,12 @@ def diversity(env, policy, config, **options):
         repeated = [scene for scene in scenes for _ in range(n)]
         noise = draw_noise(policy, len(repeated), config.seed, "diversity", start)
         images, rewards, _, _ = sample_and_score(env, policy, repeated, noise, **options)
-        kinds = detect(images, env.world).kind.view(len(scenes), n, -1).cpu()  # (prompts, n, cells)
+        kinds = detect(images, env.world).kind.cpu()
+        kinds = kinds.view(len(scenes), n, -1)  # (prompts, n, cells)
         vendi += [vendi_score(of_prompt) for of_prompt in kinds]
         spread += rewards.view(-1, n).std(1).tolist()
-    return dict(vendi=float(np.mean(vendi)), reward_std=float(np.mean(spread)))
+    means = np.mean([vendi, spread], 1).tolist()
+    return dict(zip(("vendi", "reward_std"), means))
 
 
 def score(env, policy, prompts, **options):
@@ -56,12 +107,8 @@ def score(env, policy, prompts, **options):
 
 @torch.no_grad()
 def record_rows(config, env, policy, scene, number, **options):
-    """Draw a prompt's plans, and some images for each plan. Returns a dict per image.
-
-    Entropies are those of the distributions that were sampled from, as fractions of log V.
-    distance: mean root mean square difference to the prompt's other images, 0 to 1. paint: painted
-    fraction of the image.
-    """
+    """Draw a prompt's plans, and some images for each plan. Returns a dict per image. distance is
+    the mean root mean square difference to the others, 0 to 1; paint the painted fraction."""
     n = config.plans * config.images
     noise = draw_noise(policy, n, config.seed, "records", number)
     of_plans = noise[:: config.images, : policy.C]
@@ -79,8 +126,8 @@ def record_rows(config, env, policy, scene, number, **options):
     distance = total / (others * flat.shape[1] ** 0.5)
     plan = slice(None, policy.C)
     image = slice(policy.C, None)
-    plan_entropy, _ = entropy_moments(rollout.entropy[:, plan], rollout.valid[:, plan])
-    moments = entropy_moments(rollout.entropy[:, image], rollout.valid[:, image])
+    plan_entropy, _ = eggrpo.entropy_moments(rollout.entropy[:, plan], rollout.valid[:, plan])
+    moments = eggrpo.entropy_moments(rollout.entropy[:, image], rollout.valid[:, image])
     image_entropy, image_entropy_std = moments
     columns = dict(
         plan=map(decode_words, rollout.plan),

@@ -23,8 +23,7 @@ import common
 import eggrpo
 import evaluate
 import runs
-from lab.batch import training_batch
-from lab.measure import describe, divergence, scores_by_setting
+from lab.measure import describe, divergence, scores_by_setting, training_batch
 from model import Decoder, Rollout, forward_logits, generate, precision, sample_token
 from objective import bonus_coefficient, entropy_masks, group_advantages, policy_loss
 from objective import shape_advantages_released, token_entropy
@@ -68,23 +67,22 @@ def pull_loss(z, log_q, w):
 def place_bonus(batch, config, step):
     """Place a bonus by the paper's budget: the mean of w is kappa times that of the |A| which
     exclusion would take away. Returns w, low, high: (B, T)."""
-    entropy = batch.entropy
     valid = batch.rollout.valid
     is_word = torch.arange(valid.shape[1], device=valid.device) < batch.words.shape[1]
     low = torch.zeros_like(valid)
     chosen = torch.zeros_like(valid)
-    order = entropy
+    order = batch.entropy
     if config.where == "random":
         draw = common.generator(config.seed, "where", step)
-        order = torch.rand(entropy.shape, generator=draw).to(entropy.device)
+        order = torch.rand(order.shape, generator=draw).to(order.device)
     for name, part in (("words", is_word), ("codes", ~is_word)):  # thresholds of their own
         if config.on not in ("both", name):
             continue
         here = valid & part
-        low |= entropy_masks(entropy, here, config.low_frac, config.high_frac)[0]
+        low |= entropy_masks(batch.entropy, here, config.low_frac, config.high_frac)[0]
         lower, upper = entropy_masks(order, here, config.high_frac, config.high_frac)
         chosen |= {"low": lower, "every": here}.get(config.where, upper)
-    size = torch.ones_like(entropy) if config.where == "every" else entropy
+    size = torch.ones_like(order) if config.where == "every" else batch.entropy
     coefficient = bonus_coefficient(batch.advantage, size, low, chosen, valid, config.kappa)
     return torch.where(chosen, coefficient * size, 0.0), low, chosen
 
@@ -259,16 +257,13 @@ def calibrate(run, batches=4):
     near, far = 1.0, 3.0 if config.match == "hot" else 0.2
     for _ in range(30):  # bisection
         middle = (near + far) / 2
-        if gap(1.0, middle) < gap(2.0, 1.0):
-            near = middle
-        else:
-            far = middle
+        is_near = gap(1.0, middle) < gap(2.0, 1.0)
+        near, far = (middle, far) if is_near else (near, middle)
     run.config = replace(config, guidance=1.0, temperature=near)
 
 
 def train(config):
-    """Train a policy and score it. Returns a record: settings, log on contexts of q, and of p every
-    20 steps (own), scores by setting of the sampler."""
+    """Train a policy and score it. Returns its settings, logs (own: contexts of p) and scores."""
     run = Run(config)
     calibrate(run)
     config = run.config
@@ -280,8 +275,8 @@ def train(config):
             batch = run.batch(step, 1.0, 1.0)
             own.append(dict(step=step, **describe(batch, torch.zeros_like(batch.logp))))
         if step < config.steps:
-            rate = min((step + 1) / 10, 1 - step / config.steps)
-            optimizer.param_groups[0]["lr"] = config.lr * rate
+            rate = config.lr * min((step + 1) / 10, 1 - step / config.steps)
+            optimizer.param_groups[0]["lr"] = rate
             log.append(dict(step=step, **update(run, optimizer, step)))
     settings = asdict(config) | dict(out=None, device=str(run.device))
     made = f"{runs.commit()} on {run.device}, torch {torch.__version__}"

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from evaluate import save_figure
-from lab.stats import mean_t_ci
+from lab.stats import average, changes
 
 SERIES = ("kl_q_p", "exact", "entropy_codes", "entropy_q", "entropy_words", "kl_ref_codes")
 DECADE = 10  # steps that a point of a series is the mean of
@@ -26,21 +26,16 @@ CURVES = {  # of the first figure
 }
 
 
-def setting_scores(record):
-    """Find a run's scores at guidance 1, at its own sampler and at twice its guidance."""
+def reduce_run(record):
+    """Reduce a run to numbers: scores, ends, growth of the gap, dose, series by tens of steps."""
     config = record["config"]
     own = f"guidance {config['guidance']:g}"
     if config["temperature"] != 1.0:
         own = f"temperature {config['temperature']:.3g}"
-    names = {"1": "guidance 1", "own": own, "twice": f"guidance {2 * config['guidance']:g}"}
-    return {name: record["scores"][key] for name, key in names.items()}
-
-
-def reduce_run(record):
-    """Reduce a run to numbers: scores, ends, growth of the gap, dose, series by tens of steps."""
-    config = record["config"]
+    settings = {"1": "guidance 1", "own": own, "twice": f"guidance {2 * config['guidance']:g}"}
     numbers = {}
-    for name, scores in setting_scores(record).items():
+    for name, setting in settings.items():
+        scores = record["scores"][setting]
         numbers[f"exact at {name}"] = scores["eval"]["exact"]
         numbers[f"rare at {name}"] = scores["rare"]["exact"]
     log = record["log"]
@@ -81,27 +76,22 @@ def read_one_sided(folder, preset):
 def describe_one_sided(runs):
     """Average runs over base policies, and subtract GRPO's of the same base policies. Returns
     {name: {"numbers", "minus GRPO": {key: interval}, "runs": {base: reduced run}}}."""
-    found = {}
+    numbers = {}
     for name, of_bases in runs.items():
-        grpo = runs.get(rival(name), {})
-        numbers = {}
-        minus = {}
-        for key in next(iter(of_bases.values()))["numbers"]:
-            values = {base: run["numbers"].get(key) for base, run in of_bases.items()}
-            known = [value for value in values.values() if value is not None]
-            numbers[key] = mean_t_ci(known)
-            pairs = [base for base in values if base in grpo and key in grpo[base]["numbers"]]
-            if pairs and name != rival(name):
-                differences = [values[b] - grpo[b]["numbers"][key] for b in pairs]
-                minus[key] = mean_t_ci(differences)
-        found[name] = {"numbers": numbers, "minus GRPO": minus, "runs": of_bases}
+        numbers[name] = {(base, 0): run["numbers"] for base, run in of_bases.items()}
+    found = {}
+    for name, own in numbers.items():
+        grpo = numbers.get(rival(name), {}) if name != rival(name) else {}
+        minus = average(changes(grpo, own))
+        found[name] = {"numbers": average(own), "minus GRPO": minus, "runs": runs[name]}
     return found
 
 
 def rival(name):
     """Name the run of GRPO that a run is compared with: of its guidance, or of its cell."""
     if name.startswith(("search-", "test-")):
-        return f"{name.removesuffix('-eggrpo').removesuffix('-exclude').removesuffix('-grpo')}-grpo"
+        cell, _, _ = name.rpartition("-")
+        return f"{cell}-grpo"
     guidance = next((part for part in name.split("-") if part in ("g1.5", "g3", "g4")), "")
     return f"grpo-{guidance}" if guidance else "grpo"
 
@@ -109,7 +99,8 @@ def rival(name):
 def draw_gap(path, found):
     """KL(q || p), exact and image entropy against the step: means over base policies."""
     figure = Figure(figsize=(8.3, 3.6), layout="constrained")
-    panels = dict(kl_q_p="KL(q || p), nats", exact="exact, as sampled", entropy_codes="image entropy")
+    panels = dict(kl_q_p="KL(q || p), nats", exact="exact, as sampled")
+    panels["entropy_codes"] = "image entropy"
     curves = {name: style for name, style in CURVES.items() if name in found}
     for axis, (key, title) in zip(figure.subplots(1, 3), panels.items()):
         for name, (label, colour, dashes) in curves.items():

@@ -7,7 +7,6 @@
 
 import copy
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 import common
 from eggrpo import train_step
 from evaluate import markdown_table
-from lab.batch import step_config, token_advantages, training_batch
+from lab.measure import step_config, token_advantages, training_batch
 from lab.one_step_figure import draw
 from lab.study import load, read_lines
 from lab.world import object_tokens
@@ -24,17 +23,11 @@ from model import score
 from objective import bonus_coefficient
 from scenes import WORDS, WORLDS, rare_pairs
 
-STEP = 0
-
-
-@dataclass(frozen=True)
-class Config(common.BaseConfig):
-    seed: int = 0  # of the training run whose step is shown
+STEP = 0  # of the training run with the seed --seed
 
 
 def choose_prompt(batch):
-    """Return the prompt of a step with the most distinct rewards, among those with at most two
-    objects and an exact image if there are any."""
+    """Return the prompt of at most two objects, with an exact image, and most distinct rewards."""
 
     def clarity(i):
         few = len(batch.scenes[i].objects) <= 2
@@ -193,7 +186,7 @@ def page(data):
 
 @common.stage()
 def main(argv=None):
-    config = common.parse(Config, {name: {} for name in WORLDS}, __doc__, argv)
+    config = common.parse(common.BaseConfig, {name: {} for name in WORLDS}, __doc__, argv)
     data, images = measure(config)
     folder = Path(config.out) / config.preset
     draw(folder / "one-step.png", data, images)

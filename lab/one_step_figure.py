@@ -80,14 +80,19 @@ def draw_advantages(axis, values, plain, numbers=True):
         draw_cell(axis, r, c, colour, text, bold=abs(value - plain) >= 0.005)
 
 
+def draw_borders(axis, borders):
+    """Draw the borders of image tokens."""
+    axis.set_xticks(borders, labels=[])
+    axis.set_yticks(borders, labels=[])
+    axis.tick_params(length=0)
+    axis.grid(color="white", linewidth=0.5)
+
+
 def draw_image(axis, image, tokens):
     """Draw an image with the borders of its tokens."""
     side = math.isqrt(tokens)
     axis.imshow(image, extent=(0, side, side, 0), interpolation="nearest")
-    axis.set_xticks(range(side), labels=[])
-    axis.set_yticks(range(side), labels=[])
-    axis.grid(color="white", linewidth=0.5)
-    axis.tick_params(length=0)
+    draw_borders(axis, range(side))
 
 
 def draw_bars(axis, values, chosen, form="%.1f"):

@@ -2,9 +2,8 @@
 
     bash train.sh lab.pictures         after bash train.sh; seconds
 
-    -> out/small/entropy.png, data.png (of the step of lab.one_step, see --seed), categories.png
-
-Policies are base, grpo-0 and eggrpo-0. Shapes and names of functions are read from the code.
+    -> out/small/entropy.png (of base, grpo-0 and eggrpo-0), data.png (of the step of lab.one_step,
+       with shapes and names from the code), categories.png
 """
 
 import math
@@ -18,10 +17,10 @@ from matplotlib.figure import Figure
 import common
 from eggrpo import method_masks
 from evaluate import draw_noise, gallery, run_title, sample_images, save_figure
-from lab.batch import step_config, token_advantages, training_batch
+from lab.measure import step_config, token_advantages, training_batch
 from lab.figures import WIDTH
 from lab.one_step import choose_prompt
-from lab.one_step_figure import draw_advantages, draw_bars, draw_entropies, draw_image
+from lab.one_step_figure import draw_advantages, draw_bars, draw_borders, draw_entropies, draw_image
 from lab.study import load
 from model import generate
 from objective import entropy_masks, group_advantages, shape_advantages
@@ -159,10 +158,7 @@ def draw_categories(path, config):
     figure = gallery([images, restored], heads, ["scene", "its codes, decoded"])
     borders = np.arange(env.world.side) * env.world.patch - 0.5  # of image tokens, in pixels
     for axis in figure.axes:
-        axis.set_xticks(borders, labels=[])
-        axis.set_yticks(borders, labels=[])
-        axis.tick_params(length=0)
-        axis.grid(color="white", linewidth=0.5)
+        draw_borders(axis, borders)
     save_figure(figure, path)
 
 

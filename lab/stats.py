@@ -1,9 +1,8 @@
 """Statistics of the study: intervals, correlations, and by them findings 1 to 3 of the paper.
 
 Intervals are 95 % by Student's t, over base policies: `mean`, `half` (the half-width) and `n`.
-Values of runs are {(base policy, number): value}; groups are lists of (n, columns), one per prompt.
-Rows are those of lab.measure.record_rows, of one policy, which is described by itself; a setting is
-what drew them (base policy without and with plan, GRPO, EG-GRPO), once per base policy.
+Values of runs are {(base policy, number): value}; groups are lists of (n, columns), one per prompt;
+rows are of lab.measure.record_rows; a setting (base + plan, GRPO) has the rows of each base policy.
 """
 
 import math
@@ -55,8 +54,7 @@ def paired_difference(one, other):
 
 
 def pass_at_k(n, successes, k):
-    """Probability that at least one of k draws succeeds, from n draws with some successes: 1 -
-    C(n - successes, k) / C(n, k), which is unbiased (arXiv 2107.03374)."""
+    """Unbiased probability that one of k draws succeeds, from n draws (arXiv 2107.03374)."""
     return 1 - math.comb(n - successes, k) / math.comb(n, k)
 
 
@@ -73,8 +71,7 @@ def residuals(columns, held):
 
 
 def correlation(groups):
-    """Pearson's correlation of the first two columns, the partial one given any others. NaN if one
-    does not vary."""
+    """Pearson's correlation of the first two columns, others held. NaN if one does not vary."""
     columns = np.concatenate(groups)
     left = residuals(columns[:, :2], columns[:, 2:])
     if (left.std(0) < 1e-9).any():
@@ -91,20 +88,25 @@ def slope(groups):
     return float(x @ y / (x @ x))
 
 
-def describe_settings(records, describe, changes=False):
-    """Describe what each setting's policies drew, and with `changes` the differences of successive
-    settings, paired by base policy. records: {setting: {base: rows}}; describe: rows of one policy
-    -> {name: value}. Returns {setting: {name: interval}}."""
+def changes(old, new):
+    """Subtract what has the same key and name. old, new: {key: {name: value}}, as is the result."""
+    found = {}
+    for key in old.keys() & new.keys():
+        names = [name for name in new[key] if name in old[key]]
+        found[key] = {name: new[key][name] - old[key][name] for name in names}
+    return found
+
+
+def describe_settings(records, describe, paired=False):
+    """Describe what policies drew: {setting: {base: rows}} -> {setting: {name: interval}}, and if
+    `paired` the changes between successive settings. describe: rows -> {name: value}."""
     described = {}
     for setting, of_bases in records.items():
         described[setting] = {(base, 0): describe(rows) for base, rows in of_bases.items()}
     found = {setting: average(of_bases) for setting, of_bases in described.items()}
     settings = list(described)
-    for before, after in zip(settings, settings[1:] if changes else []):
-        old, new = described[before], described[after]
-        differences = {}
-        for key in old.keys() & new.keys():
-            differences[key] = {name: new[key][name] - old[key][name] for name in new[key]}
+    for before, after in zip(settings, settings[1:] if paired else []):
+        differences = changes(described[before], described[after])
         if differences:
             found[f"{after} - {before}"] = average(differences)
     return found
@@ -139,8 +141,7 @@ def average_plans(rows):
 
 
 def describe_correlations(rows):
-    """Relate reward to the mean and the std of image entropy: over all images, within prompts, and
-    with the painted area held; and to plan entropy, see correlate_plans."""
+    """Relate reward to image entropy, also within prompts and with the painted area held."""
     found = {}
     for key in ("image_entropy", "image_entropy_std"):
         name = key.replace("_", " ")
@@ -211,9 +212,8 @@ def describe_passes(rows):
 
 
 def describe_crossings(passes):
-    """Find the least number of images with which base + plan solves more prompts than a trained
-    policy, in the mean over the base policies that both have. passes: {setting: {base: rows}}.
-    Returns {setting: k, or None if there is none}."""
+    """Find the least k with which base + plan solves more prompts than a trained policy, in the
+    mean over base policies that both have: {setting: {base: rows}} -> {setting: k or None}."""
     before = passes.get(NAMES["base"], {})
     found = {}
     for name in (NAMES["grpo"], NAMES["eggrpo"]):

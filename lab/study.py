@@ -2,17 +2,14 @@
 
     bash train.sh lab.study                      hours on two cores; then: bash train.sh lab.analyze
     bash train.sh lab.study --jobs 14            on a GPU that has room for 14 processes
-    bash train.sh lab.study --preset smoke       the same in minutes; nothing is learned
 
     -> out/study/base-<b>/small/    tokenizer, base policy, a folder per run, records
 
 Each base policy has a tokenizer and a corpus of its own seed. Runs of base b and number s have the
 seed 10 b + s: methods are compared on the same base policy, training prompts and rollout noise. All
-policies answer the same evaluation prompts with the same noise.
-
-Jobs run in the order of `plan`, the most informative first. A finished job is skipped, an
-interrupted one continues. Each has one thread, and as many run at a time as there are cores, or one
-on a GPU, unless --jobs says otherwise (docs/gpu.md).
+policies answer the same evaluation prompts with the same noise. Jobs run in the order of `plan`. A
+finished one is skipped, an interrupted one continues. Each has one thread; as many run at a time as
+there are cores, or one on a GPU, unless --jobs says otherwise (docs/gpu.md).
 """
 
 import json
@@ -34,8 +31,7 @@ import pretrain
 import tiny_vq.train
 from evaluate import draw_noise, load_base, load_env, load_run, sample_and_score
 from lab import one_sided
-from lab.batch import step_config
-from lab.measure import diversity, record_rows, score
+from lab.measure import diversity, record_rows, score, step_config
 from lab.world import gradient_sizes
 from runs import check_settings
 from scenes import make_scene
@@ -97,42 +93,42 @@ PRESETS = {
 
 
 class Job(NamedTuple):
-    name: str  # base-<b>, or base-<b>/<folder>/<name>; also its name for --only
+    base: int  # number of its base policy
     kind: str  # base, runs, records, passes or one-sided
+    last: str = ""  # name of the run, or of the policy
     needs: tuple = ()  # names of the jobs that must be finished before
     flags: tuple = ()  # of eggrpo.py for a run
 
     @property
-    def base(self):
-        """Number of the base policy."""
-        return int(self.name.split("/")[0].removeprefix("base-"))
-
-    @property
-    def last(self):
-        return self.name.split("/")[-1]
+    def name(self):
+        """What --only calls it: base-<b>, or base-<b>/<kind>/<last>."""
+        own = f"/{self.kind}/{self.last}" if self.last else ""
+        return f"base-{self.base}{own}"
 
 
 def run_jobs(config, methods, number, prefix="", flags=""):
     """List the runs of some methods, with one number, on every base policy. flags: of eggrpo.py."""
+    evaluation = f"--eval-every {config.eval_every} --eval-prompts {config.eval_prompts}"
     jobs = []
     for base in range(config.bases):
         for method in methods:
-            name = f"base-{base}/runs/{prefix}{method}-{number}"
-            evaluation = f"--eval-every {config.eval_every} --eval-prompts {config.eval_prompts}"
-            own = f"--method {method} --seed {10 * base + number} {evaluation} {flags}".split()
-            jobs.append(Job(name, "runs", (f"base-{base}",), tuple(own)))
+            name = f"{prefix}{method}-{number}"
+            own = f"--method {method} --seed {10 * base + number} {evaluation} {flags}"
+            jobs.append(Job(base, "runs", name, (f"base-{base}",), tuple(own.split())))
     return jobs
 
 
 def plan(config):
     """List all jobs in the order in which they start."""
-    jobs = [Job(f"base-{base}", "base") for base in range(config.bases)]
+    jobs = [Job(base, "base") for base in range(config.bases)]
     jobs += run_jobs(config, MAIN, 0)
     for base in range(config.bases):
         for policy in RECORDED:
-            needs = f"base-{base}" if policy in BASES else f"base-{base}/runs/{policy}"
+            needs = f"base-{base}"
+            if policy not in BASES:
+                needs += f"/runs/{policy}"
             for kind in ("records", "passes"):
-                jobs.append(Job(f"base-{base}/{kind}/{policy}", kind, (needs,)))
+                jobs.append(Job(base, kind, policy, (needs,)))
     for number in range(1, config.seeds):
         jobs += run_jobs(config, MAIN, number)
     short = f"--steps {config.short_steps}"
@@ -142,21 +138,23 @@ def plan(config):
     jobs += run_jobs(config, ("top-entropy",), 0, "short-", short)
     jobs += run_jobs(config, HALVES, 1, "short-", short)
     for name in [*ONE_SIDED][: config.one_sided]:
-        bases = 5 if name in FIVE else 3
-        for base in range(config.bases if config.only else min(config.bases, bases)):
-            jobs.append(Job(f"base-{base}/one-sided/{name}", "one-sided", (f"base-{base}",)))
+        bases = config.bases
+        if not config.only:
+            bases = min(bases, 5 if name in FIVE else 3)
+        for base in range(bases):
+            jobs.append(Job(base, "one-sided", name, (f"base-{base}",)))
     return jobs
 
 
 def result_path(config, job):
     """Return the file that a job writes last. config.out: the study's folder."""
-    names = {
-        "base": "scores.json",
-        "runs": f"{job.last}/scores.json",
-        "one-sided": f"one-sided/{job.last}.json",
-    }
-    name = names.get(job.kind, f"{job.kind}/{job.last}.jsonl")
-    return Path(config.out) / f"base-{job.base}" / config.preset / name
+    folder = config.out / f"base-{job.base}" / config.preset
+    if job.kind == "base":
+        return folder / "scores.json"
+    if job.kind == "runs":
+        return folder / job.last / "scores.json"
+    ending = "json" if job.kind == "one-sided" else "jsonl"
+    return folder / job.kind / f"{job.last}.{ending}"
 
 
 def load(config, name):
@@ -228,7 +226,8 @@ def do_one_sided(config, job, flags):
     values |= eggrpo.PRESETS[config.preset] | ONE_SIDED[job.last]
     if config.preset == "smoke":
         values |= dict(steps=2, prompts_scored=12)
-    return one_sided.train(one_sided.Config(**values))
+    of_run = one_sided.Config(**values)
+    return one_sided.train(of_run)
 
 
 WORK = {
@@ -247,7 +246,8 @@ def do(config, job):
     found = WORK[job.kind](replace(config, out=folder), job, flags)
     rows = found if isinstance(found, list) else [found]
     lines = [json.dumps(common.to_jsonable(row)) + "\n" for row in rows]
-    common.write(result_path(config, job), "".join(lines).encode())
+    path = result_path(config, job)
+    common.write(path, "".join(lines).encode())
 
 
 def read_lines(path):
@@ -256,8 +256,7 @@ def read_lines(path):
 
 
 def keep_settings(config):
-    """Write the settings of a study's jobs to settings.json. Raises UserError if the study was
-    begun with others: what is finished stays as it is."""
+    """Write a study's settings. Raises UserError if it was begun with others."""
     path = config.out / config.preset / "settings.json"
     free = ("out", "device", "jobs", "only", "bases", "seeds", "one_sided")  # more are more jobs
     settings = {k: v for k, v in asdict(config).items() if k not in free}

@@ -45,10 +45,14 @@ def show(x, signed=False):
     """Format an interval, a number or a text; "-" for what is missing."""
     if isinstance(x, dict):
         mean = show(x["mean"], signed)
-        return mean if x["mean"] is None or x["n"] == 1 else f"{mean} ± {x['half']:.3f}"
+        if x["mean"] is None or x["n"] == 1:
+            return mean
+        return f"{mean} ± {x['half']:.3f}"
     if isinstance(x, float):
         return format(x, "+.3f" if signed else ".3f")
-    return "-" if x is None else str(x)
+    if x is None:
+        return "-"
+    return str(x)
 
 
 def table(head, rows, signed=False):
@@ -85,15 +89,16 @@ def main_table(variants):
         if variant not in variants:
             continue
         x = variants[variant]
-        pairs = [pair for pair in x["discovery"].values() if "found" in pair]
-        found = sum(pair["found"] for pair in pairs)
+        pairs = x["discovery"].values()
+        found = sum(pair.get("found", 0) for pair in pairs)
+        possible = sum(pair.get("of", 0) for pair in pairs)
         rows[label(variant)] = {
             "runs": x["runs"],
             "reward": x["measures"]["reward"],
             "exact": x["measures"]["exact"],
             "exact, minus GRPO's": show(x["differences"].get("exact"), signed=True),
             "exact, rare pairs": x["measures"]["rare exact"],
-            "rare pairs found": f"{found} of {sum(pair['of'] for pair in pairs)}" if pairs else "-",
+            "rare pairs found": f"{found} of {possible}" if possible else "-",
             "Vendi score": x["measures"]["vendi"],
             "image entropy": x["measures"].get("image entropy"),
             "KL": x["measures"].get("KL"),
@@ -162,12 +167,9 @@ def pass_tables(study):
             rows[setting] = {f"k = {k}": interval for k, interval in values.items()}
         title = f"pass@k, {kind} pairs: the fraction of prompts that k images solve"
         tables[title] = table("", rows)
-    crossings = {}
-    for split, found in study["crossings"].items():
-        for setting, k in found.items():
-            crossings.setdefault(setting, {})[split] = k
     title = "Least k with which base + plan solves more prompts than the trained policy"
-    return tables | {title: table("", crossings)}
+    tables[title] = table("", transposed(study["crossings"]))
+    return tables
 
 
 def report(study):

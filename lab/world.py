@@ -2,21 +2,15 @@
 
     python -m lab.world            after bash train.sh; minutes
 
--> one line of JSON:
+-> printed, one line of JSON:
 
-    below_01, q10 to q90         share of the image tokens of base + plan with an entropy (fraction
-                                 of log V) below .01; quantiles
+    below_01, q10 to q90         share of image tokens with an entropy below .01 log V; quantiles
     background, objects          mean entropy of image tokens there
     low_, high_on_objects        share of the low- and high-entropy image tokens that are on objects
-    gradient                     norm of each part of EG-GRPO's gradient over that of GRPO's without
-                                 KL term, means over training batches
-
-Reward and exact of true scenes after encoding and decoding are in tokenizer.jsonl.
+    gradient                     norm of each part of EG-GRPO's gradient over that of GRPO's
 """
 
-import contextlib
 import json
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +19,7 @@ from torch.nn.utils import parameters_to_vector
 
 import common
 from evaluate import draw_noise, load_base, load_env, sample_images
-from lab.batch import step_config, token_advantages, training_batch
+from lab.measure import step_config, token_advantages, training_batch
 from model import score
 from objective import entropy_masks, policy_loss
 from rewards import paint_coverage
@@ -47,7 +41,8 @@ PRESETS = {name: {} for name in WORLDS} | {"smoke": dict(prompts=24, batches=1)}
 def object_tokens(images, world):
     """Find the image tokens that draw objects. images: (B, 3, h, w). Returns (B, L) bool."""
     paint = paint_coverage(images).sum(1, keepdim=True)  # (B, 1, h, w)
-    return F.max_pool2d(paint, world.patch).flatten(1) > OBJECT_PAINT
+    largest = F.max_pool2d(paint, world.patch)  # of each patch
+    return largest.flatten(1) > OBJECT_PAINT
 
 
 @torch.no_grad()
@@ -60,7 +55,8 @@ def sample_tokens(env, policy, config):
     objects = []
     for rows in torch.arange(config.prompts).split(config.batch):
         rollout, images = sample_images(env, policy, prompts[rows], noise[rows])
-        entropy.append(rollout.entropy[:, policy.C :].cpu())
+        of_image = rollout.entropy[:, policy.C :]
+        entropy.append(of_image.cpu())
         objects.append(object_tokens(images, env.world).cpu())
     return torch.cat(entropy), torch.cat(objects)
 
@@ -69,18 +65,16 @@ def entropy_figures(entropy, objects):
     """Describe where entropy is. entropy: (n, L), objects: (n, L) bool. Returns {key: float}."""
     low, high = entropy_masks(entropy, torch.ones_like(objects))
     ascending = entropy.flatten().sort().values
-    quantile = lambda fraction: ascending[int(fraction * len(ascending))]
     figures = dict(
         below_01=(entropy < 0.01).float().mean(),
-        q10=quantile(0.1),
-        q20=quantile(0.2),
-        q50=quantile(0.5),
-        q90=quantile(0.9),
         background=entropy[~objects].mean(),
         objects=entropy[objects].mean(),
         low_on_objects=objects[low].float().mean(),
         high_on_objects=objects[high].float().mean(),
     )
+    for percent in (10, 20, 50, 90):
+        index = int(percent / 100 * len(ascending))
+        figures[f"q{percent}"] = ascending[index]
     return {name: value.item() for name, value in figures.items()}
 
 
@@ -113,7 +107,8 @@ def part_gradients(policy, batch, parts, config):
         for advantage in parts.values():
             loss, _ = policy_loss(logp, None, advantage[rows], part.valid, 0.0, sequences)
             found = torch.autograd.grad(-loss, parameters, retain_graph=True)
-            gradients.append(parameters_to_vector(g.contiguous() for g in found))
+            flat = parameters_to_vector(g.contiguous() for g in found)
+            gradients.append(flat)
         total = total + torch.stack(gradients)
     return total
 
@@ -124,19 +119,20 @@ def gradient_sizes(env, policy, config, batches):
     for step in range(batches):
         batch = training_batch(env, policy, config, step)
         parts = gradient_parts(batch, config)
-        norms = part_gradients(policy, batch, parts, config).norm(dim=1)
+        gradients = part_gradients(policy, batch, parts, config)
+        norms = gradients.norm(dim=1)
         sizes.append(norms / norms[0].clamp(min=1e-12))
-    return dict(zip(parts, torch.stack(sizes).mean(0).tolist()))
+    means = torch.stack(sizes).mean(0)
+    return dict(zip(parts, means.tolist()))
 
 
 @common.stage("--batch of lab.world")
 def main(argv=None):
     config = common.parse(Config, PRESETS, __doc__, argv)
-    with contextlib.redirect_stdout(sys.stderr):  # standard output is the line of JSON
-        device = common.pick_device(config.device)
-    env = load_env(config, device)
+    env = load_env(config, common.pick_device(config.device))
     policy = load_base(config, env)
-    figures = entropy_figures(*sample_tokens(env, policy, config))
+    entropy, objects = sample_tokens(env, policy, config)
+    figures = entropy_figures(entropy, objects)
     settings = step_config(config.preset, "eggrpo", config.seed)
     figures["gradient"] = gradient_sizes(env, policy, settings, config.batches)
     print(json.dumps(common.to_jsonable(figures)))

@@ -8,8 +8,9 @@ import torch
 import eggrpo
 from conftest import ROOT
 from lab import audit
-from lab.audit import CONSTANT, RULES, every_sequence, guided, logp_and_nats
+from lab.audit import CONSTANT, RULES, every_sequence, logp_and_nats
 from lab.audit import make_instance, reward_and_entropy, rewards, sample, train, valid_tokens
+from lab.one_sided import sampler_logits
 from model import Rollout
 
 SEEDS = pytest.mark.parametrize("seed", range(4))
@@ -121,7 +122,7 @@ def test_under_guidance_the_same_bonus_pulls_toward_the_guided_policy(seed):
     context under q times lambda H (q - p) / T: the logits move toward the guide."""
     instance = small(seed)
     p = instance.theta.softmax(-1)
-    q = guided(instance, instance.theta, 2.0).softmax(-1)
+    q = sampler_logits(instance.theta, instance.empty, 2.0).softmax(-1)
     entropy = -(p * p.log2()).sum(-1, keepdim=True)  # (T, V + 1, 1)
     reached = torch.zeros(2, 3, 1)
     reached[0, 2] = 1.0

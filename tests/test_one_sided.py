@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from lab import batch as lab_batch
 from lab import measure, one_sided, study
 from lab.one_sided import pull_loss, sampler_logits, token_weights
 
@@ -98,7 +97,7 @@ def test_sigma_is_the_rate_of_the_gap_to_first_order():
 def run(env, policy, monkeypatch):
     """Make a Run on a tiny random policy: settings -> Run."""
     brightness = lambda images, *_: (images.mean((1, 2, 3)), {}, torch.zeros(len(images)))
-    monkeypatch.setattr(lab_batch, "compute_rewards", brightness)  # differs from image to image
+    monkeypatch.setattr(measure, "compute_rewards", brightness)  # differs from image to image
     monkeypatch.setattr(one_sided.evaluate, "load_env", lambda config, device: env)
     monkeypatch.setattr(one_sided.evaluate, "load_base", lambda config, env: policy)
 

@@ -16,7 +16,7 @@ import eggrpo
 import rewards
 from common import UserError
 from conftest import ROOT, run, tiny_policy, vary
-from lab import analyze, batch, bench, figures, measure, one_step
+from lab import analyze, bench, figures, measure, one_step
 from lab import one_step_figure, pictures, stats, study, tables, world
 from objective import bonus_coefficient
 from scenes import RARE_PAIRS, WORLDS, make_scene
@@ -128,7 +128,7 @@ def test_the_parts_of_the_gradient_are_parts_of_the_update(tiny):
     env, policy = tiny
     gradients = []
     for step in (1, 0):
-        found = batch.training_batch(env, policy, SETTINGS, step)
+        found = measure.training_batch(env, policy, SETTINGS, step)
         parts = world.gradient_parts(found, SETTINGS)
         gradients += [dict(zip(parts, world.part_gradients(policy, found, parts, SETTINGS)))]
     g = gradients[1]
@@ -145,7 +145,7 @@ def test_the_parts_of_the_gradient_are_parts_of_the_update(tiny):
     moved = torch.cat([x.flatten() for x in moved]) * max(logged["grad_norm"], 1)  # unclipped
     assert torch.allclose(moved, g["EG-GRPO"], atol=1e-5)
 
-    low, high, _ = batch.token_advantages(found, SETTINGS)
+    low, high, _ = measure.token_advantages(found, SETTINGS)
     rollout = found.rollout
     of_batch = bonus_coefficient(found.advantage, rollout.entropy, low, high, rollout.valid)
     assert logged["reward"] == pytest.approx(found.rewards.mean().item())
@@ -289,7 +289,7 @@ def test_intervals_of_records_are_over_base_policies():
     """Each base policy is described by itself; a change is that of the same base policy."""
     total = lambda rows: dict(total=sum(rows))
     records = {"before": {0: [1], 1: [2]}, "after": {0: [1, 2], 1: [5, 1], 2: [9]}}
-    found = stats.describe_settings(records, total, changes=True)
+    found = stats.describe_settings(records, total, paired=True)
     assert found["before"]["total"]["mean"] == 1.5 and found["after"]["total"]["mean"] == 6
     change = found["after - before"]["total"]  # 2 and 4
     assert change["mean"] == 3 and change["n"] == 2 and abs(change["half"] - 12.706) < 1e-9
@@ -345,7 +345,7 @@ def test_a_number_that_only_rounds_to_0_is_not_drawn_as_0():
 
 def test_the_world_is_measured_in_one_line_of_json(small, capsys):
     world.main(["--preset", "smoke", "--out", str(small / "base-0")])
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 0 <= found["q10"] <= found["q50"] <= found["q90"] <= 1
     assert {"objects", "high_on_objects", "gradient"} < set(found)
 
