@@ -6,7 +6,8 @@ HEAD = """# Tables of the study
 
 Written by `bash train.sh lab.analyze`; the same numbers are in study.json. Intervals (±) are 95 %
 by Student's t over base policies, of the means of each one's runs. A dash: not measured, or it does
-not vary. The findings in words: [results.md](results.md). Runs of these commits:
+not vary. KL is k3 on a run's own samples: no estimate of it where another policy samples.
+The findings in words: [results.md](results.md). Runs of these commits:
 
 {made}
 """
