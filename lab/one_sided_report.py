@@ -43,8 +43,7 @@ def reduce_run(record):
         return dict(numbers=numbers, series={})
     mean = lambda key, part: float(np.mean([line[key] for line in part]))
     for key in (*SERIES, "grad_norm", "k3"):
-        if key != "exact":
-            numbers[key] = mean(key, log[-10:])
+        numbers[key] = mean(key, log[-10:])
     numbers["kl_q_p on p"] = record["own"][-1]["kl_q_p"]
     numbers["w on codes"] = mean("w_codes", log[:5])
     numbers["w, largest"] = max(line["w_largest"] for line in log[:5])
@@ -99,8 +98,7 @@ def rival(name):
 def draw_gap(path, found):
     """KL(q || p), exact and image entropy against the step: means over base policies."""
     figure = Figure(figsize=(8.3, 3.6), layout="constrained")
-    panels = dict(kl_q_p="KL(q || p), nats", exact="exact, as sampled")
-    panels["entropy_codes"] = "image entropy"
+    panels = dict(kl_q_p="KL(q || p), nats", exact="exact", entropy_codes="image entropy")
     curves = {name: style for name, style in CURVES.items() if name in found}
     for axis, (key, title) in zip(figure.subplots(1, 3), panels.items()):
         for name, (label, colour, dashes) in curves.items():
@@ -108,9 +106,12 @@ def draw_gap(path, found):
             mean = np.mean(series, 0)
             steps = DECADE * np.arange(len(mean)) + DECADE / 2
             axis.plot(steps, mean, color=colour, linestyle=dashes, label=label)
-        axis.set(title=title, xlabel="step", yscale="log" if key == "kl_q_p" else "linear")
-    lines, names = axis.get_legend_handles_labels()
-    figure.legend(lines, names, loc="outside lower center", ncols=3, frameon=False)
+        axis.set(title=title, xlabel="step")
+        if key == "kl_q_p":
+            ticks = [0.02, 0.05, 0.1, 0.2, 0.5]
+            axis.set(yscale="log", yticks=ticks, yticklabels=ticks)
+            axis.set_yticks([], minor=True)
+    figure.legend(handles=axis.get_lines(), loc="outside lower center", ncols=3, frameon=False)
     save_figure(figure, path)
 
 
@@ -123,7 +124,7 @@ def draw_dose(path, found):
         kind = name.split("-")[0]
         if kind not in marks or name.endswith("300"):
             continue
-        grpo = found.get(rival(name), dict(runs={}))["runs"]
+        grpo = found.get(rival(name), found["grpo"])["runs"]
         for base, own in run["runs"].items():
             if "dose" in own["numbers"] and base in grpo:
                 exact = own["numbers"]["exact at own"] - grpo[base]["numbers"]["exact at own"]
@@ -132,8 +133,9 @@ def draw_dose(path, found):
     for kind, mark in marks.items():
         label = {"bonus": "on high tokens", "eggrpo": "EG-GRPO, both rules"}.get(kind, f"on {kind}")
         axis.plot([], [], "k" + mark, fillstyle="none", label=label)
+    axis.plot([], [], "ko", label="filled: predicted by the dose")
     axis.axhline(0, color="0.6", linewidth=0.8)
-    axis.set(xscale="log", xlabel="dose: (sum of lr) x mean of w |q - p|² / (g - 1), at the start")
-    axis.set_ylabel("exact minus GRPO's")
+    xlabel = "dose: (sum of lr) x mean of w |q - p|² / (g - 1), at the start"
+    axis.set(xscale="log", xlabel=xlabel, ylabel="exact minus GRPO's")
     axis.legend(frameon=False, loc="lower left")
     save_figure(figure, path)
