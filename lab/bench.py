@@ -46,7 +46,7 @@ def make(config, device):
     policy = Policy(world, *codebook.shape, of.width, of.layers, of.heads)
     policy.set_codebook(codebook)
     tokenizer = tokenizer.to(device).requires_grad_(False)
-    return policy.to(device), Env(tokenizer, world, device, {})
+    return policy.to(device), Env(tokenizer, world, device)
 
 
 def make_calls(policy, env, settings):
