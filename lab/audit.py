@@ -279,8 +279,7 @@ def train(instances, rule, guidance, steps):
 
 
 def training_table(instances, settings):
-    """Lay out training as Markdown: of GRPO, and of the other rules minus GRPO; means over
-    instances with 95 % half-widths. settings: {name: guidance}."""
+    """Lay out training as Markdown: GRPO, and other rules minus it. settings: {name: guidance}."""
     columns = {}
     for setting, guidance in settings.items():
         results = [train(instances, rule, guidance, STEPS) for rule in RULES.values()]

@@ -94,8 +94,8 @@ def draw_joint(path, records):
 
 
 def draw_lines(path, panels, note, size, xlabel, ylabel="", ticks=None):
-    """Draw means with their intervals. panels: {title: {name: {x: interval}}}; name: of a style,
-    and in brackets what else the legend says; ticks: of x, in logarithms."""
+    """Draw means with their intervals: {title of a panel: {"style (remark)": {x: interval}}}. With
+    ticks, x is logarithmic."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (title, lines) in zip(axes, panels.items()):

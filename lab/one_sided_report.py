@@ -73,8 +73,7 @@ def read_one_sided(folder, preset):
 
 
 def describe_one_sided(runs):
-    """Average runs over base policies, and subtract GRPO's of the same base policies. Returns
-    {name: {"numbers", "minus GRPO": {key: interval}, "runs": {base: reduced run}}}."""
+    """Average runs, {name: {base: reduced run}}, and their differences to GRPO of the same base."""
     numbers = {}
     for name, of_bases in runs.items():
         numbers[name] = {(base, 0): run["numbers"] for base, run in of_bases.items()}

@@ -56,8 +56,7 @@ def start_cells(axis, values):
 
 
 def draw_entropies(axis, values, low, high, words=None, numbers=True):
-    """Draw entropies in grey, the darker the larger; low tokens hatched, high ones framed. (rows,
-    columns) each; words: what stands before each number."""
+    """Draw entropies in grey, low tokens hatched, high ones framed. words: before each number."""
     room = start_cells(axis, values) and numbers
     for (r, c), value in np.ndenumerate(values):
         text = format_number(value) if room else ""

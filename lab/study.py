@@ -107,7 +107,7 @@ class Job(NamedTuple):
 
 
 def run_jobs(config, methods, number, prefix="", flags=""):
-    """List the runs of some methods, with one number, on every base policy. flags: of eggrpo.py."""
+    """List the runs of some methods on every base policy. flags: of eggrpo.py."""
     evaluation = f"--eval-every {config.eval_every} --eval-prompts {config.eval_prompts}"
     jobs = []
     for base in range(config.bases):
