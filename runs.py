@@ -1,7 +1,7 @@
 """Checkpoint and log of a run of a training stage: to look up, not to read.
 
-Each of tokenizer, base policy and reinforcement learning saves a checkpoint, which torch.load reads,
-and a log, a JSON object per line. A finished stage is skipped, an interrupted one goes on.
+Each of tokenizer, base policy and reinforcement learning saves a checkpoint, which torch.load
+reads, and a log, a JSON object per line. A finished stage is skipped, an interrupted one goes on.
 """
 
 import dataclasses
@@ -119,8 +119,8 @@ class Run:
         return file
 
     def log(self, step, **values):
-        """Append a line to the log. Raises UserError if a value is not finite, except of a component
-        of the reward, which may not apply."""
+        """Append a line to the log. Raises UserError if a value is not finite, except of a
+        component of the reward, which may not apply."""
         for name, value in values.items():
             finite = not isinstance(value, float) or math.isfinite(value)
             problem = f"step {step}: {name} is {value}: lower --lr, and use another --name or --out"

@@ -254,10 +254,11 @@ def calibrate(run, batches=4):
         logits = [sampler_logits(b.z, b.u, guidance, temperature) for b in drawn]
         return sum(divergence(q, b.z).mean().item() for q, b in zip(logits, drawn))
 
+    target = gap(2.0, 1.0)
     near, far = 1.0, 3.0 if config.match == "hot" else 0.2
     for _ in range(30):  # bisection
         middle = (near + far) / 2
-        is_near = gap(1.0, middle) < gap(2.0, 1.0)
+        is_near = gap(1.0, middle) < target
         near, far = (middle, far) if is_near else (near, middle)
     run.config = replace(config, guidance=1.0, temperature=near)
 

@@ -1,4 +1,4 @@
-"""Shared helpers: flags, errors in one line, streams, torch's state; checkpoints and logs of runs."""
+"""Helpers: flags, errors in one line, streams, torch's state; checkpoints and logs of runs."""
 
 import importlib
 import inspect

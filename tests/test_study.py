@@ -358,7 +358,8 @@ def test_the_benchmark_measures_the_overhead(capsys):
 
 
 def test_the_floors_count_products_and_bytes_by_hand():
-    """(3, 4) by (4, 3): 3 * 3 * 4 products and sums. 2 layers of width 32, 2 prompts of 3 sequences; a step has 3 micro-batches of 2."""
+    """(3, 4) by (4, 3): 3 * 3 * 4 products and sums. 2 layers of width 32, 2 prompts of 3
+    sequences; a step has 3 micro-batches of 2."""
     x = torch.rand(3, 4)
     assert bench.count_flops(lambda: x @ x.t() + 1) == 72
     policy = tiny_policy(WORLDS["small"])
