@@ -7,21 +7,9 @@ finds the tokens of low and of high entropy, bonus_coefficient says how large th
 shape_advantages takes the advantage from low tokens and gives the bonus to high ones.
 
 Sources: EG-GRPO is arXiv 2604.02355 (docs/method.md says how its rule is known), GRPO is arXiv
-2402.03300, the KL estimator is k3 of http://joschu.net/blog/kl-approx.html.
-
-Differences from the paper and its released code:
-- The bonus is the paper's rule, its lambda computed for each batch; the released code's rule is
-  shape_advantages_released.
-- The loss is a mean over sequences of means over their tokens, as in the paper; the released code
-  pools all tokens.
-- Masks go by rank, so that counts are exact if entropies tie; the released code compares strictly
-  with the entropies at sorted[int(.2 T)] and sorted[int(.5 T)] (of 576 image tokens 115 low and 287
-  high; by rank 115 and 288).
-- One update per batch of rollouts, as in the released code: the ratio is 1, and nothing is clipped.
-- Tokens are told from padding by a mask; the released code takes "entropy > 0" for valid, which
-  padding passes.
-- Entropies and ratios are float32 or better, not bf16.
-- A group of equal rewards gives advantages of exactly 0.
+2402.03300, the KL estimator is k3 of http://joschu.net/blog/kl-approx.html. One update per batch of
+rollouts, as in the released code: the ratio is 1, and nothing is clipped. What differs from the
+paper and that code: docs/method.md.
 
 Dimension letters: P prompts per step, G rollouts per prompt, B = P * G sequences, T tokens of a
 sequence, V vocabulary.
