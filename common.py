@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import inspect
 import json
-import math
 import os
 import re
 import shlex
@@ -83,6 +82,11 @@ class BaseConfig:
     out: Path = Path("out")  # folder of all results
     seed: int = 0  # of all random numbers
 
+    @property
+    def folder(self):
+        """Where results of the preset are."""
+        return self.out / self.preset
+
 
 def parse(config_class, presets, description, argv=None, methods=None):
     """Build a config from defaults, preset, method and flags, each overriding those before it.
@@ -105,20 +109,16 @@ def parse(config_class, presets, description, argv=None, methods=None):
             least = min(field.default, int(kind is int))  # counts start at 1
             limits[field.name] = ends or [least, 2**31 - 1]
         help = f"{comments[field.name]} (default: {field.default})"
-        options = dict(type=kind)
-        if kind is Path:
-            options["type"] = user_path
-        if kind is bool:
-            options = dict(action=argparse.BooleanOptionalAction)
+        special = {Path: dict(type=user_path), bool: dict(action=argparse.BooleanOptionalAction)}
+        options = special.get(kind, dict(type=kind))
         if field.name == "preset":
             options["choices"] = list(presets)
         if field.name == "method" and methods:
             options["choices"] = list(methods)
             help += "".join(f"; {name}: {method.about}" for name, method in methods.items())
         help = help.replace("%", "%%")  # argparse formats it
-        name = flag(field.name)
-        if field.name == "prompt":  # of sample.py: before or after the flags
-            name = field.name
+        # the prompt of sample.py stands before or after the flags
+        name = field.name if field.name == "prompt" else flag(field.name)
         parser.add_argument(name, default=argparse.SUPPRESS, help=help, **options)
     given = vars(parser.parse_args(argv))
     for name in limits.keys() & given.keys():
@@ -182,8 +182,7 @@ def set_up_cuda(device):
     """Choose the current device and the arithmetic of CUDA, for the whole process."""
     if device.index is not None:
         torch.cuda.set_device(device)  # allocations without an index go there
-    # TF32 rounds factors to 10 bits, and is the default of convolutions. Rewards, tokenizer and
-    # log-probs are to be those that the tests check on a CPU; the large products are bf16 anyway.
+    # no TF32, which rounds to 10 bits: rewards, tokenizer and log-probs as the tests check them
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums in float32
@@ -194,17 +193,9 @@ def set_up_cuda(device):
 
 def network_dtype(device):
     """The type of the policy's matrix products and key-value cache: bfloat16 on CUDA from compute
-    capability 8 (Ampere), else float32. Older GPUs emulate bfloat16, more slowly than they compute
-    in float32, though torch.cuda.is_bf16_supported() is True there."""
+    capability 8 (Ampere), else float32. Older GPUs emulate bfloat16, slower than float32."""
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.bfloat16 if native else torch.float32
-
-
-def cores():
-    """Number of cores that this process may use."""
-    if hasattr(os, "process_cpu_count"):  # from Python 3.13
-        return os.process_cpu_count()
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def generator(*key):
@@ -226,10 +217,5 @@ def write(path, data):
 
 def to_jsonable(value):
     """Round floats to six digits; replace NaN and infinity, which JSON lacks, by None."""
-    if isinstance(value, dict):
-        return {name: to_jsonable(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [to_jsonable(item) for item in value]
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    six = lambda digits: float(f"{float(digits):.6g}")
+    return json.loads(json.dumps(value), parse_float=six, parse_constant=lambda name: None)

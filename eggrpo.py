@@ -4,15 +4,8 @@
     python eggrpo.py --method grpo --seed 1     -> out/small/grpo-1/
 
 The file reads in the order of the data: Config and methods, one training step from prompts to
-optimizer.step, the run. The mathematics is in objective.py, to be read before; dimension letters
-are those of model.py. Needs the base policy (bash train.sh).
-
-Differences from the paper and its released code, beside those of the mathematics:
-- The released code's bonus is the method eggrpo-released.
-- Sampling and scoring use one policy: guidance, if used, applies to both, and there is no top-k,
-  which the released code uses for words. Log-probs of both are compared at every step.
-- Groups of equal rewards are counted in the log.
-- All weights are trained; the released code freezes image head and embeddings of its 7 B model.
+optimizer.step, the run. Read objective.py before, the mathematics; dimension letters are those of
+model.py. What differs from the paper and its released code: docs/method.md.
 """
 
 import copy
@@ -134,8 +127,7 @@ def train_step(policy, reference, optimizer, env, config, step):
     P = config.prompts
     G = config.group_size
     B = P * G
-    world = env.world
-    device = env.device
+    tokenizer, world, device = env
 
     # Sample G plans, and an image for each, for each of P prompts.
     scenes = training_scenes(world, config, step)
@@ -143,7 +135,7 @@ def train_step(policy, reference, optimizer, env, config, step):
     targets = encode_targets(world, [scene for scene in scenes for _ in range(G)], device)
     noise = evaluate.draw_noise(policy, B, config.seed, "rollout", step)  # (B, T)
     rollout = generate(policy, prompts, noise.to(device), config.guidance)  # B sequences
-    images = env.tokenizer.decode(rollout.codes)  # (B, 3, h, w)
+    images = tokenizer.decode(rollout.codes)  # (B, 3, h, w)
 
     # Score the images, and compare each with the others of its prompt.
     rewards, components, exact = compute_rewards(images, targets, world)  # (B,) each
@@ -243,20 +235,17 @@ def check_one_policy(difference, config, device):
 def main(argv=None):
     config = common.parse(Config, PRESETS, __doc__, argv, METHODS)
     name = config.name or f"{config.method}-{config.seed}"
-    folder = config.out / config.preset / name
+    folder = config.folder / name
     device = common.pick_device(config.device)
     env = evaluate.load_env(config, device)
     reference = evaluate.load_base(config, env)
-    files = folder / "policy.pt", folder / "log.jsonl"
-    command = common.command_for(f"eggrpo --method {config.method} --name {name}", config)
-    rewards = ", ".join(REWARDS)
-    run = Run(*files, config, device, reference.origin, command, rewards=rewards)
+    names = f"{name}/policy.pt", f"{name}/log.jsonl"
+    script = f"eggrpo --method {config.method} --name {name}"
+    run = Run(*names, config, device, reference.origin, script, rewards=", ".join(REWARDS))
     if not run.steps:
         return
     policy = copy.deepcopy(reference)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda"
-    )
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     if run.steps.start == 0:
         # steps count from 0 in the log; -1 is before training
         run.log(-1, **evaluate.evaluate_in_training(env, policy, config, folder, 0))

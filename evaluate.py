@@ -15,7 +15,6 @@ import math
 import textwrap
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ from model import Policy, generate
 from rewards import REWARDS, compute_rewards, encode_targets
 from runs import Unfinished, load_model
 from scenes import RARE_PAIRS, WORLDS, World, encode_scenes, make_scene, rare_pairs
-from tiny_vq import load_tokenizer
+from tiny_vq.train import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -59,17 +58,17 @@ def load_env(config, device):
 
 def load_base(config, env):
     """Read the base policy of a preset."""
-    path = config.out / config.preset / "base.pt"
-    command = common.command_for("pretrain", config)
-    policy, _ = load_model(partial(Policy, env.world), path, env.tokenizer.origin, command)
+    path = config.folder / "base.pt"
+    model_class = partial(Policy, env.world)
+    policy, _ = load_model(model_class, path, env.tokenizer.origin, "pretrain", config)
     return policy.to(env.device)
 
 
 def load_run(path, config, env, base):
     """Read a finished run of eggrpo.py, made from a base policy. Returns the policy, and the
     options of model.generate with which it was trained."""
-    command = common.command_for("eggrpo", config)
-    policy, trained = load_model(partial(Policy, env.world), path, base.origin, command)
+    model_class = partial(Policy, env.world)
+    policy, trained = load_model(model_class, path, base.origin, "eggrpo", config)
     return policy.to(env.device), dict(guidance=trained["guidance"])
 
 
@@ -143,6 +142,7 @@ def group_means(scores, names):
     return groups
 
 
+GROUPS = {"eval": "categories", "rare": "rare_pairs"}  # whose means are shown
 NAMES = {"grpo": "GRPO", "eggrpo": "EG-GRPO"}
 MARKS = (("✗", "#c8321e", "--"), ("✓", "#1e8c32", "-"))  # of wrong and of exact images
 
@@ -156,13 +156,8 @@ def markdown_table(head, rows):
 
 def results_table(results):
     """Format {policy: {split: means}} as Markdown tables."""
-
-    def show_exact(groups):
-        return [f"{means['exact']:.2f}" for means in groups.values()]
-
     rows = []
-    by_category = []
-    by_pair = []
+    grouped = {"eval": [], "rare": []}
     for name, splits in results.items():
         for split, means in splits.items():
             label = name if split == "eval" else f"{name}, rare pairs"
@@ -171,15 +166,16 @@ def results_table(results):
             row.append(f"{means['exact']:.3f} ± {means['exact_half']:.3f}")
             row += [f"{value:.3f}" for value in means["components"].values()]
             rows.append(row)
-        categories = splits["eval"]["categories"]
-        pairs = splits["rare"]["rare_pairs"]
-        by_category.append([name, *show_exact(categories)])
-        by_pair.append([name, *show_exact(pairs)])
+            cells = [name]
+            for group in means[GROUPS[split]].values():
+                cells.append(f"{group['exact']:.2f}")
+            grouped[split].append(cells)
+    categories = splits["eval"]["categories"]
     pair_heads = [f"{' '.join(pair)} ({share:.1%})" for pair, share in RARE_PAIRS.items()]
     tables = (
         markdown_table(["held-out prompts", "reward", "exact", *REWARDS], rows),
-        markdown_table(["exact, by category", *categories], by_category),
-        markdown_table(["exact, by rare pair (of corpus)", *pair_heads], by_pair),
+        markdown_table(["exact, by category", *categories], grouped["eval"]),
+        markdown_table(["exact, by rare pair (of corpus)", *pair_heads], grouped["rare"]),
     )
     return "\n\n".join(tables)
 
@@ -267,7 +263,7 @@ def evaluate_in_training(env, policy, config, folder, step):
         animation = dict(save_all=True, append_images=frames[1:], duration=duration, loop=0)
         frames[0].save(folder / "training.gif", **animation)
     shown = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
-    tqdm.write(f"step {step}: {shown}")
+    tqdm.write(f"{folder.name}, step {step}: {shown}")
     by_pair = {pair: values["exact"] for pair, values in means["rare_pairs"].items()}
     return numbers | dict(rare_exact_by_pair=by_pair)
 
@@ -295,7 +291,7 @@ def plot_curves(path, logs):
 @common.stage("--batch of evaluate")
 def main(argv=None):
     config = common.parse(Config, PRESETS, __doc__, argv)
-    folder = config.out / config.preset
+    folder = config.folder
     device = common.pick_device(config.device)
     env = load_env(config, device)
     base = load_base(config, env)

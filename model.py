@@ -5,8 +5,7 @@
 Every token has a fixed slot, so shapes never change; padding is masked out of attention. Words and
 codes are two modalities with an embedding and a head each. Sampler and learner must be one policy:
 generate samples slot by slot with a key-value cache, Policy.forward computes all slots at once,
-both take codes by policy_logits, which guidance is part of, and the tests compare them. There is no
-dropout.
+both take codes by policy_logits, which guidance is part of, and tests compare them. No dropout.
 
 Dimension letters: P prompts, G sequences of each, B = P * G sequences, S prompt slots, C plan
 slots, L image tokens, T = C + L sampled slots, N = S + C + L + 1 inputs, V vocabulary of a
@@ -102,8 +101,7 @@ class Policy(nn.Module):
     def embed_words(self, words):
         """Embed words, (B, n) -> (B, n, D), followed by a depthwise causal convolution: the last
         word of a phrase such as "red circle at row 1 column 3" then carries the whole phrase, and
-        image tokens can attend to it in one layer. Without it, after the same pretraining, the
-        right attributes were drawn in the wrong pairing."""
+        image tokens can attend to it in one layer. Without it pairings were wrong."""
         is_word = words != PAD
         embedded = self.word_embedding(words) * is_word[..., None]
         padded = F.pad(embedded, (0, 0, KERNEL_SIZE - 1, 0))

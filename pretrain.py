@@ -8,7 +8,7 @@ some have neither prompt nor plan, so that guidance has something to compare wit
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Annotated
 
 import numpy
@@ -20,7 +20,7 @@ import common
 from model import Policy, score
 from runs import Run
 from scenes import PAD, WORLDS, corpus_item, encode_scenes, render
-from tiny_vq import load_tokenizer, stack_images
+from tiny_vq.train import load_tokenizer, stack_images
 
 CHUNK = 100  # items of the corpus that are drawn and encoded at a time
 FEW = 5000  # items that are soon drawn by one process
@@ -66,7 +66,9 @@ def corpus_chunk(world, seed, items):
     scenes = [corpus_item(world, seed, i) for i in items]
     prompts, plans = encode_scenes(world, scenes)
     images = numpy.stack([render(world, scene) for scene in scenes])
-    return prompts.to(torch.int16).numpy(), plans.to(torch.int16).numpy(), images
+    prompts = prompts.short()
+    plans = plans.short()
+    return prompts.numpy(), plans.numpy(), images
 
 
 def make_corpus(config, world, tokenizer, device):
@@ -75,27 +77,24 @@ def make_corpus(config, world, tokenizer, device):
         range(config.items),
         batch_size=CHUNK,
         collate_fn=partial(corpus_chunk, world, config.seed),
-        num_workers=min(common.cores(), 16) if config.items > FEW else 0,
+        num_workers=torch.get_num_threads() if config.items > FEW else 0,
         generator=torch.Generator(),  # or it would move the caller's random state
     )
     encoded = []
     for prompts, plans, images in tqdm(loader, "corpus", leave=False):
-        codes = tokenizer.encode(stack_images(images).to(device) / 255).to("cpu", torch.int16)
-        encoded.append((torch.from_numpy(prompts), torch.from_numpy(plans), codes))
+        images = stack_images(images).to(device) / 255
+        codes = tokenizer.encode(images).to("cpu", torch.int16)
+        words = torch.from_numpy(prompts), torch.from_numpy(plans)
+        encoded.append((*words, codes))
     return [torch.cat(column) for column in zip(*encoded)]
-
-
-@lru_cache(maxsize=1)
-def shuffled(items, seed, epoch):
-    """Return the order of an epoch, (items,)."""
-    return torch.randperm(items, generator=common.generator(seed, "deck", epoch))
 
 
 def training_batch(corpus, config, step, device):
     """Return prompts (B, S), plans (B, C), codes (B, L), some prompts and plans dropped."""
     epoch_size = max(config.items // config.batch, 1) * config.batch
     epoch, offset = divmod(step * config.batch, epoch_size)
-    order = shuffled(config.items, config.seed, epoch)
+    deck = common.generator(config.seed, "deck", epoch)
+    order = torch.randperm(config.items, generator=deck)
     rows = order[offset : offset + config.batch]
     prompt, plan, codes = (column[rows].long().to(device) for column in corpus)
     generator = common.generator(config.seed, "drop", step)
@@ -108,15 +107,17 @@ def training_batch(corpus, config, step, device):
 def update(policy, optimizer, prompt, plan, codes):
     """Make one step of maximum likelihood. Returns what is logged; nll are nats per token."""
     logp = score(policy, prompt, plan, codes)  # (B, T)
-    plan_nll = -logp[:, : policy.C].sum() / (plan != PAD).sum().clamp(min=1)
+    words = (plan != PAD).sum()
+    plan_nll = -logp[:, : policy.C].sum() / words.clamp(min=1)
     image_nll = -logp[:, policy.C :].sum() / codes.numel()
     # each modality's mean: plans are short and would have little weight in a common mean
     (plan_nll + image_nll).backward()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-    values = torch.stack([plan_nll.detach(), image_nll.detach(), norm]).tolist()
+    terms = torch.stack([plan_nll.detach(), image_nll.detach(), norm])
     optimizer.step()
     optimizer.zero_grad()
-    return dict(zip(("plan_nll", "image_nll", "grad_norm"), values))
+    plan_nll, image_nll, norm = terms.tolist()
+    return dict(plan_nll=plan_nll, image_nll=image_nll, grad_norm=norm)
 
 
 @common.stage("--batch of pretrain")
@@ -125,10 +126,8 @@ def main(argv=None):
     world = WORLDS[config.preset]
     device = common.pick_device(config.device)
     tokenizer = load_tokenizer(config, device)
-    folder = config.out / config.preset
-    files = folder / "base.pt", folder / "base.jsonl"
-    command = common.command_for("pretrain", config)
-    run = Run(*files, config, device, tokenizer.origin, command)
+    names = "base.pt", "base.jsonl"
+    run = Run(*names, config, device, tokenizer.origin, "pretrain")
     if not run.steps:
         return
     corpus = make_corpus(config, world, tokenizer, device)
@@ -137,14 +136,13 @@ def main(argv=None):
     policy = Policy(world, *codebook.shape, config.width, config.layers, config.heads)
     policy.set_codebook(codebook)
     policy = policy.to(device)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=device.type == "cuda"
-    )
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
     bar = run.progress("base policy", policy, optimizer)
     for step in bar:
         cosine = math.cos(math.pi * step / config.steps)
         warm_up = min(1, (step + 1) / config.warm_up)
-        optimizer.param_groups[0]["lr"] = config.lr * warm_up * (0.55 + 0.45 * cosine)
+        rate = config.lr * warm_up * (0.55 + 0.45 * cosine)
+        optimizer.param_groups[0]["lr"] = rate
         batch = training_batch(corpus, config, step, device)
         terms = update(policy, optimizer, *batch)
         bar.set_postfix({name: f"{value:.2f}" for name, value in terms.items()})

@@ -1,8 +1,5 @@
-"""Checkpoint and log of a run of a training stage: to look up, not to read.
-
-Each of tokenizer, base policy and reinforcement learning saves a checkpoint, which torch.load
-reads, and a log, a JSON object per line. A finished stage is skipped, an interrupted one goes on.
-"""
+"""Checkpoint (for torch.load) and log (a JSON object per line) of a run of a stage: to look up, not
+to read. A finished stage is skipped, an interrupted one goes on."""
 
 import dataclasses
 import hashlib
@@ -45,12 +42,13 @@ def load_checkpoint(path, origin, command):
     return record
 
 
-def load_model(model_class, path, origin, command):
-    """Read a finished run. Returns its model, with the attribute `log`, and its settings. Files
-    that do not belong together are refused: a checkpoint names by one string, its origin, what it
-    was made from, and that must be at hand. A tokenizer is made from a preset's world (scenes.py),
-    a policy from a model, whose attribute `origin` is a digest of its weights and of its own
+def load_model(model_class, path, origin, script, config):
+    """Read a finished run, made by `script`. Returns its model, with the attribute `log`, and its
+    settings. Files that do not belong together are refused: a checkpoint names by one string, its
+    origin, what it was made from, and that must be at hand. A tokenizer is made from a preset's
+    world, a policy from a model, whose attribute `origin` is a digest of its weights and of its own
     origin. Parameters keep requires_grad: without it autocast casts them at each use."""
+    command = common.command_for(script, config)
     record = load_checkpoint(path, origin, command)
     done, steps = record["step"], record["config"]["steps"]
     if done < steps:
@@ -73,35 +71,36 @@ def check_settings(path, old, new):
 
 
 class Run:
-    """Checkpoint and log of one run, which an earlier process may have begun. The checkpoint has
-    the log too, so that a run that goes on writes it again as it was then. origin: see load_model;
-    command: how to go on, for messages; more: settings besides those of the config. Raises
-    UserError if the run was begun with other settings or files."""
+    """One run, which an earlier process may have begun. The checkpoint has the log too, so that a
+    run that goes on writes it again as it was then. name, log_name: of the files in config.folder;
+    origin, script: see load_model; more: settings besides those of the config. Raises UserError if
+    the run was begun with other settings or files."""
 
     FREE = ("device", "out", "name", "micro_batch", "eval_every")  # change no result
     PAUSE = 180  # seconds between checkpoints
 
-    def __init__(self, path, log_path, config, device, origin, command, **more):
-        self.path = path
-        self.log_path = log_path
+    def __init__(self, name, log_name, config, device, origin, script, **more):
+        self.path = config.folder / name
+        self.log_path = config.folder / log_name
         self.saved = time.monotonic()
         settings = dataclasses.asdict(config) | more
         settings = {name: settings[name] for name in settings if name not in self.FREE}
         head = dict(commit=commit(), device=str(device), torch=str(torch.__version__))
         head["config"] = settings
         self.record = dict(config=settings, origin=origin, step=0, log=[head])
-        if path.exists():
-            self.record = load_checkpoint(path, origin, command)
-            check_settings(path, self.record["config"], settings)
+        if self.path.exists():
+            command = common.command_for(script, config)
+            self.record = load_checkpoint(self.path, origin, command)
+            check_settings(self.path, self.record["config"], settings)
         self.steps = range(self.record["step"], config.steps)  # that are left; none: finished
         if not self.steps:
-            print(f"finished earlier: {path}")
+            print(f"finished earlier: {self.path}")
             return
         # Whose the run is: the process that began it or went on with it last.
         self.process = os.urandom(8).hex()
         self.record["log"][0]["process"] = self.process
         lines = [json.dumps(line) + "\n" for line in self.record["log"]]
-        common.write(log_path, "".join(lines).encode())
+        common.write(self.log_path, "".join(lines).encode())
 
     def progress(self, title, model, optimizer):
         """Load the weights and the optimizer of an earlier process, if there was one. Returns a

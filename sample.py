@@ -42,7 +42,7 @@ def main(argv=None):
     policy = load_base(config, env)
     options = {}
     if config.policy != "base":
-        path = config.out / config.preset / "eggrpo-0" / "policy.pt"
+        path = config.folder / "eggrpo-0/policy.pt"
         if config.policy:
             path = common.user_path(config.policy)
         policy, options = load_run(path, config, env, policy)
@@ -58,8 +58,7 @@ def main(argv=None):
     )
     plans = [decode_words(plan) or "(no plan)" for plan in rollout.plan]
     print("\n".join(plans))
-    folder = config.out / config.preset / "samples"
-    path = folder / file_name(config.prompt, config.seed)
+    path = config.folder / "samples" / file_name(config.prompt, config.seed)
     save_figure(gallery([images], plans), path)
     print(f"image: {path}")
 

@@ -24,8 +24,7 @@ Splits: a hash of what a scene asks for decides, so that no paraphrase of a `tra
 `eval`. The colour-shape pairs of RARE_PAIRS occur in neither; scenes with one of them are split
 into `rare-train` and `rare` in the same way. Scene number i of these has pair i mod 6.
 
-The pretraining corpus is noisy, like captions from the web: a policy that imitates it makes errors,
-which reinforcement learning can correct.
+The corpus is noisy, like captions from the web; reinforcement learning corrects what it teaches.
 """
 
 import difflib
@@ -79,8 +78,7 @@ RARE_PAIRS = {  # (colour, shape): fraction of the corpus that has it, before ca
     ("blue", "diamond"): 0.002,
     ("white", "cross"): 0.002,
 }
-# In the others a rare pair leaves too few canonical forms to hold some out (of a red cross, shape
-# has 4, numeracy 3 and knowledge 1); texture is in `large` only.
+# In others a rare pair leaves at most 4 canonical forms to hold out; `texture` is in `large` only.
 RARE_CATEGORIES = ("colour", "spatial", "complex")
 CAPTION_FAULTS = 0.25  # fraction of the corpus whose image and plan contradict the prompt
 PLAN_FAULTS = 0.20  # fraction of the rest whose plan contradicts prompt and image

@@ -252,7 +252,7 @@ def draw_figures(folder, numbers, records):
 @common.stage()
 def main(argv=None):
     config = common.parse(Config, {name: {} for name in WORLDS}, __doc__, argv)
-    folder = Path(config.out) / config.preset
+    folder = config.folder
     values = dict(preset=config.preset, out=config.out)
     of_study = study.Config(**study.PRESETS[config.preset] | values)
     runs, records, passes = read_study(of_study)

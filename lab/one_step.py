@@ -77,7 +77,7 @@ def measure_update(policy, env, settings, batch, masks, rows):
 def measure(config):
     """Compute a step. Returns the numbers, JSON-able, and the images of the prompt's G rollouts."""
     env, policy, _ = load(config, "base")
-    log = read_lines(Path(config.out) / config.preset / "base.jsonl")
+    log = read_lines(config.folder / "base.jsonl")
     settings = {m: step_config(config.preset, m, config.seed) for m in ("grpo", "eggrpo")}
     batch = training_batch(env, policy, settings["eggrpo"], STEP)
     low, high, shaped = token_advantages(batch, settings["eggrpo"])
@@ -188,7 +188,7 @@ def page(data):
 def main(argv=None):
     config = common.parse(common.BaseConfig, {name: {} for name in WORLDS}, __doc__, argv)
     data, images = measure(config)
-    folder = Path(config.out) / config.preset
+    folder = config.folder
     draw(folder / "one-step.png", data, images)
     common.write(folder / "one-step.json", (json.dumps(data) + "\n").encode())
     common.write(folder / "one-step.md", page(data).encode())

@@ -8,7 +8,6 @@
 
 import math
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from model import generate
 from objective import entropy_masks, group_advantages, shape_advantages
 from rewards import compute_rewards
 from scenes import WORLDS, decode_words, encode_scenes, make_scene, render
-from tiny_vq import stack_images
+from tiny_vq.train import stack_images
 from tiny_vq.vqvae import VQVAE
 
 POLICIES = {"base": "base + plan", "grpo-0": run_title("grpo-0"), "eggrpo-0": run_title("eggrpo-0")}
@@ -166,7 +165,7 @@ def draw_categories(path, config):
 @common.stage()
 def main(argv=None):
     config = common.parse(common.BaseConfig, {name: {} for name in WORLDS}, __doc__, argv)
-    folder = Path(config.out) / config.preset
+    folder = config.folder
     drawings = dict(entropy=draw_entropy, data=draw_data, categories=draw_categories)
     for name, draw in drawings.items():
         draw(folder / f"{name}.png", config)

@@ -163,7 +163,7 @@ def load(config, name):
     base = load_base(config, env)
     if name in BASES:
         return env, base, BASES[name]
-    path = config.out / config.preset / name / "policy.pt"
+    path = config.folder / name / "policy.pt"
     return env, *load_run(path, config, env, base)
 
 
@@ -257,7 +257,7 @@ def read_lines(path):
 
 def keep_settings(config):
     """Write a study's settings. Raises UserError if it was begun with others."""
-    path = config.out / config.preset / "settings.json"
+    path = config.folder / "settings.json"
     free = ("out", "device", "jobs", "only", "bases", "seeds", "one_sided")  # more are more jobs
     settings = {k: v for k, v in asdict(config).items() if k not in free}
     if path.exists():
@@ -270,7 +270,7 @@ def launch(config, job, argv, running):
     for name in job.needs:
         if name in running and running[name].result():
             return 1  # what it needs has failed
-    logs = config.out / config.preset / "logs"
+    logs = config.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{job.name.replace('/', '-')}.txt"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -296,7 +296,7 @@ def main(argv=None):
     started = time.time()
     left = [job for job in jobs if not result_path(config, job).exists()]
     on_cuda = torch.cuda.is_available() and config.device.startswith(("auto", "cuda"))
-    number = config.jobs or (1 if on_cuda else common.cores())
+    number = config.jobs or (1 if on_cuda else torch.get_num_threads())
     print(f"study: {len(jobs)} jobs, {len(left)} to do, {number} at a time")
     pool = ThreadPoolExecutor(number)
     running = {}

@@ -9,15 +9,15 @@ evaluation scenes, encoded and decoded (rewards.py). Run (runs.py) keeps checkpo
 from dataclasses import dataclass
 from typing import Annotated
 
+import numpy
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
 from rewards import compute_rewards, encode_targets, paint_coverage
-from runs import Run
+from runs import Run, load_model
 from scenes import WORLDS, make_scene, random_scene, render
-from tiny_vq import stack_images
 from tiny_vq.vqvae import VQVAE
 
 
@@ -46,6 +46,20 @@ PRESETS = {
 }
 
 
+def load_tokenizer(config, device):
+    """Read the finished tokenizer of a preset."""
+    path = config.folder / "tokenizer.pt"
+    origin = WORLDS[config.preset].origin()
+    tokenizer, _ = load_model(VQVAE, path, origin, "tiny_vq.train", config)
+    return tokenizer.to(device)
+
+
+def stack_images(images):
+    """Stack uint8 arrays (h, w, 3) to one uint8 tensor (B, 3, h, w)."""
+    stacked = torch.from_numpy(numpy.stack(images))  # (B, h, w, 3)
+    return stacked.permute(0, 3, 1, 2).contiguous()
+
+
 @torch.no_grad()
 def fit_residuals(model, batches):
     """For each code, add to the decoder's output the mean error that it leaves on its patches. A
@@ -56,16 +70,18 @@ def fit_residuals(model, batches):
     for images in batches:
         restored, _, codes, _ = model(images)
         missed = F.pixel_unshuffle(images - restored, model.patch)  # (B, channels, side, side)
-        sums.index_add_(0, codes, missed.permute(0, 2, 3, 1).flatten(0, 2))
-        counts.index_add_(0, codes, torch.ones_like(codes[:, None], dtype=counts.dtype))
+        missed = missed.permute(0, 2, 3, 1).flatten(0, 2)  # (B * side * side, channels)
+        sums.index_add_(0, codes, missed)
+        counts.index_add_(0, codes, torch.ones_like(missed[:, :1]))
     model.residuals += sums / counts.clamp(min=1)
 
 
 @torch.no_grad()
-def ceiling(model, world, device, number, seed=0):
+def ceiling(model, world, device, number):
     """Score true evaluation scenes after encoding and decoding. Returns what is logged."""
-    scenes = [make_scene(world, "eval", seed, i) for i in range(number)]
-    images = stack_images([render(world, scene) for scene in scenes]).to(device) / 255
+    scenes = [make_scene(world, "eval", 0, i) for i in range(number)]
+    images = stack_images([render(world, scene) for scene in scenes])
+    images = images.to(device) / 255
     codes = torch.cat([model.encode(batch) for batch in images.split(64)])
     restored = torch.cat([model.decode(batch) for batch in codes.split(64)])
     targets = encode_targets(world, scenes, device)
@@ -80,35 +96,37 @@ def ceiling(model, world, device, number, seed=0):
 def update(model, optimizer, images, config, step, generator):
     """Make one step on images (B, 3, h, w) in [0, 1]. Returns terms to log."""
     restored, features, codes, commitment = model(images)  # features: (n, dim), codes: (n,)
-    painted = (paint_coverage(images).sum(1, keepdim=True) > 0).float()
+    paint = paint_coverage(images).sum(1, keepdim=True)
+    painted = (paint > 0).float()
     edges = F.max_pool2d(painted, 3, stride=1, padding=1)  # are paint too
     weight = 1 + config.paint_weight * edges
-    error = ((restored - images) ** 2 * weight).mean() / weight.mean()
+    squared = (restored - images) ** 2
+    error = (weight * squared).mean() / weight.mean()
     # 20 brings an error of squared [0, 1] pixels to the commitment's size
     (20 * error + config.commitment * commitment).backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     optimizer.step()
     optimizer.zero_grad()
     model.quantizer.update(features, codes)
     if step % 20 == 0 and step < 0.7 * config.steps:  # after that the codebook settles
         model.quantizer.restart(features, codes, generator)
-    values = torch.stack([error, commitment, norm]).tolist()
-    return dict(zip(("error", "commitment", "grad_norm"), values))
+    error, commitment = torch.stack([error, commitment]).tolist()
+    return dict(error=error, commitment=commitment)
 
 
 @common.stage("--batch of tiny_vq.train")
 def main(argv=None):
     config = common.parse(Config, PRESETS, __doc__, argv)
-    folder = config.out / config.preset
     world = WORLDS[config.preset]
     device = common.pick_device(config.device)
-    files = folder / "tokenizer.pt", folder / "tokenizer.jsonl"
-    command = common.command_for("tiny_vq.train", config)
-    run = Run(*files, config, device, world.origin(), command)
+    names = "tokenizer.pt", "tokenizer.jsonl"
+    run = Run(*names, config, device, world.origin(), "tiny_vq.train")
     if not run.steps:
         return
-    indices = tqdm(range(config.images), "render", leave=False)
-    images = stack_images([render(world, random_scene(world, config.seed, i)) for i in indices])
+    images = []
+    for i in tqdm(range(config.images), "render", leave=False):
+        scene = random_scene(world, config.seed, i)
+        images.append(render(world, scene))
+    images = stack_images(images)
     torch.manual_seed(config.seed)
     model = VQVAE(world.patch, config.width, config.blocks, config.codebook_size, config.dim)
     model = model.to(device)
@@ -122,7 +140,8 @@ def main(argv=None):
         terms = update(model, optimizer, batch, config, step, generator)
         run.log(step, **terms)
         if step + 1 == config.steps:
-            fit_residuals(model, (part.to(device) / 255 for part in images.split(256)))
+            parts = images.split(256)
+            fit_residuals(model, (part.to(device) / 255 for part in parts))
             results = ceiling(model, world, device, config.scored)
             run.log(config.steps, **results)
         run.save(step, model, optimizer)
