@@ -61,6 +61,9 @@ def run(*command, status=0, cwd=ROOT, interrupt_at=None):
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)
     printed, _ = process.communicate(timeout=600)
+    if interrupt_at:
+        with pytest.raises(ProcessLookupError):  # none of its processes is left
+            os.killpg(process.pid, 0)
     assert process.returncode == status and "Traceback" not in printed, printed
     return printed
 
@@ -110,13 +113,14 @@ def vary(images, *_):
 
 @pytest.fixture(scope="session")
 def out(tmp_path_factory):
-    """Run the pipeline by train.sh, through a link and from another folder. Returns its output
-    folder and what it printed."""
+    """Run the pipeline by train.sh, through a link and from another folder, the methods side by
+    side. Returns its output folder and what it printed."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "link.sh").symlink_to(ROOT / "train.sh")
     folder = tmp_path_factory.mktemp("out")
     relative = os.path.relpath(folder, elsewhere)
-    return folder, run("bash", "link.sh", "--preset=smoke", f"--out={relative}", cwd=elsewhere)
+    command = "env", "OMP_NUM_THREADS=2", "bash", "link.sh", "--preset=smoke", f"--out={relative}"
+    return folder, run(*command, cwd=elsewhere)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import rewards
 import runs
 import sample
 import scenes
+import train
 from common import UserError
 from conftest import ROOT, killed_after, one_line, read_log, run, vary
 from tiny_vq import train as tiny_vq_train
@@ -70,7 +71,8 @@ def test_train_sh_runs_all_stages_and_writes_all_outputs(out):
         assert (folder / "smoke" / name).stat().st_size > 0, name
     assert Image.open(folder / "smoke" / "before-after.png").width == 830
     assert Image.open(folder / "smoke" / "eggrpo-0" / "training.gif").n_frames == 3  # 0, 2 and 4
-    assert "stage 5 of 5: evaluation" in printed
+    assert "stage 4 of 4: evaluation" in printed
+    assert len(re.findall(r"^(?:eg)?grpo: 4 steps; see", printed, re.M)) == 2
     for name in ("base, no plan", "base + plan", "eggrpo-0", "grpo-0"):
         assert f"| {name} (n = 24) |" in printed
 
@@ -93,15 +95,6 @@ def test_the_log_has_every_key_of_the_table(out):
     assert logged == documented
 
 
-def test_the_learning_curves_are_drawn_from_logs_alone(tmp_path):
-    keys = ("eval_reward", "eval_exact", "rare_exact", "image_entropy")
-    records = [{}, *(dict.fromkeys(keys, None if step == 1 else step) for step in range(4))]
-    log = [record | dict(step=step) for step, record in enumerate(records)]
-    evaluate.plot_curves(tmp_path / "curves.png", dict(a=log, b=log))
-    picture = Image.open(tmp_path / "curves.png").convert("RGB")
-    assert picture.width == 830 and len(picture.getcolors(10**6)) > 10
-
-
 def test_a_gallery_tells_right_from_wrong_and_leaves_the_users_figures_alone(tmp_path):
     """A notebook's backend and open figures stay; frames of a GIF have one size."""
     pyplot.switch_backend("svg")
@@ -120,12 +113,6 @@ def test_a_gallery_tells_right_from_wrong_and_leaves_the_users_figures_alone(tmp
     assert len({picture.tobytes() for picture in pictures.values()}) == 3
     assert pyplot.get_backend() == "svg" and pyplot.get_fignums() == [7]
     pyplot.close(7)
-
-
-def test_pictures_name_runs_as_the_text_does():
-    names = ["eggrpo-0", "grpo-12", "base + plan", "red", "eggrpo-red-1"]
-    titles = ["EG-GRPO, seed 0", "GRPO, seed 12", "base + plan", "red", "eggrpo-red-1"]
-    assert [evaluate.run_title(name) for name in names] == titles
 
 
 def test_sample_draws_what_is_typed(out, capsys):
@@ -227,27 +214,29 @@ def test_a_bad_reward_stops_a_run_and_the_mended_one_goes_on(stage, monkeypatch)
     assert stage("out")[0]["step"] == 5
 
 
-@pytest.mark.parametrize("stage", ["eggrpo"], indirect=True)
-def test_a_run_does_not_go_on_with_other_rewards(stage, monkeypatch):
-    stage("out")
-    mine = lambda images, detections, targets: images[:, 0].mean(dim=(1, 2))
-    monkeypatch.setitem(rewards.REWARDS, "mine", mine)
-    with pytest.raises(UserError, match="policy.pt was made with --rewards .*, not .*mine"):
-        stage("out")
+def test_a_run_beside_another_is_the_run_alone(out, tmp_path):
+    """Bit for bit, with as many threads."""
+    folder = inputs(out, tmp_path / "out")
+    call(eggrpo, folder, "--method grpo")
+    alone, beside = (read_log(path / "smoke/grpo-0/log.jsonl")[1:] for path in (folder, out[0]))
+    for record in alone + beside:
+        record.pop("seconds", None)
+    assert alone == beside and len(alone) == 5
 
 
-def test_evaluation_and_sampling_leave_the_random_state_alone(out):
-    before = torch.get_rng_state()
-    call(evaluate, out[0])
-    call(sample, out[0])
-    assert torch.equal(before, torch.get_rng_state())
+def test_a_run_that_fails_beside_another_fails_the_command(tmp_path, capsys):
+    config = train.Config(preset="smoke", out=tmp_path)
+    with pytest.raises(UserError, match="bad ended with status 2"):
+        train.side_by_side({"good": ["--help"], "bad": ["--lr", "much"]}, config)
+    assert "error: argument --lr: invalid float value: 'much'" in capsys.readouterr().out
 
 
-def test_ctrl_c_ends_train_sh_with_one_line_that_says_how_to_go_on(tmp_path):
-    command = "bash", "train.sh", "--preset", "smoke", "--out", tmp_path
-    printed = run(*command, status=130, interrupt_at=tmp_path / "smoke" / "tokenizer.jsonl")
+def test_ctrl_c_ends_both_methods_with_one_line_that_says_how_to_go_on(out, tmp_path):
+    folder = inputs(out, tmp_path / "out")
+    command = "env", "OMP_NUM_THREADS=2", "bash", "train.sh", "--preset", "smoke", "--out", folder
+    printed = run(*command, status=130, interrupt_at=folder / "smoke/grpo-0/log.jsonl")
     assert printed.count("interrupted: the same command goes on from the last checkpoint") == 1
-    assert "stage 2" not in printed
+    assert "stage 3" in printed and "stage 4" not in printed
 
 
 def test_a_missing_stage_names_the_command_that_makes_it(tmp_path, capsys):
