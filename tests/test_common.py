@@ -21,12 +21,12 @@ import pretrain
 import runs
 import sample
 import train
-from common import UserError, generator, parse
+from common import UserError, parse
 from conftest import ROOT, one_line, read_log, run
 from runs import load_checkpoint, load_model
 from tiny_vq import train as tiny_vq_train
 
-COMMAND = "bash train.sh pretrain"
+COMMAND = "bash train.sh pretrain --preset deep --out "
 COMMANDS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for folder in (".", "lab", "tiny_vq")
@@ -57,33 +57,24 @@ def test_flags_override_methods_override_presets_override_defaults():
     "module, argv, words",
     [
         (eggrpo, "--beta inf", "--beta inf: must be at least 0 and at most"),
-        (eggrpo, "--kappa inf", "--kappa inf: must be"),
-        (eggrpo, "--guidance inf", "--guidance inf: must be"),
         (eggrpo, "--name x.pt", "--name 'x.pt': letters, digits, '_' and '-' only"),
         (eggrpo, "--name base,", "--name 'base,': letters"),
-        (sample, "red --seed 99999999999999999999", "--seed 99999999999999999999: must be"),
         (sample, "red --number 65", "--number 65: must be at least 1 and at most 64"),
         (sample, "", "arguments are required: prompt"),
         (sample, "''", "prompt is empty"),
         (sample, "'a rde circle'", "unknown word 'rde' (nearest known: "),
         (train, "--epochs 3", "unrecognized arguments: --epochs 3"),
         (train, "--preset", "--preset: expected one argument"),
-        (train, "--preset=big", "invalid choice: 'big'"),
         (train, "--method ppo", "--method: invalid choice: 'ppo' (choose from 'both', 'grpo'"),
         (train, "--device abacus", "--device abacus: cannot be used"),
         (eggrpo, "--preset big", "--preset: invalid choice: 'big'"),
-        (eggrpo, "--method ppo", "--method: invalid choice: 'ppo'"),
         (eggrpo, "--colour red", "unrecognized arguments: --colour red"),
         (eggrpo, "--lr much", "--lr: invalid float value"),
-        (eggrpo, "--name a/b", "--name 'a/b': letters, digits"),
         (eggrpo, "--low-frac .6 --high-frac .5", "--low-frac 0.6, --high-frac 0.5: must add up"),
         (eggrpo, "--group-size 1", "--group-size 1: must be at least 2"),
         (eggrpo, "--beta nan", "--beta nan: must be at least 0"),
-        (eggrpo, "--kappa -.5", "--kappa -0.5: must be at least 0"),
         (eggrpo, "--seed -1", "--seed -1: must be at least 0"),
-        (pretrain, "--lr inf", "--lr inf: must be at least 0 and at most"),
         (pretrain, "--steps 99999999999", "--steps 99999999999: must be at least 1 and at most"),
-        (pretrain, "--drop-both -1", "--drop-both -1.0: must be at least 0"),
         (pretrain, "--drop-plan 1.1", "--drop-plan 1.1: must be at least 0 and at most 1"),
         (pretrain, "--width 65", "--width 65: must be a multiple of --heads 4"),
         (tiny_vq_train, "--width 20", "--width 20: must be a multiple of 8"),
@@ -138,10 +129,8 @@ def test_memory_that_runs_out_is_one_line_that_says_what_to_lower(capsys, monkey
 @pytest.mark.parametrize(
     "redirection, status, words",
     [
-        (">&-", 0, ""),
-        ("2>&-", 0, ""),
+        (">&- 2>&-", 0, ""),
         (">/dev/full", 2, "error:.Errno28.Nospaceleftondevice"),
-        ("| true", 141, ""),
         ("2>&1 | true", 141, ""),
     ],
 )
@@ -167,11 +156,6 @@ def test_a_command_runs_where_stdout_is_a_notebooks(monkeypatch, capsys):
     stream = SimpleNamespace(write=print, flush=lambda: None)
     monkeypatch.setattr(sys, "stdout", stream)
     common.run(lambda: None)
-
-
-def test_cores_are_those_that_this_process_may_use(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 6}, raising=False)
-    assert common.cores() == 3
 
 
 @pytest.mark.parametrize("name", ["meta", "abacus", "cuda:99", ""])
@@ -203,13 +187,6 @@ def test_bf16_is_used_only_where_it_is_not_emulated(monkeypatch, capability, dty
     assert common.network_dtype(torch.device("cpu")) == torch.float32
 
 
-def test_streams_depend_on_their_key_alone():
-    draw = lambda *key: torch.rand(4, generator=generator(*key))
-    assert torch.equal(draw(0, "rollout", 3), draw(0, "rollout", 3))
-    for other in ((0, "rollout", 4), (1, "rollout", 3), (0, "deck", 3)):
-        assert not torch.equal(draw(0, "rollout", 3), draw(*other))
-
-
 def make_model():
     model = torch.nn.Linear(2, 2)
     model.config = dict(in_features=2, out_features=2)
@@ -217,10 +194,15 @@ def make_model():
 
 
 def make_run(folder, origin="world", **settings):
-    path, log_path = folder / "deep" / "a.pt", folder / "deep" / "log.jsonl"
-    run = runs.Run(path, log_path, Config(**settings), "cpu", origin, COMMAND)
+    config = Config(preset="deep", out=folder, **settings)
+    run = runs.Run("a.pt", "log.jsonl", config, "cpu", origin, "pretrain")
     run.PAUSE = 0  # seconds: save at every step
     return run
+
+
+def load(folder, origin="world"):
+    config = Config(preset="deep", out=folder)
+    return load_model(torch.nn.Linear, config.folder / "a.pt", origin, "pretrain", config)
 
 
 def go_on(run, model, optimizer, steps=range(5)):
@@ -251,28 +233,17 @@ def read_steps(folder):
 
 def test_a_finished_run_is_read_by_its_loader_and_by_torch(begun):
     folder, model, optimizer, path = begun
-    with pytest.raises(runs.Unfinished, match=f"stands at step 2 of 5: go on by `{COMMAND}`"):
-        load_model(torch.nn.Linear, path, "world", COMMAND)
+    with pytest.raises(runs.Unfinished, match=f"stands at step 2 of 5: go on by `{COMMAND}"):
+        load(folder)
     go_on(make_run(folder), model, optimizer)
     assert not make_run(folder).steps
     record = torch.load(path, weights_only=True)
     assert torch.equal(record["model"]["weight"], model.weight) and record["step"] == 5
-    back, settings = load_model(torch.nn.Linear, path, "world", COMMAND)
+    back, settings = load(folder)
     assert torch.equal(back.weight, model.weight) and settings == record["config"]
     assert [line["step"] for line in back.log[1:]] == read_steps(folder) == [0, 1, 2, 3, 4]
     assert sorted(p.name for p in path.parent.iterdir()) == ["a.pt", "log.jsonl"]
     assert back.weight.requires_grad  # autocast casts others at each use
-
-
-def test_what_is_made_from_a_model_knows_its_weights_and_all_before(begun):
-    folder, model, optimizer, path = begun
-    origins = set()
-    for origin, shift in (("world", 0), ("world", 1), ("another world", 0)):
-        path.unlink()
-        model.weight.data += shift
-        go_on(make_run(folder, origin), model, optimizer)
-        origins.add(load_model(torch.nn.Linear, path, origin, COMMAND)[0].origin)
-    assert len(origins) == 3
 
 
 def test_missing_and_damaged_checkpoints_are_named_with_the_remedy(begun, tmp_path):
@@ -311,10 +282,9 @@ def test_a_run_goes_on_with_its_own_settings_and_files_only(begun):
     folder = begun[0]
     with pytest.raises(UserError, match="a.pt was made with --rate 0.5, not 0.6"):
         make_run(folder, rate=0.6)
-    with pytest.raises(UserError, match=f"made from other files .* remove it and run `{COMMAND}`"):
+    with pytest.raises(UserError, match=f"made from other files .* remove it and run `{COMMAND}"):
         make_run(folder, "another world")
-    free = dict(device="cpu", out="elsewhere")  # these change no result
-    assert make_run(folder, **free).steps == range(2, 5)
+    assert make_run(folder, device="cuda").steps == range(2, 5)  # which changes no result
 
 
 @pytest.mark.parametrize("damage", [b'[1]\n{"step": null}\n\xff\xfe', None])

@@ -212,7 +212,7 @@ def test_a_finished_policy_casts_each_weight_once_a_batch(trained, bf16, tmp_pat
     policy, prompt, noise = trained
     record = dict(model_config=policy.config, model=policy.state_dict(), config=dict(steps=1))
     torch.save(record | dict(origin="", step=1, log=[]), tmp_path / "policy.pt")
-    loaded, _ = load_model(partial(Policy, WORLD), tmp_path / "policy.pt", "", "")
+    loaded, _ = load_model(partial(Policy, WORLD), tmp_path / "policy.pt", "", "", CONFIG)
     with CountCasts() as casts:
         generate(loaded, prompt, noise)
     assert casts.number == 4 * len(loaded.blocks) + 1
@@ -245,9 +245,3 @@ def test_a_planted_mismatch_is_outside_of_the_bound(trained, bf16, monkeypatch, 
 
 def test_guidance_on_one_side_is_caught_from_1_05_in_bf16(trained, bf16):
     assert difference(trained[0], sampled(trained, 1.05)) > BOUND
-
-
-def test_float32_rounds_to_less_than_a_fifth_of_its_bound_and_guidance_of_1_001_does_not(trained):
-    bound = LOGP_DIFF_BOUND[torch.float32]
-    assert 5 * difference(trained[0], sampled(trained)) < bound
-    assert difference(trained[0], sampled(trained, 1.001)) > bound

@@ -97,13 +97,6 @@ def test_if_all_rewards_are_equal_only_the_kl_term_moves_the_policy(step):
     assert any((g != 0).any() for g in step(CONFIG, equal_rewards)[1])
 
 
-def test_the_reference_is_idle_if_beta_is_zero(step, monkeypatch):
-    monkeypatch.setattr(step.reference, "forward", None)
-    step(replace(CONFIG, beta=0.0))
-    with pytest.raises(TypeError):
-        step()
-
-
 def test_a_policy_overfits_one_reward(world, env, monkeypatch):
     """Reward the use of one code: 16 steps must raise its share several times, or nothing above
     means anything."""

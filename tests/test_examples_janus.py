@@ -16,7 +16,6 @@ from conftest import ROOT, one_line, read_log, run
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
-safetensors = pytest.importorskip("safetensors.torch")
 sys.path.insert(0, str(ROOT / "examples"))  # where the command's own folder is
 
 import janus  # noqa: E402
@@ -42,7 +41,6 @@ def files(tmp_path_factory):
         "redness = lambda images, prompts: images[:, RED].mean((1, 2))\n"
         "wrong = lambda images, prompts: images[:, 0].mean()\n"
         "none = lambda images, prompts: None\n"
-        "words = lambda images, prompts: prompts\n"
         "nan = lambda images, prompts: redness(images, prompts) * float('nan')\n"
     )
     return folder
@@ -127,17 +125,6 @@ def test_greedy_images_are_those_of_generate(files):
     assert not torch.equal(ours, plain) and len(ours.unique()) > 5  # guidance does something
 
 
-def test_greedy_plans_are_those_of_generate(files):
-    policy, _, rollout, _ = make_batch(files)
-    request = rollout.plan_request
-    ours, _, _, valid = janus.sample(policy, request, 20, False)
-    theirs = generate(policy, request, max_new_tokens=20, generation_mode="text")
-    theirs = theirs[:, request.shape[1] :]  # shorter if all plans ended
-    theirs = torch.nn.functional.pad(theirs, (0, 20 - theirs.shape[1]))
-    assert torch.equal(ours[valid], theirs[valid]) and valid.sum(1).min() > 2
-    assert len(ours.unique()) > 5
-
-
 def test_a_plan_ends_with_its_end_token(files):
     """The end token is valid, what follows is not, and the image request holds the plan's ids."""
     policy, _, rollout, _ = make_batch(files, PROMPTS * 20)
@@ -208,14 +195,6 @@ def test_low_tokens_get_no_reward_gradient(files):
     assert torch.allclose(shaped[high] - 1, coefficient * batch.entropy[high], atol=1e-6)
     means = (shaped * batch.valid).sum(1) / batch.valid.sum(1)
     assert abs(means.mean() - 1) < 1e-5
-
-
-def test_the_kl_term_is_weighted_by_beta(files):
-    """Where all advantages are 0, the KL term alone gives gradient."""
-    policy, config, batch, advantage = make_batch(files, moved=True, beta=0.02)
-    grads, stats = gradients(policy, config, batch, 0 * advantage)
-    assert stats["loss"] == pytest.approx(0.02 * stats["kl"]) and stats["kl"] > 1e-3
-    assert max(grad.abs().max() for grad in grads.values()) > 1e-4
 
 
 def test_a_step_shapes_advantages_of_its_groups(files, monkeypatch):
@@ -396,7 +375,6 @@ BAD = [  # flag, value in which {} is the folder, words of the message
     ("model", "{}/clip", "model type 'clip', not 'janus'"),
     ("model", "{}/original", "use deepseek-community/Janus-Pro-1B"),
     ("model", "{}/broken", "--model"),
-    ("model", "{}/incomplete", "1 weights are missing"),
     ("model", "{}/spaceless", "tokenizer does not restore"),
     ("reward", "{}/janus", "model type 'janus', not 'clip'"),
     ("reward", "nowhere", "--reward nowhere"),
@@ -404,19 +382,14 @@ BAD = [  # flag, value in which {} is the folder, words of the message
     ("reward", "{}/redness.py:blue", "no function 'blue'"),
     ("reward", "{}/redness.py:wrong", "returned shape (), not (2,)"),
     ("reward", "{}/redness.py:none", "returned a NoneType, not one"),
-    ("reward", "{}/redness.py:words", "returned a list, not one"),
     ("reward", "{}/redness.py:nan", "NaN"),
     ("prompts", "nowhere.txt", "nowhere.txt"),
     ("prompts", "{}/latin1.txt", "latin1.txt: not UTF-8"),
     ("prompts", "{}/empty.txt", "no prompt in it"),
     ("reward", "{}/imports.py:f", "No module named 'nowhere'"),
     ("group_size", 1, "--group-size 1: must be from 2"),
-    ("lr", "inf", "--lr inf: must be from 0 to 1"),
     ("beta", "nan", "--beta nan: must be"),
-    ("kappa", -1, "--kappa -1.0: must be"),
-    ("guidance", "inf", "--guidance inf: must be"),
     ("seed", 10**20, "--seed 100000000000000000000: must be"),
-    ("plan_tokens", 10**20, "--plan-tokens 100000000000000000000: must be"),
     ("low_frac", 0.8, "at most 1"),
     ("speed", 3, "--speed"),
     ("steps", "many", "--steps"),
@@ -430,13 +403,10 @@ def spoilt(files):
     (files / "imports.py").write_text("import nowhere\n")
     (files / "empty.txt").write_text("\n \n")
     (files / "latin1.txt").write_bytes("a café".encode("latin1"))
-    for name in ("broken", "incomplete", "spaceless"):
+    for name in ("broken", "spaceless"):
         shutil.copytree(files / "janus", files / name)
     weights = files / "broken/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:200000])
-    weights = safetensors.load_file(files / "incomplete/model.safetensors")
-    del weights["lm_head.weight"]
-    safetensors.save_file(weights, files / "incomplete/model.safetensors", {"format": "pt"})
     words = json.loads((files / "spaceless/tokenizer.json").read_text())
     words["decoder"] = {"type": "Fuse"}
     (files / "spaceless/tokenizer.json").write_text(json.dumps(words))
@@ -466,19 +436,3 @@ def test_another_run_goes_on_from_neither_log_nor_checkpoint(files, tmp_path, ca
     other.rename(checkpoint)
     log.unlink()
     assert "policy.pt was made with another --beta" in refused()
-
-
-def test_prompts_are_lines_of_utf8_with_or_without_a_mark(files, tmp_path):
-    """Split at line ends only: U+2028 and form feeds stay inside of a prompt."""
-    path = tmp_path / "prompts.txt"
-    path.write_bytes("\ufeffa caf\u00e9\r\na\u2028b\x0cc\n".encode())
-    of_step = janus.read_prompts(Config(**settings(files, prompts=path, prompts_per_step=2)))
-    assert sorted(of_step(0)) == ["a caf\u00e9", "a\u2028b\x0cc"]
-
-
-def test_help_names_every_flag(capsys):
-    with pytest.raises(SystemExit, match="^0$"):
-        janus.main(["--help"])
-    printed = capsys.readouterr().out
-    for field in Config.__dataclass_fields__:
-        assert f"--{field.replace('_', '-')}" in printed

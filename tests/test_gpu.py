@@ -12,9 +12,8 @@ import common
 import eggrpo
 import evaluate
 import pretrain
-import runs
 import sample
-from conftest import difference, killed_after, one_line, read_log, tiny_policy
+from conftest import difference, one_line, read_log, tiny_policy
 from eggrpo import LOGP_DIFF_BOUND
 from model import Policy, generate, score
 from scenes import WORLDS, encode_scenes, make_scene
@@ -71,23 +70,6 @@ def test_a_picture_is_drawn_from_a_prompt(out):
     assert (out / "smoke" / "samples" / "a-red-circle.png").stat().st_size > 0
 
 
-def test_a_run_that_stopped_goes_on(out, tmp_path, monkeypatch):
-    """The steps that are left start from the same weights and draw the same prompts."""
-    for name in ("tokenizer.pt", "base.pt"):
-        (tmp_path / "smoke").mkdir(exist_ok=True)
-        (tmp_path / "smoke" / name).write_bytes((out / "smoke" / name).read_bytes())
-    monkeypatch.setattr(runs.Run, "PAUSE", 0)  # seconds: save at every step
-    with killed_after(2, monkeypatch):
-        call(eggrpo, tmp_path, RUN)
-    call(eggrpo, tmp_path, RUN)
-    steps = [
-        read_log(folder / "smoke" / "eggrpo-0" / "log.jsonl")[1:] for folder in (out, tmp_path)
-    ]
-    assert [r["step"] for r in steps[0]] == [r["step"] for r in steps[1]] == [-1, 0, 1, 2, 3]
-    first, again = steps[0][1], steps[1][1]
-    assert abs(first["image_entropy"] - again["image_entropy"]) < 0.01
-
-
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_sampler_and_learner_are_one_policy(monkeypatch, dtype, guidance):
@@ -133,11 +115,3 @@ def test_memory_that_runs_out_names_the_flag_that_helps(out, capsys):
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
     assert "out of memory: lower --micro-batch of eggrpo" in line
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_another_gpu_than_the_first_is_used_alone(out):
-    used = torch.cuda.memory_allocated(0)
-    call(eggrpo, out, f"{RUN} --device cuda:1 --name second")
-    assert torch.cuda.memory_allocated(0) == used
-    torch.cuda.set_device(0)

@@ -5,7 +5,7 @@ import torch
 
 from conftest import tiny_policy
 from eggrpo import LOGP_DIFF_BOUND, logp_difference
-from model import forward_logits, generate, policy_logits, precision, sample_token, score
+from model import forward_logits, generate, precision, sample_token, score
 from objective import token_entropy
 from scenes import END, IMAGE, PAD, PLAN, encode_words
 
@@ -101,12 +101,6 @@ def test_attention_is_causal(policy, prompt):
     words2, codes2 = forward_logits(policy, prompt, draw.plan, changed)
     assert torch.equal(words, words2) and torch.allclose(codes[:, :31], codes2[:, :31], atol=1e-5)
     assert not torch.allclose(codes[:, 31], codes2[:, 31], atol=1e-3)
-
-
-def test_guidance_one_is_none_and_guidance_moves_away_from_no_prompt_and_no_plan():
-    raw = torch.tensor([[1.0, 2.0], [1.0, 1.0]])
-    assert torch.equal(policy_logits(raw), raw)
-    assert torch.equal(policy_logits(raw, guidance=3.0), torch.tensor([[1.0, 4.0]]))
 
 
 def test_guidance_is_for_image_tokens_only(policy, prompt):

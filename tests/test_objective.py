@@ -155,14 +155,6 @@ def test_without_something_to_spend_there_is_no_bonus():
     assert torch.allclose(shape(a, h, valid), shape(a, h / 100, valid), rtol=1e-5)
 
 
-def test_a_group_of_equal_rewards_beside_others_gets_a_pure_bonus():
-    a, h, valid = random_batch()
-    a[:3] = 0.0
-    low, high = entropy_masks(h, valid)
-    bonus = bonus_coefficient(a, h, low, high, valid) * torch.where(high, h, 0.0)
-    assert bonus.sum() > 0 and torch.equal(shape(a, h, valid)[:3], bonus[:3])
-
-
 def test_padding_and_its_content_change_no_mask_and_no_shaped_advantage():
     """Guard: thresholds that depend on the longest plan of the batch."""
     a, h, valid = random_batch()
@@ -254,24 +246,6 @@ def test_padding_reaches_neither_loss_nor_gradient():
     assert (loss, kl) == policy_loss(logp, ref, plain, valid)
     assert (leaf.grad[~valid] == 0).all() and leaf.grad[valid].isfinite().all()
     assert policy_loss(logp, logp, plain, valid)[1] == 0 < kl  # equal policies have no KL
-
-
-def test_expected_gradient_equals_the_exact_one_on_an_enumerable_policy():
-    """One token of three, reward known: the mean over many groups of GRPO's gradient (no std) is
-    the gradient of E[R]."""
-    torch.manual_seed(0)
-    logits = torch.tensor([0.2, -0.5, 0.8], requires_grad=True)
-    reward = torch.tensor([1.0, 0.0, 0.3])
-    (exact,) = torch.autograd.grad((logits.softmax(0) * reward).sum(), logits)
-    p, g = 40000, 4
-    tokens = torch.multinomial(logits.softmax(0).detach(), p * g, replacement=True)
-    r = reward[tokens].view(p, g)
-    # the group mean includes the sample itself, which shrinks the gradient by (G - 1) / G
-    advantage = ((r - r.mean(1, keepdim=True)) * g / (g - 1)).view(-1, 1)
-    logp = logits.log_softmax(0)[tokens][:, None]
-    loss, _ = policy_loss(logp, None, advantage, torch.ones(p * g, 1, dtype=torch.bool), beta=0.0)
-    (estimate,) = torch.autograd.grad(loss, logits)
-    assert torch.allclose(-estimate, exact, atol=0.01)
 
 
 def test_it_can_be_copied_into_a_project_with_files_of_the_same_names(tmp_path):

@@ -39,15 +39,9 @@ def test_weights_cancel_the_pull_where_they_are_not_truncated(seed):
     z, u = table(seed)
     log_q = sampler_logits(z, u, 1.2).log_softmax(-1).detach()
     weights = token_weights(z.log_softmax(-1), log_q)
-    assert weights.max() < 2
+    assert weights.max() < 2 and not weights.requires_grad
     assert expected_gradient(z, log_q, weights).abs().max() < 1e-12
-
-
-def test_weights_are_truncated_and_have_no_gradient():
-    logp = torch.tensor([0.0, -1.0], requires_grad=True)
-    weights = token_weights(logp, torch.tensor([-5.0, 0.0]))
-    assert weights.tolist() == pytest.approx([2.0, 0.3678794])
-    assert not weights.requires_grad
+    assert token_weights(z, z.detach() - 5).unique() == 2
 
 
 @SEEDS
@@ -60,22 +54,6 @@ def test_grpo_under_guidance_has_one_gth_of_the_guided_policys_gradient(seed):
     one_sided_gradient = expected_gradient(z, log_q, value)
     on_policy = torch.autograd.grad((log_q.exp().detach() * value * log_q).sum(), z)[0]
     assert torch.allclose(one_sided_gradient, on_policy / GUIDANCE)
-
-
-@SEEDS
-def test_a_frozen_teacher_is_the_fixed_point_and_a_moving_one_is_not(seed):
-    start, u = table(seed)
-    teacher = sampler_logits(start, u, GUIDANCE).log_softmax(-1).detach()
-    last = {}
-    for moving in (False, True):
-        z = start.detach().clone().requires_grad_(True)
-        for _ in range(2000):
-            log_q = sampler_logits(z, u, GUIDANCE).log_softmax(-1).detach() if moving else teacher
-            (gradient,) = torch.autograd.grad(pull_loss(z, log_q, 1.0), z)
-            z.data -= 0.5 * gradient
-        last[moving] = z.softmax(-1)
-    assert torch.allclose(last[False], teacher.exp(), atol=1e-2)
-    assert last[True].max() > 0.99  # all on one token
 
 
 def test_sigma_is_the_rate_of_the_gap_to_first_order():
@@ -162,9 +140,3 @@ def test_every_planned_run_is_a_config():
     for name, values in study.ONE_SIDED.items():
         one_sided.Config(**values)
     assert len(study.ONE_SIDED) == 79
-
-
-def test_settings_that_are_scored(run):
-    scores = measure.scores_by_setting(run(temperature=0.8, guidance=1.0))
-    assert [*scores] == ["guidance 1", "guidance 2", "temperature 0.8"]
-    assert scores["guidance 1"] != scores["temperature 0.8"]

@@ -4,7 +4,6 @@ docs/experiments.md: its commands and snippets run, in the smoke preset and for 
 import copy
 import importlib.util
 import json
-import math
 import re
 import shlex
 from dataclasses import replace
@@ -21,9 +20,8 @@ import rewards
 from conftest import ROOT, read_log
 from lab import one_sided
 from objective import entropy_masks, shape_advantages
-from scenes import END, WORDS, WORLDS
+from scenes import WORLDS
 from test_objective import random_batch
-from tiny_vq import train
 
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(import.*?)```", README, re.S)  # not the lines of the method
@@ -97,14 +95,6 @@ def test_the_lines_of_the_method_are_the_method():
     exec(lines, space)
     expected = shape_advantages(advantage, entropy, low, high, valid, kappa=0.5)
     assert torch.allclose(space["A_t"], expected)
-
-
-def test_the_page_of_the_method_has_the_sizes_of_the_vocabularies():
-    words = len(WORDS) - END
-    codes = train.Config.codebook_size
-    ratio = math.log(codes) / math.log(words)
-    page = (ROOT / "docs/method.md").read_text()
-    assert f"log {codes} / log {words} = {ratio:.2f}" in page
 
 
 class TinyLanguageModel(nn.Module):

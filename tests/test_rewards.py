@@ -139,13 +139,6 @@ def test_component_values_of_hand_worked_pairs(world, name):
     assert reward.item() == pytest.approx((sum(values.values()) + clean) / (len(values) + 1))
 
 
-def test_a_wrong_texture_costs_a_third_of_its_objects_share_of_attributes():
-    world = WORLDS["large"]
-    striped = ("red", "circle", "striped", 0, 0)
-    _, parts, _ = score_of(world, hand_made(world, RED, BLUE), hand_made(world, striped, BLUE))
-    assert parts["objects"] == 0.5 and abs(parts["attributes"] - 5 / 6) < 1e-6
-
-
 @EACH_WORLD
 def test_known_cheats_score_low(world):
     """Noise, nothing, one colour everywhere, a tiling of objects: what an optimiser finds first."""
@@ -249,28 +242,6 @@ def test_the_batch_of_an_evaluation_changes_no_image(monkeypatch, policy, env):
     once, often, first = draw(130, 200), draw(130, 20), draw(20)
     assert torch.allclose(once, often, atol=1e-5) and once.unique().numel() > 100
     assert torch.allclose(once[:20], first, atol=1e-5)
-
-
-@EACH_WORLD
-def test_an_object_between_two_cells_is_no_object_and_lowers_cleanliness(world):
-    world = replace(world, star_probability=0.0)
-    scene = hand_made(world, ("red", "square", "solid", 0, 0))
-    for axis in (2, 3):
-        image = pictures(world, [scene]).roll(world.cell // 2, axis)
-        reward, _, exact = score_of(world, scene, image)
-        assert exact == 0 and reward == 0  # every component is 0
-
-
-@EACH_WORLD
-def test_two_squares_are_two_wherever_they_are(world):
-    """Plateaus of a match were counted several times: "two purple squares" could score .4."""
-    for other in range(1, world.grid**2):
-        row, column = divmod(other, world.grid)
-        kind = ("purple", "square", "solid")
-        scene = hand_made(world, (*kind, 0, 0), (*kind, row, column))
-        found = detect(pictures(world, [scene]), world)
-        cells = (found.kind.flatten() >= 0).nonzero()[:, 0].tolist()
-        assert found.counts.sum() == 2 and cells == [0, other]
 
 
 @EACH_WORLD
