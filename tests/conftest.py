@@ -17,11 +17,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, he
 os.environ.pop("CALLED_FROM", None)  # of train.sh test: the tests say where they are
 
 import torch
+from matplotlib.figure import Figure
 
 import common
+import evaluate
 import runs
 from eggrpo import logp_difference
-from evaluate import Env
 from model import Policy, score
 from scenes import WORLDS
 from tiny_vq.vqvae import VQVAE
@@ -111,6 +112,12 @@ def vary(images, *_):
     return images.flatten(1).mean(1) * 1e4 % 1
 
 
+@pytest.fixture
+def no_galleries(monkeypatch):
+    """To draw them takes longer than to train the smoke preset."""
+    monkeypatch.setattr(evaluate, "draw_gallery", lambda *_: Figure(figsize=(0.2, 0.2)))
+
+
 @pytest.fixture(scope="session")
 def out(tmp_path_factory):
     """Run the pipeline by train.sh, through a link and from another folder, the methods side by
@@ -147,7 +154,7 @@ def tiny_env(world, device):
     """The environment of tiny_policy, with a random tokenizer."""
     torch.manual_seed(0)
     tokenizer = VQVAE(world.patch, width=16, blocks=1, codebook_size=32, dim=4)
-    return Env(tokenizer.to(device), world, device)
+    return evaluate.Env(tokenizer.to(device), world, device)
 
 
 @pytest.fixture

@@ -165,7 +165,7 @@ def test_the_example_trains_a_causal_language_model():
 
 
 @pytest.fixture
-def short(out, monkeypatch):
+def short(out, monkeypatch, no_galleries):
     """Let eggrpo.main run in the smoke preset. Returns a function: name of a run -> its log."""
     main = eggrpo.main
     flags = "--preset smoke --steps 1 --prompts 1 --group-size 2 --eval-prompts 1 --out".split()
