@@ -282,7 +282,8 @@ def plot_curves(path, logs):
         for axis, (key, title) in zip(axes, panels.items()):
             records = [record for record in log if key in record]
             steps = [record["step"] + 1 for record in records]
-            axis.plot(steps, [record[key] for record in records], label=run_title(name))
+            values = [record[key] for record in records]
+            axis.plot(steps, values, label=run_title(name))
             axis.set(title=title, xlabel="step")
     figure.legend(handles=axes[0].get_lines(), loc="outside lower center", ncols=4)
     save_figure(figure, path)
