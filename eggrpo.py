@@ -4,8 +4,8 @@
     python eggrpo.py --method grpo --seed 1     -> out/small/grpo-1/
 
 The file reads in the order of the data: Config and methods, one training step from prompts to
-optimizer.step, the run. Read objective.py before, the mathematics; dimension letters are those of
-model.py. What differs from the paper and its released code: docs/method.md.
+optimizer.step, the run. Read objective.py, the mathematics, before it; dimension letters are those
+of model.py. What differs from the paper and its released code: docs/method.md.
 """
 
 import copy
@@ -115,17 +115,15 @@ def method_advantages(advantage, rollout, low, high, config):
         return objective.shape_advantages_released(advantage, rollout.entropy, low, high)
     method = METHODS[config.method]
     kappa = config.kappa if method.bonus else 0.0
-    return objective.shape_advantages(
-        advantage, rollout.entropy, low, high, rollout.valid, kappa, method.exclude
-    )
+    tokens = rollout.entropy, low, high, rollout.valid
+    return objective.shape_advantages(advantage, *tokens, kappa, method.exclude)
 
 
 def train_step(policy, reference, optimizer, env, config, step):
     """Make one step of reinforcement learning, from prompts to optimizer.step. Returns a dict of
     floats to log. Raises UserError, with the weights unchanged, if a reward is not finite or
     sampler and learner are not one policy."""
-    P = config.prompts
-    G = config.group_size
+    P, G = config.prompts, config.group_size
     B = P * G
     tokenizer, world, device = env
 

@@ -8,7 +8,7 @@ some have neither prompt nor plan, so that guidance has something to compare wit
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Annotated
 
 import numpy
@@ -78,7 +78,6 @@ def make_corpus(config, world, tokenizer, device):
         batch_size=CHUNK,
         collate_fn=partial(corpus_chunk, world, config.seed),
         num_workers=torch.get_num_threads() if config.items > FEW else 0,
-        generator=torch.Generator(),  # or it would move the caller's random state
     )
     encoded = []
     for prompts, plans, images in tqdm(loader, "corpus", leave=False):
@@ -89,12 +88,17 @@ def make_corpus(config, world, tokenizer, device):
     return [torch.cat(column) for column in zip(*encoded)]
 
 
+@lru_cache(maxsize=1)
+def shuffled(items, seed, epoch):
+    """Return the order of an epoch, (items,)."""
+    return torch.randperm(items, generator=common.generator(seed, "deck", epoch))
+
+
 def training_batch(corpus, config, step, device):
     """Return prompts (B, S), plans (B, C), codes (B, L), some prompts and plans dropped."""
     epoch_size = max(config.items // config.batch, 1) * config.batch
     epoch, offset = divmod(step * config.batch, epoch_size)
-    deck = common.generator(config.seed, "deck", epoch)
-    order = torch.randperm(config.items, generator=deck)
+    order = shuffled(config.items, config.seed, epoch)
     rows = order[offset : offset + config.batch]
     prompt, plan, codes = (column[rows].long().to(device) for column in corpus)
     generator = common.generator(config.seed, "drop", step)

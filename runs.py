@@ -136,9 +136,7 @@ class Run:
         if not last and time.monotonic() - self.saved < self.PAUSE:
             return
         self.open_log().close()
-        self.record["step"] = step + 1
-        self.record["model_config"] = model.config
-        self.record["model"] = model.state_dict()
+        self.record |= dict(step=step + 1, model_config=model.config, model=model.state_dict())
         self.record["optimizer"] = {} if last else optimizer.state_dict()
         buffer = io.BytesIO()
         torch.save(self.record, buffer)
