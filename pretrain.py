@@ -82,7 +82,7 @@ def make_corpus(config, world, tokenizer, device):
     encoded = []
     for prompts, plans, images in tqdm(loader, "corpus", leave=False):
         images = stack_images(images).to(device) / 255
-        codes = tokenizer.encode(images).to("cpu", torch.int16)
+        codes = tokenizer.encode(images).short().cpu()
         words = torch.from_numpy(prompts), torch.from_numpy(plans)
         encoded.append((*words, codes))
     return [torch.cat(column) for column in zip(*encoded)]
