@@ -21,10 +21,11 @@ from common import UserError
 from conftest import ROOT, killed_after, one_line, read_log, run, vary
 from tiny_vq import train as tiny_vq_train
 
+FEW = "--prompts 1 --group-size 2 --eval-prompts 2 --eval-every 5"
 STAGES = {  # module, its checkpoint, flags that make it short
     "tokenizer": (tiny_vq_train, "tokenizer.pt", "--images 16 --batch 4 --scored 7"),
     "base": (pretrain, "base.pt", "--items 16 --batch 4"),
-    "eggrpo": (eggrpo, "eggrpo-0/policy.pt", "--prompts 1 --group-size 2 --eval-prompts 2"),
+    "eggrpo": (eggrpo, "eggrpo-0/policy.pt", FEW),
 }
 PROMPT = "a red circle and a blue square"
 

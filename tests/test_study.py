@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -144,9 +145,10 @@ def test_the_parts_of_the_gradient_are_parts_of_the_update(tiny):
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """The first jobs of the smoke study, and their analysis."""
+def small(out, tmp_path_factory):
+    """The first jobs of the smoke study, their training done by the pipeline, and the analysis."""
     folder = tmp_path_factory.mktemp("study")
+    shutil.copytree(out[0] / "smoke", folder / "base-0" / "smoke")
     arguments = ["--preset", "smoke", "--out", str(folder)]
     names = ["base-0", "base-0/runs/grpo-0", "base-0/runs/eggrpo-0"]
     names += [f"base-0/records/{name}" for name in study.RECORDED]
