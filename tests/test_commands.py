@@ -223,11 +223,14 @@ def test_a_run_beside_another_is_the_run_alone(out, tmp_path, no_galleries):
     assert alone == beside and len(alone) == 5
 
 
-def test_a_run_that_fails_beside_another_fails_the_command(tmp_path, capsys):
-    config = train.Config(preset="smoke", out=tmp_path)
+def test_a_run_that_fails_beside_another_fails_the_command(tmp_path, capsys, monkeypatch):
+    """What it says is shown, and the other one ends as it would alone."""
+    script = tmp_path / "eggrpo.py"
+    script.write_text("import sys; print(f'says {sys.argv[1]}'); sys.exit(2 * int(sys.argv[2]))")
+    monkeypatch.setattr(eggrpo, "__file__", str(script))
     with pytest.raises(UserError, match="bad ended with status 2"):
-        train.side_by_side({"good": ["--help"], "bad": ["--lr", "much"]}, config)
-    assert "error: argument --lr: invalid float value: 'much'" in capsys.readouterr().out
+        train.side_by_side({"a": ["one", "0"], "bad": ["two", "1"]}, train.Config(out=tmp_path))
+    assert sorted(capsys.readouterr().out.split()) == ["one", "says", "says", "two"]
 
 
 def test_ctrl_c_ends_both_methods_with_one_line_that_says_how_to_go_on(out, tmp_path):
