@@ -60,7 +60,6 @@ def test_flags_override_methods_override_presets_override_defaults():
         (eggrpo, "--name x.pt", "--name 'x.pt': letters, digits, '_' and '-' only"),
         (sample, "red --number 65", "--number 65: must be at least 1 and at most 64"),
         (sample, "", "arguments are required: prompt"),
-        (sample, "''", "prompt is empty"),
         (sample, "'a rde circle'", "unknown word 'rde' (nearest known: "),
         (train, "--epochs 3", "unrecognized arguments: --epochs 3"),
         (train, "--method ppo", "--method: invalid choice: 'ppo' (choose from 'both', 'grpo'"),
