@@ -19,8 +19,10 @@ while [ -L "$script" ]; do  # readlink -f is missing on macOS before 12.3
   script=$(readlink "$(basename "$script")")
 done
 cd "$(dirname "$script")"
-# Or idle threads take the cores of busy ones: on two cores with two other processes a step took
-# twice as long without it. On an idle machine it costs a tenth.
+# Or idle threads take the cores of busy ones. Seconds for 20 steps of each method on two cores, idle
+# and beside one busy process: like this 54 to 61 and 62, 63; if threads spin before they sleep
+# (GOMP_SPINCOUNT=2000) 38 to 55 and 89, 97, or longer (10000) 41 and 164; the methods side by side
+# with a thread each, as train.py runs them, 27 to 30 and 40 to 44.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 case ${1:-} in
