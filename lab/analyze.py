@@ -260,8 +260,8 @@ def main(argv=None):
     common.check(runs, f"no study in {folder}: make it by `{command}`")
     numbers = analyze(runs, records, passes)
     numbers["one_sided"] = describe_one_sided(read_one_sided(config.out, config.preset))
-    content = json.dumps(common.to_jsonable(numbers), indent=1)
-    numbers = json.loads(content)  # rounded, so that the tables are those of the file
+    numbers = common.to_jsonable(numbers)  # rounded: tables and figures are those of the file
+    content = json.dumps(numbers, indent=1)
     tables = report(numbers)
     common.write(folder / "study.json", f"{content}\n".encode())
     common.write(folder / "study.md", tables.encode())
